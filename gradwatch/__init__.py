@@ -1,0 +1,53 @@
+"""See and steer gradients while a PyTorch network trains.
+
+The names below load on first use (PEP 562): importing gradwatch pulls in no trainer and no tensorboard.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .errors import ConfigError, GradwatchError, GradwatchWarning, suggest
+
+if TYPE_CHECKING:
+    from ._preflight import preflight as preflight
+    from .book import load_rules as load_rules
+    from .records import Finding as Finding
+    from .records import Histogram as Histogram
+    from .records import Incident as Incident
+    from .records import Index as Index
+    from .records import StepRecord as StepRecord
+    from .treatments.surgery import Surgery as Surgery
+    from .treatments.surgery import split as split
+    from .watch import StepOutcome as StepOutcome
+    from .watch import Watch as Watch
+
+_DOORS = {
+    "Finding": "records",
+    "Histogram": "records",
+    "Incident": "records",
+    "Index": "records",
+    "StepOutcome": "watch",
+    "StepRecord": "records",
+    "Surgery": "treatments.surgery",
+    "Watch": "watch",
+    "load_rules": "book",
+    "preflight": "_preflight",
+    "split": "treatments.surgery",
+}
+
+__all__ = ["ConfigError", "GradwatchError", "GradwatchWarning", "__version__", *sorted(_DOORS)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DOORS:
+        raise AttributeError(f"module 'gradwatch' has no attribute {name!r}. {suggest(name, __all__)}")
+    value = getattr(import_module("." + _DOORS[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

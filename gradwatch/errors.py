@@ -1,0 +1,92 @@
+"""Every exception and warning that gradwatch raises on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "ConfigError",
+    "GradwatchError",
+    "GradwatchWarning",
+    "HookError",
+    "RunFormatError",
+    "TrainingStopped",
+    "UnknownNameError",
+    "UnknownPathError",
+    "suggest",
+]
+
+
+def suggest(name: str, known: Iterable[str], *, otherwise: str = "") -> str:
+    """Return "Did you mean 'a' or 'b'?" for the known names nearest to `name`, else `otherwise`."""
+    known = sorted({k for k in known if k})
+    near = get_close_matches(name, known, n=3) or [k for k in known if name and name.lower() in k.lower()][:3]
+    return f"Did you mean {' or '.join(map(repr, near))}?" if near else otherwise
+
+
+class GradwatchError(Exception):
+    """Base of all gradwatch errors."""
+
+
+class GradwatchWarning(UserWarning):
+    """Category of all warnings that gradwatch gives."""
+
+
+class ConfigError(GradwatchError, ValueError):
+    """A setting that can't be: says which, what was given, and what is allowed."""
+
+
+class UnknownNameError(ConfigError, LookupError):
+    """A name that is not one of the known ones.
+
+    Attributes:
+        name: the name asked for.
+        known: the names there are.
+    """
+
+    def __init__(self, kind: str, name: object, known: Iterable[str], *, where: str = "") -> None:
+        self.name = str(name)
+        self.known = sorted(known)
+        hint = suggest(self.name, self.known, otherwise=f"Known: {', '.join(self.known) or 'none'}.")
+        super().__init__(f"{where + ': ' if where else ''}there is no {kind} {self.name!r}. {hint}")
+
+
+class UnknownPathError(ConfigError, LookupError):
+    """A path or pattern that matches nothing in the model.
+
+    Attributes:
+        path: the path or pattern asked for.
+        known: the paths the model has.
+    """
+
+    def __init__(self, path: object, known: Iterable[str], *, model_name: str, kind: str = "path") -> None:
+        self.path = str(path)
+        self.known = [k for k in known if k]
+        examples = ", ".join(repr(k) for k in self.known[:3])
+        hint = suggest(self.path, self.known, otherwise=f"Known are, for example, {examples}." if examples else "")
+        super().__init__(f"{model_name} has no {kind} that matches {self.path!r} ({len(self.known)} known). {hint}")
+
+
+class HookError(GradwatchError, RuntimeError):
+    """A hook function raised. The original exception is `__cause__`.
+
+    Attributes:
+        hook_id: which hook.
+        point: name of the hook point, `PATH:PORT`.
+        phase: "forward" or "backward".
+    """
+
+    def __init__(self, hook_id: str, point: str, phase: str, cause: BaseException) -> None:
+        self.hook_id = hook_id
+        self.point = point
+        self.phase = phase
+        super().__init__(f"hook {hook_id!r} at {point!r} raised in {phase}: {type(cause).__name__}: {cause}")
+
+
+class RunFormatError(GradwatchError, ValueError):
+    """A run folder or log that can't be read: says which file and what is wrong with it."""
+
+
+class TrainingStopped(GradwatchError, RuntimeError):  # noqa: N818 - an outcome that was asked for, as StopIteration is
+    """gradwatch was asked to stop the training, and the trainer has no other way to be stopped."""
