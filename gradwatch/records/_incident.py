@@ -1,0 +1,105 @@
+"""What rules say: findings, and incidents that group them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+__all__ = ["SEVERITIES", "Finding", "Incident"]
+
+SEVERITIES = ("info", "warning", "critical")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What a rule reports at one step for one path (`""`: the whole model). Prints as the sentence a user reads."""
+
+    rule: str
+    step: int
+    path: str = ""
+    value: float = float("nan")
+    limit: float = float("nan")
+    severity: str = "warning"
+    name: str = ""
+    message: str = ""
+
+    def __str__(self) -> str:
+        where = self.path or "whole model"
+        what = self.message or f"{self.value:.3g}, limit {self.limit:.3g}"
+        return f"step {self.step}, {where}: {self.name or self.rule} ({what})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incident:
+    """Findings of one rule grouped over paths and steps, with a beginning and an end.
+
+    Attributes:
+        rule: class name of the rule in snake case (`exploding`, `non_finite`).
+        name: given in the rules file, else the rule's.
+        severity: info, warning or critical.
+        paths: every path that fired, in the order of the rule (forward for activations, backward for gradients).
+        first_path: where it began, where that means something; "" for the whole model.
+        first_step, last_step: of the findings.
+        value, limit: at the worst finding.
+        treatments: names of the treatments and actions that ran for it.
+        advice: what usually causes it and what to try, in order.
+        message: one sentence that says what was seen.
+        resolved: it is over; `resolved_step` says since when.
+        count: steps at which it fired.
+        labels: the rule's own labels.
+        details: anything else (autopsy, files written beside it), plain values.
+    """
+
+    rule: str
+    first_step: int
+    last_step: int
+    name: str = ""
+    severity: str = "warning"
+    paths: tuple[str, ...] = ()
+    first_path: str = ""
+    value: float = float("nan")
+    limit: float = float("nan")
+    treatments: tuple[str, ...] = ()
+    advice: str = ""
+    message: str = ""
+    resolved: bool = False
+    resolved_step: int | None = None
+    count: int = 1
+    id: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
+        where = (self.first_path or "whole model") + more
+        what = self.message or f"{self.value:.3g}, limit {self.limit:.3g}"
+        done = f" -> {', '.join(self.treatments)}" if self.treatments else ""
+        return f"[{self.severity}] step {self.first_step}: {self.name or self.rule} in {where} ({what}){done}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; non-finite floats as the strings "nan", "inf" and "-inf", so that JSON stays JSON."""
+        return {f: _plain(getattr(self, f)) for f in self.__dataclass_fields__}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Incident:
+        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
+        for name in ("paths", "treatments"):
+            known[name] = tuple(known.get(name, ()))
+        for name in ("value", "limit"):
+            known[name] = float(known.get(name, "nan"))
+        return cls(**known)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else str(float(value))
+    if isinstance(value, np.integer):
+        return int(value)
+    return value
