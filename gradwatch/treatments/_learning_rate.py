@@ -1,0 +1,138 @@
+"""Lower learning rates that no schedule can undo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ._checks import check_count, check_number
+
+__all__ = ["LearningRates"]
+
+
+class LearningRates:
+    """Multiplies the learning rates of optimizers for a number of steps, only while they step.
+
+    A factor written into `param_groups` is overwritten by the next scheduler step, or compounds in it. Here it is put
+    in just before the optimizer's step and taken out just after, so every scheduler sees the rate that it set itself.
+
+    Lowered again under the same name, the time begins anew; of several names the smallest factor counts. Factors never
+    compound.
+
+    Args:
+        optimizers: whose rates. Their step hooks are registered while a factor is in force, or after `install()`.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        self._optimizers = [getattr(o, "optimizer", o) for o in optimizers]
+        # Steps left by name, of each optimizer; None: until `restore`.
+        self._lowered: dict[str, tuple[float, list[int | None]]] = {}
+        self._own: dict[int, list[Any]] = {}
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def factor(self) -> float:
+        """What the next step's rates are multiplied by: 1 where nothing is lowered."""
+        return min((self._factor(k) for k in range(len(self._optimizers))), default=1.0)
+
+    def lower(self, factor: float, steps: int | None, *, name: str = "") -> None:
+        """Multiply the rates by `factor` for the next `steps` optimizer steps (None: until `restore`).
+
+        Raises:
+            ConfigError: a factor outside (0, 1), or less than one step.
+        """
+        check_number(self, "factor", factor, above=0, below=1)
+        check_count(self, "steps", steps, at_least=1, optional=True)
+        self._lowered[name] = (factor, [steps] * len(self._optimizers))
+        self.install()
+
+    def restore(self, name: str | None = None) -> None:
+        """End one lowering, or all."""
+        if name is None:
+            self._lowered.clear()
+        else:
+            self._lowered.pop(name, None)
+
+    def install(self) -> None:
+        """Put the hooks on the optimizers; called again, nothing."""
+        if self._handles:
+            return
+        for optimizer in self._optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
+
+    def close(self) -> None:
+        """Take the hooks off and put the optimizers' own rates back; may be called again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for optimizer in self._optimizers:
+            self._put_back(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: {"factor": f, "left": list(left)} for name, (f, left) in self._lowered.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._lowered = {
+            name: (float(item["factor"]), _fit(item["left"], len(self._optimizers))) for name, item in state.items()
+        }
+        if self._lowered:
+            self.install()
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A closure that raised left the lowered rates behind.
+        self._put_back(optimizer)
+        factor = self._factor(self._position(optimizer))
+        if factor == 1.0:
+            return
+        self._own[id(optimizer)] = [_copied(group["lr"]) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            _set(group, group["lr"] * factor)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._put_back(optimizer)
+        k = self._position(optimizer)
+        for _, left in self._lowered.values():
+            steps = left[k]
+            left[k] = None if steps is None else max(steps - 1, 0)
+        over = [name for name, (_, left) in self._lowered.items() if all(n == 0 for n in left)]
+        for name in over:
+            del self._lowered[name]
+
+    def _factor(self, k: int) -> float:
+        """Return what the rates of one optimizer are multiplied by at its next step."""
+        return min((factor for factor, left in self._lowered.values() if _is_left(left[k])), default=1.0)
+
+    def _put_back(self, optimizer: Optimizer) -> None:
+        own = self._own.pop(id(optimizer), None)
+        if own is not None:
+            for group, rate in zip(optimizer.param_groups, own, strict=False):
+                _set(group, rate)
+
+    def _position(self, optimizer: Optimizer) -> int:
+        return next(k for k, known in enumerate(self._optimizers) if known is optimizer)
+
+
+def _is_left(steps: int | None) -> bool:
+    return steps is None or steps > 0
+
+
+def _copied(rate: Any) -> Any:
+    return rate.clone() if isinstance(rate, Tensor) else rate
+
+
+def _set(group: dict[str, Any], rate: Any) -> None:
+    """Set a group's rate; a tensor one keeps its place in memory, which compiled optimizers hold on to."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _fit(left: Sequence[int | None], num_optimizers: int) -> list[int | None]:
+    kept = list(left)[:num_optimizers]
+    return kept + [0] * (num_optimizers - len(kept))
