@@ -9,9 +9,12 @@ __all__ = [
     "ConfigError",
     "GradwatchError",
     "GradwatchWarning",
+    "HookBreak",
     "HookError",
+    "MissingExtraError",
     "RunFormatError",
     "TrainingStopped",
+    "UnavailablePointError",
     "UnknownNameError",
     "UnknownPathError",
     "suggest",
@@ -82,6 +85,44 @@ class HookError(GradwatchError, RuntimeError):
         self.point = point
         self.phase = phase
         super().__init__(f"hook {hook_id!r} at {point!r} raised in {phase}: {type(cause).__name__}: {cause}")
+
+
+class UnavailablePointError(ConfigError, LookupError):
+    """A hook point that has a name, but that this model can't offer.
+
+    Attributes:
+        point: the name asked for.
+        reason: why the model can't offer it.
+    """
+
+    def __init__(self, point: str, reason: str) -> None:
+        self.point = point
+        self.reason = reason
+        super().__init__(f"hook point {point!r} is not available: {reason}.")
+
+
+class HookBreak(GradwatchError, RuntimeError):  # noqa: N818 - an outcome that was asked for
+    """The condition of `HookManager.break_when` held for the first time.
+
+    Attributes:
+        tensor: what the condition was given.
+        point: where, with the step and the call.
+        hook_id: which hook asked.
+    """
+
+    def __init__(self, hook_id: str, point: object, tensor: object, what: str) -> None:
+        self.hook_id = hook_id
+        self.point = point
+        self.tensor = tensor
+        step, name = getattr(point, "step", "?"), getattr(point, "name", point)
+        super().__init__(f"hook {hook_id!r}: {what} at {str(name)!r}, step {step}, call {getattr(point, 'call', '?')}")
+
+
+class MissingExtraError(GradwatchError, ImportError):
+    """A package that only this feature needs is not installed: names the extra to install."""
+
+    def __init__(self, feature: str, package: str, extra: str) -> None:
+        super().__init__(f"{feature} needs the package {package!r}: pip install 'gradwatch[{extra}]'")
 
 
 class RunFormatError(GradwatchError, ValueError):
