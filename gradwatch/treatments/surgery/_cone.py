@@ -1,0 +1,103 @@
+"""Weights from quadratic programs over the cone or the hull of the task gradients: UPGrad, DualProj, MGDA, CAGrad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ._solvers import barrier_newton_cagrad, golden_section, solve_lcp
+
+__all__ = ["cagrad", "dualproj", "mgda", "upgrad"]
+
+_RESCALE = {"none": lambda c: 1.0, "square": lambda c: 1 / (1 + c * c), "length": lambda c: 1 / (1 + c)}
+
+
+def preference(value: Sequence[float] | Tensor | None, k: int, default: float) -> Tensor:
+    """Return a preference vector of length k, `default` everywhere where none is given."""
+    if value is None:
+        return torch.full((k,), default, dtype=torch.float64)
+    vector = torch.as_tensor(value, dtype=torch.float64).cpu()
+    if vector.shape != (k,) or not bool((vector >= 0).all()):
+        raise ConfigError(f"`pref` must hold {k} numbers >= 0, one a task. Got {vector.tolist()}.")
+    return vector
+
+
+def upgrad(gramian: Tensor, *, pref: Sequence[float] | None = None, reg: float = 1e-9) -> Tensor:
+    """Return UPGrad's weights: each gradient is projected onto the dual cone of all, then they are averaged.
+
+    The result conflicts with no task. `reg` times the trace is added to the diagonal (a Gramian may be singular).
+
+    Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, arXiv 2406.16232, equation 4.
+    """
+    k = len(gramian)
+    A = _regular(gramian, reg)
+    U = torch.diag(preference(pref, k, 1 / k))
+    return (U + solve_lcp(A, U @ A)).sum(0)
+
+
+def dualproj(gramian: Tensor, *, pref: Sequence[float] | None = None, reg: float = 1e-9) -> Tensor:
+    """Return the weights of the mean gradient projected onto the dual cone of all gradients.
+
+    Source: Lopez-Paz and Ranzato, "Gradient Episodic Memory", NeurIPS 2017, arXiv 1706.08840, equation 11.
+    """
+    A = _regular(gramian, reg)
+    u = preference(pref, len(gramian), 1 / len(gramian))[None]
+    return (u + solve_lcp(A, u @ A))[0]
+
+
+def mgda(gramian: Tensor) -> Tensor:
+    """Return the weights of the shortest vector in the convex hull of the gradients; they sum to 1.
+
+    Near a Pareto-stationary point that vector goes to 0.
+
+    Source: Desideri, "Multiple-gradient descent algorithm", C. R. Acad. Sci. Paris 2012; Sener and Koltun,
+    "Multi-Task Learning as Multi-Objective Optimization", NeurIPS 2018, arXiv 1810.04650. Solved exactly, where
+    Frank-Wolfe stops a few per cent short.
+    """
+    k = len(gramian)
+    A = gramian / gramian.diagonal().mean() + 1 + 1e-12 * torch.eye(k, dtype=gramian.dtype)
+    x = solve_lcp(A, -torch.ones(1, k, dtype=gramian.dtype))[0]
+    return x / x.sum()
+
+
+def cagrad(gramian: Tensor, *, c: float = 0.5, rescale: str = "none") -> Tensor:
+    """Return CAGrad's weights: the direction within c |g0| of the mean gradient g0 whose worst task gains most.
+
+    `rescale` divides the result by 1 + c**2 ("square") or 1 + c ("length"), as the authors' code offers.
+
+    Source: Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, arXiv 2110.14048,
+    algorithm 1.
+    """
+    if not c >= 0:
+        raise ConfigError(f"`c` of cagrad must be at least 0. Got {c}.")
+    if rescale not in _RESCALE:
+        raise ConfigError(f"`rescale` of cagrad must be one of {sorted(_RESCALE)}. Got {rescale!r}.")
+    k = len(gramian)
+    G = gramian / gramian.diagonal().sum()
+    mean = torch.full((k,), 1 / k, dtype=G.dtype)
+    phi = c * max(float(mean @ G @ mean), 0.0) ** 0.5
+    w = _cagrad_pair(G, phi) if k == 2 else barrier_newton_cagrad(G, phi)
+    length = max(float(w @ G @ w), 0.0) ** 0.5
+    result = mean + (phi / length) * w if length > 1e-12 else mean
+    return result * _RESCALE[rescale](c)
+
+
+def _cagrad_pair(G: Tensor, phi: float) -> Tensor:
+    (a, m), (_, d) = G.tolist()
+    first, second = (a + m) / 2, (m + d) / 2
+
+    def objective(x: float) -> float:
+        square = x * x * a + 2 * x * (1 - x) * m + (1 - x) ** 2 * d
+        return x * first + (1 - x) * second + phi * max(square, 0.0) ** 0.5
+
+    x = golden_section(objective)
+    return torch.tensor([x, 1 - x], dtype=G.dtype)
+
+
+def _regular(gramian: Tensor, reg: float) -> Tensor:
+    if not reg >= 0:
+        raise ConfigError(f"`reg` must be at least 0. Got {reg}.")
+    return gramian / gramian.diagonal().sum() + reg * torch.eye(len(gramian), dtype=gramian.dtype)
