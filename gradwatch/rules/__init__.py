@@ -1,0 +1,46 @@
+"""Rules read records and report findings; the engine makes incidents of them. Needs numpy alone: no torch.
+
+A rule is frozen settings and a pure function of (state, record), so the same code judges a live run and a logged one.
+"""
+
+from __future__ import annotations
+
+from ._engine import Fired, Judgement, RuleCoverage, RuleEngine
+from ._exploding import Exploding
+from ._findings import Findings, format_findings
+from ._gradients import Dead, Vanishing
+from ._learning import ConstantOutput, NotLearning
+from ._non_finite import NonFinite
+from ._rule import Rule, snake_case
+from ._rulebook import INHIBITS, RuleBook, Silence
+from ._updates import NotUpdating, UpdateTooLarge, UpdateTooSmall
+
+_CATALOGUE: tuple[type[Rule], ...] = (
+    NonFinite,
+    Exploding,
+    Vanishing,
+    Dead,
+    NotUpdating,
+    UpdateTooLarge,
+    UpdateTooSmall,
+    NotLearning,
+    ConstantOutput,
+)
+
+RULES: dict[str, type[Rule]] = {snake_case(rule.__name__): rule for rule in _CATALOGUE}
+"""Every built-in rule by its name."""
+
+__all__ = [
+    "INHIBITS",
+    "RULES",
+    "Findings",
+    "Fired",
+    "Judgement",
+    "Rule",
+    "RuleBook",
+    "RuleCoverage",
+    "RuleEngine",
+    "Silence",
+    "format_findings",
+    *[rule.__name__ for rule in _CATALOGUE],
+]

@@ -1,0 +1,154 @@
+"""The spike of one step: the gradient norm leaves its own recent level."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..records import Floats, StepRecord
+from ._findings import Findings
+from ._rule import Rule, State
+from ._selection import select
+from ._windows import Window, level, median, push, stream
+
+__all__ = ["Exploding"]
+
+
+class Exploding(Rule):
+    """Flags a global norm far above its recent level: z > `z`, or z > `z_again` twice running, and `ratio` times it.
+
+    z is robust and on the log: (log norm - median) / (1.4826 MAD) over the last `window` accepted norms. The present,
+    a suspicious or a non-finite norm is never in the window. Both conditions must hold: z sees the noise of the run,
+    the ratio the size of the jump; twice running each jump must be sqrt(`ratio`). In a run whose norm is noisy z
+    alone would let a thousandfold spike pass, so a norm `ceiling` times the level counts as `z`. A norm that is still
+    below the level of the run's first steps is not an explosion: late in training norms are small and jump about.
+
+    With `paths`, the norm of those parameters together. The incident names the paths that left their own level
+    (running mean of the log), the first of them in backward order.
+
+    Source: robust z on the log with flagged values left out had the fewest false alarms of eleven published spike
+    rules (OLMo, llm.c, Megatron, llm-foundry, ZClip arXiv 2504.02507); the gradient norm leads the loss.
+
+    Args:
+        z: standard deviations above the median that are too many at once.
+        z_again: as many, at two judgements running.
+        ratio: times the median that is too much. Above 1.
+        ceiling: times the median at which the noise of the run is no excuse.
+        window: accepted norms remembered.
+        min_samples: accepted norms needed before any is flagged.
+        sigma_floor: least standard deviation of the log norm.
+        patience: rejected norms running after which theirs is the new level.
+    """
+
+    z: float = 16.0
+    z_again: float = 5.0
+    ratio: float = 10.0
+    ceiling: float = 200.0
+    window: int = 128
+    min_samples: int = 20
+    sigma_floor: float = 0.05
+    patience: int = 64
+    advice: str = (
+        "Usually one bad batch (labels, a loss summed instead of averaged, a very long sequence), or a learning rate "
+        "at the edge of stability. Look at the batch; clip by global norm (`then: [clip_to_limit]`); lower the "
+        "learning rate or lengthen its warm-up; under Adam lower beta2."
+    )
+
+    needs = frozenset({"grad_norm"})
+    order = "backward"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("z", self.z > 0, 0, "above")
+        self._require("z_again", 0 < self.z_again <= self.z, f"{self.z} (`z`)", "above 0 and at most")
+        self._require("ratio", self.ratio > 1, 1, "above")
+        self._require("ceiling", self.ceiling >= self.ratio, f"{self.ratio} (`ratio`)")
+        self._require("window", self.window >= 8, 8)
+        self._require("min_samples", 4 <= self.min_samples <= self.window, f"{self.window} (`window`)", "4 to")
+        self._require("sigma_floor", self.sigma_floor > 0, 0, "above")
+        self._require("patience", self.patience >= 2, 2)
+
+    def init(self) -> State:
+        return {"window": (), "rejected": (), "first": (), "suspicious": False, "per_path": {}}
+
+    def limit(self, state: State) -> float | None:
+        """Return the norm above which one is not accepted as usual (and, a second time running, fires)."""
+        if len(state["window"]) < self.min_samples:
+            return None
+        suspicious, _ = self._bars(state)
+        return math.exp(suspicious)
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        norm = self._norm(record)
+        if not (math.isfinite(norm) and norm > 0):
+            return self.unjudged(record, "the gradient norm is zero, non-finite or unknown"), state
+        log_norm = math.log(norm)
+        if len(state["window"]) < self.min_samples:
+            return self.unjudged(record, "too few norms seen"), self._accept(record, state, log_norm)
+        suspicious, alarm = self._bars(state)
+        if not log_norm > suspicious:
+            return self.clear(record), self._accept(record, state, log_norm)
+        fires = log_norm > alarm or state["suspicious"]
+        limit = math.exp(suspicious if state["suspicious"] else alarm)
+        findings = self._findings(record, state, norm, limit) if fires else self.clear(record)
+        return findings, self._reject(record, state, log_norm)
+
+    def _norm(self, record: StepRecord) -> float:
+        if self.paths == ("*",):
+            return record.global_norm
+        column = record.columns.get("grad_norm")
+        if column is None:
+            return math.nan
+        chosen = column[select(record.index, self.paths) & record.measured("grad_norm")]
+        return float(np.sqrt(np.sum(np.square(chosen)))) if len(chosen) else math.nan
+
+    def _bars(self, state: State) -> tuple[float, float]:
+        """Return the log norms above which one is suspicious, and flagged at once."""
+        center, sigma, count = level(state["window"], self.sigma_floor)
+        # A cold window knows little of the noise.
+        caution = 5.0 if count < min(64, self.window) else 1.0
+        ratio = math.log(caution * self.ratio)
+        early = median(state["first"])
+        suspicious = max(self.z_again * sigma, ratio / 2)
+        alarm = max(min(self.z * sigma, math.log(caution * self.ceiling)), self.z_again * sigma, ratio)
+        return max(center + suspicious, early), max(center + alarm, early)
+
+    def _accept(self, record: StepRecord, state: State, log_norm: float) -> State:
+        window = push(state["window"], log_norm, self.window)
+        first = state["first"] if len(state["first"]) >= 20 else (*state["first"], log_norm)
+        levels = self._levels(record, state)
+        return {"window": window, "rejected": (), "first": first, "suspicious": False, "per_path": levels}
+
+    def _reject(self, record: StepRecord, state: State, log_norm: float) -> State:
+        rejected: Window = (*state["rejected"], log_norm)
+        if len(rejected) >= self.patience:
+            # A level that stays is the level: the data or the objective changed.
+            levels = self._levels(record, state, decay=0.0)
+            return {**state, "window": rejected, "rejected": (), "suspicious": False, "per_path": levels}
+        return {**state, "rejected": rejected, "suspicious": True}
+
+    def _levels(self, record: StepRecord, state: State, decay: float = 0.95) -> dict[str, Floats]:
+        column = record.columns.get("grad_norm")
+        if column is None:
+            return dict(state["per_path"])
+        with np.errstate(all="ignore"):
+            logs = np.log(column)
+        past = state["per_path"].get("log_norm")
+        past = np.full(len(record.index), np.nan) if past is None else past
+        usable = np.isfinite(logs) & record.measured("grad_norm")
+        return {"log_norm": stream(past, logs, decay, usable)}
+
+    def _findings(self, record: StepRecord, state: State, norm: float, limit: float) -> Findings:
+        center = math.exp(median(state["window"]))
+        text = f"gradient norm {{value:.3g}}, {norm / center:.3g} times its recent level {center:.3g}"
+        whole = self.whole(record, True, norm, limit, text)
+        past, column = state["per_path"].get("log_norm"), record.columns.get("grad_norm")
+        if past is None or column is None:
+            return whole
+        with np.errstate(all="ignore"):
+            jumped = np.log(column) - past > math.log(self.ratio) / 2
+        jumped &= select(record.index, self.paths) & record.measured("grad_norm")
+        positions = np.append(np.flatnonzero(jumped), len(record.index))
+        n = len(positions)
+        return Findings(self, record, positions, np.full(n, norm), np.full(n, limit), text=text)

@@ -1,0 +1,132 @@
+"""Gradients that are too small: vanishing over depth, or exactly zero."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..records import Bools, StepRecord
+from ._findings import Findings
+from ._rule import Rule, State
+from ._selection import select
+from ._windows import Progress, progress
+
+__all__ = ["Dead", "Vanishing"]
+
+
+class Vanishing(Rule):
+    """Flags weights whose gradient is a tiny share of the largest layer's, while the loss does not improve.
+
+    norm / largest norm < `ratio`, and the loss fell by less than `stuck` of its first level. A converged model has
+    small gradients by definition, hence the second condition; without a loss the rule is silent. Gradients of exactly
+    zero are `dead`, not vanishing. Biases are left out.
+
+    Source: X. Glorot, Y. Bengio, "Understanding the difficulty of training deep feedforward neural networks",
+    AISTATS 2010; ratio to the largest layer, since absolute sizes depend on the loss, the batch and the width.
+
+    Args:
+        ratio: share of the largest layer's norm that is too little. In (0, 1).
+        stuck: share of its first level by which the loss must have fallen to be improving.
+    """
+
+    ratio: float = 1e-3
+    stuck: float = 0.3
+    severity: str = "critical"
+    for_steps: int = 50
+    advice: str = (
+        "Usually saturating activations (sigmoid, tanh) in a deep net, or weights that start too small. Use ReLU or "
+        "GELU with He initialisation; add normalisation or residual connections; use fewer layers."
+    )
+
+    needs = frozenset({"grad_norm", "loss"})
+    order = "backward"
+    low_is_worse = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("ratio", 0 < self.ratio < 1, "0 and below 1", "above")
+        self._require("stuck", self.stuck > 0, 0, "above")
+
+    def init(self) -> State:
+        return {"loss": Progress()}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        loss = progress(Progress(*state["loss"]), record.loss)
+        state = {"loss": tuple(loss)}
+        if loss.seen < 100 or "grad_norm" not in record.columns:
+            return self.unjudged(record, "the loss is not known over 100 steps"), state
+        if not loss.is_stuck(self.stuck):
+            return self.clear(record), state
+        norms = record.columns["grad_norm"]
+        judged = select(record.index, self.paths, min_ndim=2) & record.measured("grad_norm") & np.isfinite(norms)
+        if judged.sum() < 2:
+            return self.unjudged(record, "fewer than two weights with a gradient"), state
+        largest = float(norms[judged].max())
+        limit = self.ratio * largest
+        text = f"gradient norm {{value:.3g}}, the largest layer has {largest:.3g}"
+        return self.over(record, judged & (norms < limit) & (norms > 0), judged, norms, limit, text), state
+
+
+class Dead(Rule):
+    """Flags weights without any gradient (exactly zero, or none), while the loss does not improve.
+
+    Weights of two or more dimensions. A branch that is not used (an expert that gets no token, a head for another
+    task) has no gradient and is healthy, so it takes either the whole beginning of the model, in forward order (a
+    trunk that gets nothing), or at least `share` of the weights. Without a loss the trunk alone counts.
+
+    Args:
+        share: of the weights that may not be without gradient. In (0, 1].
+        stuck: share of its first level by which the loss must have fallen to be improving.
+        min_loss: a loss of at most this size needs no gradient.
+    """
+
+    share: float = 0.5
+    stuck: float = 0.3
+    min_loss: float = 1e-4
+    severity: str = "critical"
+    for_steps: int = 20
+    advice: str = (
+        "Usually units that died (ReLU with a large bias or learning rate), a `.detach()` or `no_grad` that cuts the "
+        "graph, a softmax over one unit, or an input of zeros. Check that the loss depends on these weights; lower "
+        "the learning rate; use leaky ReLU or He initialisation."
+    )
+
+    needs = frozenset({"grad_norm", "loss"})
+    order = "backward"
+    low_is_worse = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("share", 0 < self.share <= 1, "0 and at most 1", "above")
+        self._require("stuck", self.stuck > 0, 0, "above")
+
+    def init(self) -> State:
+        return {"loss": Progress(), "per_path": {}}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        loss = progress(Progress(*state["loss"]), record.loss)
+        alive = state["per_path"].get("alive")
+        state = {**state, "loss": tuple(loss)}
+        if "grad_norm" not in record.columns:
+            return self.unjudged(record, "no gradient was measured"), state
+        norms, measured = record.columns["grad_norm"], record.measured("grad_norm")
+        has_grad = measured & (norms != 0)
+        weights = select(record.index, self.paths, min_ndim=2)
+        if not measured.any() or not weights.any():
+            return self.unjudged(record, "no weight has a gradient"), state
+        if loss.seen and (not loss.is_stuck(self.stuck, after=20) or abs(loss.now) <= self.min_loss):
+            return self.clear(record), state
+        # Optimizers that take turns measure other parameters at each step.
+        seen = has_grad if alive is None else (alive * 0.9 + has_grad)
+        state = {**state, "per_path": {"alive": np.asarray(seen, np.float64)}}
+        dead = weights & ~(np.asarray(seen) > 0.05)
+        if not dead.any():
+            return self.clear(record), state
+        trunk = dead & (record.index.depth < self._first_alive(record, weights & ~dead))
+        many = bool(loss.seen) and dead.sum() >= self.share * weights.sum()
+        fires = dead if many else trunk
+        return self.over(record, fires, weights, np.where(measured, norms, 0.0), 0.0, "no gradient at all"), state
+
+    @staticmethod
+    def _first_alive(record: StepRecord, alive: Bools) -> int:
+        depth = record.index.depth
+        return int(depth[alive].min()) if alive.any() else int(depth.max()) + 1
