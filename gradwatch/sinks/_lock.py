@@ -1,0 +1,65 @@
+"""One writer per folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO
+
+from ..errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows: only writers within one process are told apart
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["FolderLock"]
+
+_held: set[Path] = set()
+
+
+class FolderLock:
+    """Holds a folder for one writer until released, or until the process ends, however it ends.
+
+    Record locks are used, which a forked data loader worker does not inherit: one that outlives a killed trainer
+    must not keep the folder from being resumed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Raises:
+        ConfigError: another writer has the folder.
+        """
+        if self.folder in _held:
+            raise self._taken("this process")
+        file = (self.folder / ".lock").open("a+", encoding="utf-8")
+        if fcntl is not None:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+                file.close()
+                raise self._taken(f"process {owner}") from None
+            except OSError:
+                pass  # a file system without locks: better to write than to refuse
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+        _held.add(self.folder)
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            _held.discard(self.folder)
+
+    def _taken(self, owner: str) -> ConfigError:
+        return ConfigError(
+            f"the run folder {str(self.folder)!r} is being written by {owner}. "
+            "Give each run, and each GradWatch in a run, a folder of its own (`run_dir=` or `name=`)."
+        )

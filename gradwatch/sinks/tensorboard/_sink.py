@@ -1,0 +1,191 @@
+"""The TensorBoard sink."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+from ...errors import ConfigError, GradwatchError
+from ...protocols import RunMeta
+from ...records import Incident, StepRecord
+from .._headline import SCALARS, Headline, whole_window
+from .._text import closing_words, incident_line
+from ._layout import band_values, write_layout
+from ._tensors import PluginTensors
+from ._values import histogram, scalar, signed_buckets, text
+
+__all__ = ["TensorBoardSink"]
+
+
+@dataclass
+class News:
+    """Incidents that changed, the lines that say so, and the step at which they are written."""
+
+    step: int
+    incidents: dict[int, Incident] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+class TensorBoardSink:
+    """Writes through a `SummaryWriter` that is already open: one packed event a log step.
+
+    `add_scalar` once per tag and `add_histogram` would cost twenty times as much. A writer that can't take packed
+    events gets the headline through `add_scalar`, and nothing else.
+
+    Args:
+        writer: a `torch.utils.tensorboard.SummaryWriter`, such as a Lightning logger's `experiment`. It stays the
+            caller's: it is flushed but never closed.
+        name: tags begin with it.
+        log_dir: where the layout of the Custom Scalars dashboard goes, in a sub-run; None: the writer's. "" : none.
+        histogram_scale: `"log10"` of the magnitude, or `"signed"` values.
+        max_histograms: paths in the stock histogram dashboard at most.
+    """
+
+    every: int | None = None
+
+    def __init__(
+        self,
+        writer: Any,
+        *,
+        name: str = "gradwatch",
+        log_dir: str | None = None,
+        histogram_scale: str = "log10",
+        max_histograms: int = 256,
+    ) -> None:
+        if histogram_scale not in ("log10", "signed"):
+            raise ConfigError(
+                f"TensorBoardSink: `histogram_scale` must be 'log10' or 'signed'. Got {histogram_scale!r}."
+            )
+        if not max_histograms >= 0:
+            raise ConfigError(f"TensorBoardSink: `max_histograms` must be at least 0. Got {max_histograms}.")
+        if not hasattr(writer, "add_scalar"):
+            raise ConfigError(
+                f"TensorBoardSink needs a SummaryWriter (with `add_scalar`). Got {type(writer).__name__}."
+            )
+        self.writer = writer
+        self.name = name
+        self.log_dir = log_dir
+        self.histogram_scale = histogram_scale
+        self.max_histograms = max_histograms
+        self._meta: RunMeta | None = None
+        self._tensors = PluginTensors(name)
+        self._headline = Headline()
+        self._packed = True
+        self._step = 0
+        self._incidents: dict[int, Incident] = {}
+        self._said = News(step=-1)
+        self._unsaid = News(step=-1)
+        self._text = ""
+
+    def open(self, meta: RunMeta) -> None:
+        """Write the layout of the Custom Scalars dashboard, where there is none yet."""
+        if self._meta is not None:
+            return
+        self._meta, self._step = meta, max(0, meta.start_step)
+        folder = self.log_dir if self.log_dir is not None else getattr(self.writer, "log_dir", None)
+        if folder and hasattr(self.writer, "_get_file_writer"):
+            write_layout(self.name, str(folder))
+
+    def write(self, record: StepRecord, window: Sequence[StepRecord] = ()) -> None:
+        window = whole_window(record, window)
+        self._write_indices(window)
+        headline = self._headline.update(window)
+        scalars = {f"{self.name}/{k}": headline[k] for k in SCALARS if k in headline}
+        tensors = self._tensors
+        values = [
+            *(scalar(tag, value) for tag, value in scalars.items()),
+            *band_values(self.name, window),
+            tensors.headline(headline),
+            *tensors.scalars(window),
+            *tensors.treatments(window),
+            *tensors.statistics(window),
+        ]
+        self._step = record.step
+        self._add(values + self._incident_values(record.step), record.step, record.time, scalars)
+        for each in window:
+            if each.histograms:
+                self._write_histograms(each)
+
+    def incident(self, incident: Incident) -> None:
+        """Keep it for the next event: the data server drops all but the last of several at one step."""
+        before = self._incidents.get(incident.id)
+        self._headline.incident(incident)
+        self._incidents[incident.id] = incident
+        self._unsaid.incidents[incident.id] = incident
+        self._unsaid.step = max(self._unsaid.step, incident.last_step, incident.resolved_step or 0)
+        if before is None or before.resolved != incident.resolved:
+            self._unsaid.lines.append(incident_line(incident))
+
+    def summary(self, text: str) -> None:
+        """Write the words said at the end into the text dashboard."""
+        self._text = text
+        self._write_text(f"{self.name}/summary", text)
+
+    def flush(self) -> None:
+        if self._unsaid.incidents:
+            self._step = max(self._step, self._unsaid.step)
+            self._add(self._incident_values(self._step), self._step, 0.0, {})
+        if not self._closed():
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Write what is left and flush; the writer stays open."""
+        if self._meta is None:
+            return
+        if self._headline.count and not self._text and not self._closed():
+            self.summary(closing_words(self._headline, list(self._incidents.values()), self._step))
+        self.flush()
+        self._meta = None
+
+    # Inside
+
+    def _incident_values(self, step: int) -> list[Any]:
+        """Return what is new of incidents; and, where the step was written before, what that event said of them too."""
+        if not self._unsaid.incidents:
+            return []
+        news = self._unsaid
+        if step <= self._said.step:
+            news = News(step, self._said.incidents | news.incidents, self._said.lines + news.lines)
+        news.step = step
+        self._said, self._unsaid = news, News(step=-1)
+        values = [self._tensors.incidents(list(news.incidents.values()))]
+        return [*values, text(f"{self.name}/incident_log", "\n\n".join(news.lines))] if news.lines else values
+
+    def _write_indices(self, window: Sequence[StepRecord]) -> None:
+        if self._meta is not None and self._tensors.is_new:
+            self._add([self._tensors.meta(self._meta)], window[0].step, window[0].time, {})
+        for record in window:
+            if (value := self._tensors.index(record.index)) is not None:
+                self._add([value], record.step, record.time, {})
+
+    def _write_histograms(self, record: StepRecord) -> None:
+        values = [self._tensors.histograms(record)]
+        for path, counts in list(record.histograms.items())[: self.max_histograms]:
+            log10 = self.histogram_scale == "log10"
+            edges, filled = counts.log10_buckets() if log10 else signed_buckets(counts)
+            if len(filled):
+                values.append(histogram(f"{self.name}_histograms/{path}", edges, filled))
+        self._add(values, record.step, record.time, {})
+
+    def _write_text(self, tag: str, markdown: str) -> None:
+        self._add([text(tag, markdown)], self._step, 0.0, {})
+
+    def _add(self, values: list[Any], step: int, walltime: float, scalars: dict[str, float]) -> None:
+        """Add one event; `scalars` are those among the values that a plain writer can take."""
+        if self._closed():
+            raise GradwatchError("the SummaryWriter was closed; writing on would begin a second event file")
+        if self._packed:
+            try:
+                self.writer._get_file_writer().add_summary(Summary(value=values), step, walltime or None)
+                return
+            except (AttributeError, TypeError):  # a private name, or another library's protocol buffers
+                self._packed = False
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def _closed(self) -> bool:
+        # torch's writer opens a new file when it is used after `close`.
+        return getattr(self.writer, "all_writers", self) is None
