@@ -1,0 +1,33 @@
+"""Pure numeric kernels: tensors in, tensors out. Nothing is read back from a device, hooked or logged."""
+
+from __future__ import annotations
+
+from ._details import GradientDetails, gradient_details
+from ._exponents import exponent_histograms
+from ._gradients import Gradients
+from ._moments import MOMENTS, moments
+from ._norms import global_norm, second_look, tensor_norms
+from ._shards import Shards, reduce_max_, reduce_sum_
+from ._spread import row_spread
+from ._tasks import cosines, gramian
+from ._updates import UpdateMeter, UpdateStats
+
+__all__ = [
+    "MOMENTS",
+    "GradientDetails",
+    "Gradients",
+    "Shards",
+    "UpdateMeter",
+    "UpdateStats",
+    "cosines",
+    "exponent_histograms",
+    "global_norm",
+    "gradient_details",
+    "gramian",
+    "moments",
+    "reduce_max_",
+    "reduce_sum_",
+    "row_spread",
+    "second_look",
+    "tensor_norms",
+]

@@ -1,0 +1,170 @@
+"""How far the optimizer moves each parameter, for any optimizer: measured before and after its step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ._norms import tensor_norms
+from ._shards import Shards
+
+__all__ = ["UpdateMeter", "UpdateStats"]
+
+_ALIGN = 64
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateStats:
+    """Updates of some parameters, on their device.
+
+    Attributes:
+        positions: which parameters were measured.
+        update_norms: norm of (parameter after the step - before), float64, shape (len(positions),).
+        param_norms: norm of the parameter before the step, float64, the same shape.
+    """
+
+    positions: list[int]
+    update_norms: Tensor
+    param_norms: Tensor
+
+
+class UpdateMeter:
+    """Measures updates through copies of parameters, within a bound on memory.
+
+    Where the copies of all parameters don't fit, each `before` takes the next ones that do, in turns. A parameter that
+    is larger than the bound by itself is never measured and is listed in `left_out`.
+
+    Args:
+        params: parameters, plain or distributed; local pieces count for the bound.
+        memory_limit_bytes: of all copies together.
+
+    Attributes:
+        left_out: positions of parameters that can't be measured within the bound.
+
+    Raises:
+        ConfigError: the bound is negative.
+    """
+
+    def __init__(self, params: Sequence[Tensor], memory_limit_bytes: int) -> None:
+        if not memory_limit_bytes >= 0:
+            raise ConfigError(f"`memory_limit_bytes` must be at least 0. Got {memory_limit_bytes}.")
+        self._params = list(params)
+        self._limit = memory_limit_bytes
+        self._next = 0
+        self._chosen: list[int] = []
+        self._copies: list[Tensor] = []
+        self._arenas: dict[torch.device, Tensor] = {}
+        self.left_out = [i for i, p in enumerate(self._params) if _bytes(p) > memory_limit_bytes]
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory held for copies now, also between steps."""
+        return sum(arena.numel() for arena in self._arenas.values())
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Copy the parameters whose turn it is. Call it right before the optimizer's step."""
+        self._chosen = self._choose()
+        pieces = [_local(self._params[i]) for i in self._chosen]
+        self._copies = self._room_for(pieces)
+        for copies, sources in _grouped(self._copies, pieces):
+            torch._foreach_copy_(copies, sources)
+
+    @torch.no_grad()
+    def after(self) -> UpdateStats:
+        """Return how far those parameters moved. Call it right after the optimizer's step.
+
+        Raises:
+            RuntimeError: `before` was not called.
+        """
+        if not self._chosen and self._params and len(self.left_out) < len(self._params):
+            raise RuntimeError("`UpdateMeter.after` needs a call of `before` first.")
+        chosen, copies = self._chosen, self._copies
+        params = [self._params[i] for i in chosen]
+        shards = Shards(params)
+        param_norms = tensor_norms(copies)
+        for into, sources in _grouped(copies, [_local(p) for p in params]):
+            torch._foreach_sub_(into, sources)
+        update_norms = tensor_norms(copies)
+        if shards.groups:
+            both = torch.stack([update_norms, param_norms], dim=1).square_()
+            update_norms, param_norms = shards.sum_(both).sqrt_().unbind(dim=1)
+        self.discard()
+        return UpdateStats(chosen, update_norms, param_norms)
+
+    def discard(self) -> None:
+        """Forget the copies: the step did not happen. The memory is kept for the next ones."""
+        self._chosen, self._copies = [], []
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.discard()
+        self._arenas.clear()
+
+    def _choose(self) -> list[int]:
+        chosen: list[int] = []
+        room, left_out = self._limit, set(self.left_out)
+        count = len(self._params)
+        for k in range(count):
+            i = (self._next + k) % count
+            if i in left_out:
+                continue
+            need = _bytes(self._params[i])
+            if need > room:
+                self._next = i
+                return sorted(chosen)
+            room -= need
+            chosen.append(i)
+        return sorted(chosen)
+
+    def _room_for(self, pieces: list[Tensor]) -> list[Tensor]:
+        """Return tensors like the pieces, cut from one block of memory per device that is kept between calls."""
+        need: dict[torch.device, int] = {}
+        offsets = []
+        for piece in pieces:
+            offsets.append(need.get(piece.device, 0))
+            need[piece.device] = offsets[-1] + _padded(piece)
+        for device, size in need.items():
+            if device not in self._arenas or self._arenas[device].numel() < size:
+                self._arenas[device] = torch.empty(size, dtype=torch.uint8, device=device)
+        return [
+            self._arenas[piece.device][at : at + piece.numel() * piece.element_size()]
+            .view(piece.dtype)
+            .view(piece.shape)
+            for at, piece in zip(offsets, pieces, strict=True)
+        ]
+
+
+def _grouped(into: list[Tensor], sources: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(into, sources, strict=True):
+        if target.numel():
+            pair = groups.setdefault((target.device, target.dtype), ([], []))
+            pair[0].append(target)
+            pair[1].append(source.detach())
+    return list(groups.values())
+
+
+def _local(param: Any) -> Tensor:
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    if dtensor is not None and isinstance(param, dtensor.DTensor):
+        return param.detach().to_local()
+    return param.detach()
+
+
+def _carved(arena: Tensor, at: int, like: Tensor) -> Tensor:
+    return arena[at : at + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
+
+
+def _padded(piece: Tensor) -> int:
+    return -(-piece.numel() * piece.element_size() // _ALIGN) * _ALIGN
+
+
+def _bytes(param: Tensor) -> int:
+    return _padded(_local(param))
