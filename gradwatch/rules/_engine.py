@@ -56,6 +56,17 @@ class Judgement:
     opened: tuple[Incident, ...] = ()
     resolved: tuple[Incident, ...] = ()
 
+    def followed_by(self, other: Judgement) -> Judgement:
+        """Return both as one."""
+        if not (other.findings or other.fired or other.opened or other.resolved):
+            return self
+        return Judgement(
+            findings=_Chain([part for part in (self.findings, other.findings) if len(part)]),
+            fired=self.fired + other.fired,
+            opened=self.opened + other.opened,
+            resolved=self.resolved + other.resolved,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuleCoverage:
@@ -129,17 +140,27 @@ class RuleEngine:
         """What `annotate` was told, with its step."""
         return list(self._annotations)
 
-    def judge(self, record: StepRecord) -> Judgement:
-        """Return what the rules say of one record."""
+    def judge(self, record: StepRecord, phase: str = "all") -> Judgement:
+        """Return what the rules say of one record.
+
+        Args:
+            record: of one step.
+            phase: `"early"`: the rules that need nothing of what comes after the optimizer's step, so that they can act
+                in it; `"late"`: the others, on the completed record; `"all"`: one after the other, as in a replay.
+        """
+        if phase == "all":
+            early, late = self.judge(record, "early"), self.judge(record, "late")
+            return early.followed_by(late)
         self._meet(record)
         since_start = record.step - (self._start or 0)
-        for slot in self._slots:
+        slots = [slot for slot in self._slots if slot.is_late == (phase == "late")]
+        for slot in slots:
             if not slot.disabled:
                 self._look(slot, record, since_start)
         muted: dict[str, bool] = {}
         verdicts = []
-        for slot in self._slots:
-            if slot.is_active:
+        for slot in slots:
+            if slot.is_active and not slot.disabled:
                 silences = [s for s in self._silences if s.covers(record.step, slot.rule)]
                 mute = self._is_muted(slot, muted, record.step, ())
                 verdicts.append((slot, slot.conclude(record, mute, silences, self._new_case)))

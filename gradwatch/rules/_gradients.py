@@ -100,25 +100,24 @@ class Dead(Rule):
         self._require("stuck", self.stuck > 0, 0, "above")
 
     def init(self) -> State:
-        return {"loss": Progress(), "per_path": {}}
+        return {"loss": Progress()}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         loss = progress(Progress(*state["loss"]), record.loss)
-        alive = state["per_path"].get("alive")
-        state = {**state, "loss": tuple(loss)}
+        state = {"loss": tuple(loss)}
         if "grad_norm" not in record.columns:
             return self.unjudged(record, "no gradient was measured"), state
         norms, measured = record.columns["grad_norm"], record.measured("grad_norm")
         has_grad = measured & (norms != 0)
         weights = select(record.index, self.paths, min_ndim=2)
+        if "optimizer" in record.scalars:
+            # Optimizers that take turns: the others' parameters have no gradient now.
+            weights = weights & measured
         if not measured.any() or not weights.any():
             return self.unjudged(record, "no weight has a gradient"), state
         if loss.seen and (not loss.is_stuck(self.stuck, after=20) or abs(loss.now) <= self.min_loss):
             return self.clear(record), state
-        # Optimizers that take turns measure other parameters at each step.
-        seen = has_grad if alive is None else (alive * 0.9 + has_grad)
-        state = {**state, "per_path": {"alive": np.asarray(seen, np.float64)}}
-        dead = weights & ~(np.asarray(seen) > 0.05)
+        dead = weights & ~has_grad
         if not dead.any():
             return self.clear(record), state
         trunk = dead & (record.index.depth < self._first_alive(record, weights & ~dead))

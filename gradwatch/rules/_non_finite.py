@@ -15,11 +15,11 @@ from ._selection import first_in_order, leaf_first, select
 __all__ = ["NonFinite"]
 
 _COUNTS = ("nonfinite_count", "output_nonfinite", "grad_output_nonfinite")
-_NORMS = ("grad_norm", "param_norm")
+_NORMS = ("grad_norm",)
 
 
 class NonFinite(Rule):
-    """Flags a loss, gradient, weight or activation that is NaN or infinite.
+    """Flags a loss, gradient or activation that is NaN or infinite.
 
     A gradient norm is finite only if every element is. Steps that a GradScaler found to overflow, and skips, are its
     way of working: their gradients are flagged only when the scale is down at `scale_floor`, or after more than

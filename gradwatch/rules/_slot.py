@@ -18,6 +18,10 @@ from ._state import from_plain, realign, to_plain
 __all__ = ["Slot", "Verdict"]
 
 NO_RECORD = "no record yet"
+KNOWN_AFTER_THE_STEP = frozenset(
+    {"update_norm", "update_ratio", "param_norm", "treatments", "skipped", "global_norm_after", "end_of_run"}
+)
+"""What a record holds only once the optimizer has stepped: rules that read it are judged then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +54,9 @@ class Slot:
         self.last_hit = -1
         self.last_case: Case | None = None
         self.action_steps: list[int] = []
+
+        wants = {*getattr(rule, "wants", ()), *getattr(rule, "needs", ())}
+        self.is_late = bool(wants & KNOWN_AFTER_THE_STEP)
 
     def _setting(self, name: str, default: int = 0) -> int:
         return int(getattr(self.rule, name, default))
