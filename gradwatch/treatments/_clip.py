@@ -204,6 +204,8 @@ def clip_to_(grads: Gradients, context: Context, limit: float | Tensor) -> dict[
     """Clip the whole gradient to a limit where triggered; return the report."""
     if not len(grads):
         return None
+    if isinstance(limit, Tensor):
+        limit = torch.where(limit > 0, limit, torch.inf)
     coefficient = norm_coefficient(grads.global_norm, limit)
     coefficient = where_triggered(read_trigger(context), coefficient, 1.0)
     grads.mul_(coefficient)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..errors import GradwatchError
 from ..stats._scaling import scale_
 
-__all__ = ["local_part", "on_values_", "scale_"]
+__all__ = ["as_dtensor", "local_part", "on_values_", "scale_"]
 
 
 @torch.no_grad()
@@ -32,12 +33,19 @@ def local_part(tensor: Tensor) -> Tensor:
     Raises:
         GradwatchError: ranks hold addends of the tensor (a `Partial` placement): nothing can be said of its elements.
     """
-    if not isinstance(tensor, DTensor):
+    sharded = as_dtensor(tensor)
+    if sharded is None:
         return tensor
-    if any(placement.is_partial() for placement in tensor.placements):
+    if any(placement.is_partial() for placement in sharded.placements):
         raise GradwatchError(
-            f"A gradient of shape {tuple(tensor.shape)} is not summed over ranks yet ({tensor.placements}): "
+            f"A gradient of shape {tuple(sharded.shape)} is not summed over ranks yet ({sharded.placements}): "
             "treat gradients after their reduction, or leave this parameter out with `paths`."
         )
     with torch.no_grad():
-        return tensor.to_local()
+        return sharded.to_local()
+
+
+def as_dtensor(tensor: Tensor) -> Any:
+    """Return the tensor itself where it is a DTensor, else None; does not import what nobody has imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None

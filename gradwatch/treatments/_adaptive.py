@@ -1,0 +1,181 @@
+"""Clipping each output unit's gradient against the unit's own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..protocols import Context
+from ..records import select_paths
+from ..stats import tensor_norms
+from ._base import BaseTreatment, chosen, read_trigger, where_triggered
+from ._checks import check_number, check_patterns
+from ._tensors import local_part
+from ._units import UnitLayout, head_paths, unit_layouts, unit_norms, unit_view
+
+if TYPE_CHECKING:
+    from ..stats import Gradients
+
+__all__ = ["AdaptiveClip", "adaptive_clip_"]
+
+_FIRST_AXIS = UnitLayout()
+
+
+@torch.no_grad()
+def adaptive_clip_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    ratio: float = 0.01,
+    *,
+    floor: float = 1e-3,
+    layouts: Sequence[UnitLayout] | None = None,
+    norms: Tensor | None = None,
+    limit_scale: float | Tensor = 1.0,
+) -> tuple[Tensor, int]:
+    """Clip the gradient of every output unit to `ratio` times the norm of its weights; return (clipped, units).
+
+    Brock et al., "High-performance large-scale image recognition without normalization", ICML 2021, arXiv 2102.06171:
+    each unit's gradient g with weights w is multiplied by min(1, ratio max(|w|, floor) / |g|). Tensors of fewer than
+    two dimensions are one unit; of sparse gradients each explicit row. The floor lets weights that begin at zero train
+    at all. A unit whose norm is not finite stays as it is.
+
+    Args:
+        params: weights.
+        grads: their gradients, changed in place.
+        ratio: the largest allowed gradient norm relative to the weights'.
+        floor: under the weights' norm.
+        layouts: where the units lie; None: on the first axis everywhere.
+        norms: of the gradients as they are, where they are known; float64 (n,).
+        limit_scale: to multiply every limit by: a loss scale that is still in `grads`; inf leaves them alone.
+
+    Returns:
+        How many units were clipped (0-dim int64) and how many there are, on this rank.
+    """
+    norms = tensor_norms(grads) if norms is None else norms
+    scale = torch.as_tensor(limit_scale, dtype=torch.float64, device=norms.device) * ratio
+    clipped, units = torch.zeros((), dtype=torch.int64, device=norms.device), 0
+    small = [i for i, grad in enumerate(grads) if grad.ndim < 2]
+    small_weights = tensor_norms([params[i] for i in small])
+    for i, weight in zip(small, small_weights.unbind(), strict=True):
+        clipped += _clip_(local_part(grads[i]), norms[i], weight.clamp(min=floor) * scale, norms[i])
+        units += 1
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad.ndim < 2:
+            continue
+        layout = _FIRST_AXIS if layouts is None else layouts[i]
+        if grad.is_sparse:
+            whole = grad.coalesce()
+            view, found = whole.values(), unit_norms(whole.values())
+            weights = unit_norms(param.index_select(0, whole.indices()[0]))
+        else:
+            view, found, weights = unit_view(grad, layout)[0], unit_norms(grad, layout), unit_norms(param, layout)
+        clipped += _clip_(view, found, weights.clamp_(min=floor).mul_(scale), norms[i])
+        units += found.numel()
+        if grad.is_sparse and not grad.is_coalesced():
+            grad.copy_(whole)
+    return clipped, units
+
+
+def _clip_(view: Tensor, norms: Tensor, limits: Tensor, whole: Tensor) -> Tensor:
+    """Scale the units of one gradient to their limits; return how many were above."""
+    # A unit's norm may leave float32 where the tensor's, in float64, doesn't: it is at most that.
+    norms = torch.minimum(norms, whole)
+    # fmin passes over the nan of a unit that is not finite.
+    coefficients = torch.fmin(limits / norms, torch.ones_like(norms))
+    coefficients = torch.where(torch.isfinite(norms), coefficients, 1.0)
+    count = (coefficients < 1).sum()
+    if count.device.type != "cpu" or int(count):
+        view.mul_(coefficients)
+    return count
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptiveClip(BaseTreatment):
+    """Clip each output unit's gradient to `ratio` times the norm of the unit's weights (AGC).
+
+    Made for networks without normalisation layers. A healthy run of another kind may train several times slower.
+
+    Args:
+        ratio: the largest allowed gradient norm relative to the weights'.
+        floor: under the weights' norm.
+        head: parameters that are left alone: "auto", those of the last layer, as the paper advises; glob patterns; or
+            None.
+        paths: glob patterns of parameters.
+    """
+
+    ratio: float = 0.01
+    floor: float = field(default=1e-3, kw_only=True)
+    head: str | Sequence[str] | None = field(default="auto", kw_only=True)
+    paths: str | Sequence[str] = field(default="*", kw_only=True)
+    _memory: _Model = field(default_factory=lambda: _Model(), init=False, repr=False)
+    order: ClassVar[int] = 40
+
+    def __post_init__(self) -> None:
+        check_number(self, "ratio", self.ratio, above=0)
+        check_number(self, "floor", self.floor, above=0)
+        check_patterns(self, "paths", self.paths)
+        if self.head is not None:
+            check_patterns(self, "head", self.head)
+
+    def bind(self, model: nn.Module) -> None:
+        """Find the last layer, and the axis of the output units of every weight."""
+        super().bind(model)
+        self._memory.layouts = unit_layouts(model)
+        self._memory.head = head_paths(model)
+
+    def apply_(self, grads: Gradients, context: Context) -> Mapping[str, Any] | None:
+        if self._memory.head is None:
+            # Nobody showed us the model: of the gradients seen first, the last weight's layer.
+            self._memory.head = _last_layer(grads.paths, [p.ndim for p in grads.params])
+        part = chosen(grads, self.paths)
+        head = self._is_head(part.paths)
+        kept = [i for i, is_head in enumerate(head) if not is_head]
+        trigger = read_trigger(context)
+        if not kept or trigger is False:
+            return {"applied": 0.0} if kept else None
+        scale = torch.ones_like(part.global_norm) * part.grad_scale
+        norms = part.norms * scale
+        limit_scale = where_triggered(trigger, scale, torch.inf)
+        # Statistics of a broken step say nothing: it is a guard's to judge.
+        limit_scale = torch.where(torch.isfinite(part.global_norm), limit_scale, torch.inf)
+        params, tensors, paths = part.params, part.grads, part.paths
+        clipped, units = adaptive_clip_(
+            [params[i] for i in kept],
+            [tensors[i] for i in kept],
+            self.ratio,
+            floor=self.floor,
+            layouts=[self._memory.layouts.get(paths[i], _FIRST_AXIS) for i in kept],
+            norms=norms[kept] if len(kept) < len(paths) else norms,
+            limit_scale=limit_scale,
+        )
+        if clipped.device.type != "cpu" or int(clipped):
+            part.touch()
+        return {"applied": clipped > 0, "clipped_share": clipped / max(units, 1), "units": float(units)}
+
+    def _is_head(self, paths: Sequence[str]) -> list[bool]:
+        if self.head is None:
+            return [False] * len(paths)
+        if self.head == "auto":
+            assert self._memory.head is not None
+            return [path in self._memory.head for path in paths]
+        return select_paths(paths, self.head).tolist()
+
+
+@dataclass
+class _Model:
+    """What is known of the model."""
+
+    layouts: dict[str, UnitLayout] = field(default_factory=dict)
+    head: frozenset[str] | None = None
+
+
+def _last_layer(paths: Sequence[str], ndims: Sequence[int]) -> frozenset[str]:
+    last = next((p for p, ndim in zip(reversed(paths), reversed(ndims), strict=True) if ndim >= 2), None)
+    if last is None:
+        return frozenset()
+    owner = last.rpartition(".")[0]
+    return frozenset(path for path in paths if path == last or (owner and path.rpartition(".")[0] == owner))

@@ -1,0 +1,114 @@
+"""Clipping elements that stand out from Adam's second moment."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import GradwatchWarning
+from ..protocols import Context
+from ._base import BaseTreatment, chosen, read_trigger, where_triggered
+from ._checks import check_number, check_patterns
+from ._optimizer_state import second_moment
+from ._tensors import local_part
+
+if TYPE_CHECKING:
+    from ..stats import Gradients
+
+__all__ = ["SpikeClip", "spike_clip_"]
+
+
+@torch.no_grad()
+def spike_clip_(
+    grads: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    threshold: float = 5000.0,
+    *,
+    limit_scale: float | Tensor = 1.0,
+) -> Tensor:
+    """Clip every element g with g**2 > threshold v to sign(g) sqrt(threshold v); return how many, 0-dim int64.
+
+    Huang et al., "SPAM: spike-aware Adam with momentum reset for stable LLM training", ICLR 2025, arXiv 2501.06842.
+    Elements whose second moment is exactly 0 have no past to stand out from and stay. NaN stays NaN.
+
+    Args:
+        grads: changed in place.
+        second_moments: running means of squared gradients, of the same shapes.
+        threshold: from which a square is a spike.
+        limit_scale: to multiply limits by: a loss scale that is still in `grads`; inf leaves them alone.
+    """
+    counts = []
+    for grad, second in zip(grads, second_moments, strict=True):
+        values = local_part(grad)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        limits = local_part(second).to(wide).mul(threshold).sqrt_()
+        limits = torch.where(limits > 0, limits * limit_scale, torch.inf).to(wide)
+        outside = values.abs() > limits
+        count = outside.sum()
+        counts.append(count)
+        if count.device.type != "cpu" or int(count):
+            values.copy_(torch.where(outside, torch.copysign(limits, values), values))
+    return torch.stack([count.to(counts[0].device) for count in counts]).sum() if counts else torch.zeros(())
+
+
+@dataclass(frozen=True, eq=False)
+class SpikeClip(BaseTreatment):
+    """Clip single elements that stand out from the second moment in the optimizer's own state (SPAM).
+
+    Needs an optimizer of Adam's kind (or RMSprop); under another one a warning says that nothing is done. It acts from
+    the second step on, when there is a second moment.
+
+    Args:
+        threshold: clip where the square is more than so many times the second moment.
+        paths: glob patterns of parameters.
+    """
+
+    threshold: float = 5000.0
+    paths: str | Sequence[str] = field(default="*", kw_only=True)
+    _memory: dict[str, bool] = field(default_factory=dict, init=False, repr=False)
+    order: ClassVar[int] = 42
+
+    def __post_init__(self) -> None:
+        check_number(self, "threshold", self.threshold, above=0)
+        check_patterns(self, "paths", self.paths)
+
+    def apply_(self, grads: Gradients, context: Context) -> Mapping[str, Any] | None:
+        part = chosen(grads, self.paths)
+        found = [(g, second_moment(context.optimizers, p)) for p, g in zip(part.params, part.grads, strict=True)]
+        # A sparse gradient's optimizer keeps another second moment.
+        pairs = [(g, v) for g, v in found if v is not None and not g.is_sparse]
+        if not pairs:
+            self._warn_where_it_never_acts(context)
+            return {"applied": 0.0, "clipped_share": 0.0}
+        trigger = read_trigger(context)
+        if trigger is False:
+            return {"applied": 0.0, "clipped_share": 0.0}
+        whole = part.global_norm
+        scale = where_triggered(trigger, torch.ones_like(whole) * part.grad_scale, torch.inf)
+        scale = torch.where(torch.isfinite(whole), scale, torch.inf)
+        if scale.device.type == "cpu" and bool(torch.isinf(scale)):
+            return {"applied": 0.0, "clipped_share": 0.0}
+        clipped = spike_clip_([g for g, _ in pairs], [v for _, v in pairs], self.threshold, limit_scale=scale)
+        if clipped.device.type != "cpu" or int(clipped):
+            part.touch()
+        return {"applied": clipped > 0, "clipped_share": clipped / sum(g.numel() for g, _ in pairs)}
+
+    def _warn_where_it_never_acts(self, context: Context) -> None:
+        optimizers = [getattr(o, "optimizer", o) for o in context.optimizers]
+        # Before its first step an optimizer of the right kind has no state, either.
+        may_come = any(not o.state and {"betas", "alpha"} & set(o.defaults) for o in optimizers)
+        if may_come or not optimizers or self._memory.get("warned"):
+            return
+        self._memory["warned"] = True
+        names = ", ".join(sorted({type(o).__name__ for o in optimizers}))
+        warnings.warn(
+            f"SpikeClip: {names} keeps no second moment of gradients in its state, so nothing is clipped. "
+            "ZClip works with every optimizer.",
+            GradwatchWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,121 @@
+"""Output units of weights: which axis they lie on, and their sums and norms, also where ranks hold pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import GradwatchError
+from ._base import clean_path
+from ._tensors import as_dtensor, local_part
+
+__all__ = ["UnitLayout", "head_paths", "num_unit_elements", "unit_layouts", "unit_norms", "unit_sums", "unit_view"]
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """Where the output units of a weight lie.
+
+    Attributes:
+        axis: of the weight.
+        groups: of a transposed convolution, whose weight (in, out / groups, ...) mixes them into the first axis.
+    """
+
+    axis: int = 0
+    groups: int = 1
+
+
+_FIRST_AXIS = UnitLayout()
+
+
+def unit_layouts(model: nn.Module) -> dict[str, UnitLayout]:
+    """Return the layouts that are not "first axis", by parameter path: weights of transposed convolutions."""
+    layouts: dict[str, UnitLayout] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            layouts[clean_path(f"{path}.weight" if path else "weight")] = UnitLayout(1, module.groups)
+    return layouts
+
+
+def head_paths(model: nn.Module) -> frozenset[str]:
+    """Return the paths of the parameters of the last layer: the last module that owns a trainable weight of two or
+    more dimensions. A weight tied to an earlier one counts under its first name."""
+    canonical = {id(parameter): clean_path(path) for path, parameter in model.named_parameters()}
+    head: frozenset[str] = frozenset()
+    for module in model.modules():
+        own = [p for p in module._parameters.values() if p is not None]
+        if any(p.requires_grad and p.ndim >= 2 for p in own):
+            head = frozenset(canonical[id(p)] for p in own if id(p) in canonical)
+    return head
+
+
+def unit_view(tensor: Tensor, layout: UnitLayout) -> tuple[Tensor, tuple[int, ...]]:
+    """Return a view of the local part, and the dimensions of it that lie inside a unit.
+
+    Raises:
+        GradwatchError: ranks hold pieces of a grouped transposed convolution, whose groups can't be told apart.
+    """
+    local = local_part(tensor)
+    if layout.groups == 1:
+        return local, tuple(d for d in range(local.ndim) if d != layout.axis)
+    if local.shape != tensor.shape:
+        raise GradwatchError(
+            f"A gradient of shape {tuple(tensor.shape)} belongs to a transposed convolution of {layout.groups} groups "
+            "and is sharded: its output units can't be told apart. Leave this parameter out with `paths` or `head`."
+        )
+    local = local.view(layout.groups, local.shape[0] // layout.groups, *local.shape[1:])
+    return local, tuple(d for d in range(local.ndim) if d not in (0, 2))
+
+
+@torch.no_grad()
+def unit_norms(tensor: Tensor, layout: UnitLayout = _FIRST_AXIS) -> Tensor:
+    """Return the L2 norm of each output unit, whole also where ranks hold pieces of a unit.
+
+    At least float32, in a shape that broadcasts against `unit_view`. Reads nothing back.
+    """
+    view, inside = unit_view(tensor, layout)
+    norms = torch.linalg.vector_norm(view, dim=inside, keepdim=True, dtype=_wide(view.dtype))
+    groups = _groups_inside(tensor, layout)
+    if not groups:
+        return norms
+    squares = norms.to(torch.float64).square_()
+    for group in groups:
+        dist.all_reduce(squares, group=group)
+    return squares.sqrt_().to(norms.dtype)
+
+
+@torch.no_grad()
+def unit_sums(tensor: Tensor, layout: UnitLayout = _FIRST_AXIS) -> Tensor:
+    """Return the sum of each output unit's elements, as `unit_norms` does norms."""
+    view, inside = unit_view(tensor, layout)
+    sums = view.sum(dim=inside, keepdim=True, dtype=_wide(view.dtype))
+    for group in _groups_inside(tensor, layout):
+        dist.all_reduce(sums, group=group)
+    return sums
+
+
+def num_unit_elements(tensor: Tensor, layout: UnitLayout = _FIRST_AXIS) -> int:
+    """Return the number of elements of each output unit, of the whole tensor."""
+    return tensor.numel() // max(tensor.shape[layout.axis] * layout.groups, 1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _groups_inside(tensor: Tensor, layout: UnitLayout) -> list[Any]:
+    """Return the process groups over which units are split: those of placements that shard another axis than theirs."""
+    sharded = as_dtensor(tensor)
+    if sharded is None:
+        return []
+    mesh = sharded.device_mesh
+    # Not `is_shard()`: that is False for the _StridedShard of FSDP2 on top of tensor parallel.
+    return [
+        mesh.get_group(dim)
+        for dim, placement in enumerate(sharded.placements)
+        if not placement.is_replicate() and getattr(placement, "dim", None) != layout.axis and mesh.size(dim) > 1
+    ]
