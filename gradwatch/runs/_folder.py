@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import GradwatchWarning, RunFormatError
 from ..records import SCHEMA_VERSION, Bools, Incident, Index
-from ..sinks import RUN_FORMAT
+from ..sinks import RUN_FORMAT, IncidentKey, incident_key
 from ..sinks.blocks import Block, scan, segment_files
 
 __all__ = ["BlockFile", "Live", "read_incidents", "read_index", "read_meta", "record_files"]
@@ -110,7 +110,7 @@ def read_incidents(folder: Path, starts: dict[int, float]) -> list[Incident]:
     if not file.exists():
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
-    found: dict[int, Incident] = {}
+    found: dict[IncidentKey, Incident] = {}
     # A last line without its end was cut short.
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
@@ -122,7 +122,7 @@ def read_incidents(folder: Path, starts: dict[int, float]) -> list[Incident]:
             continue
         said_at = max(incident.first_step, incident.last_step, incident.resolved_step or 0)
         if said_at < starts.get(data.get("session", 0), float("inf")):
-            found[incident.id] = incident
+            found[incident_key(incident)] = incident
     return sorted(found.values(), key=lambda i: (i.first_step, i.id))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ._incident_lines import IncidentKey, incident_key
 from ._memory import MemorySink
 from ._run_folder import RUN_FORMAT, RunFolder
 from ._safe import SafeSinks
@@ -15,7 +16,7 @@ from ._safe import SafeSinks
 if TYPE_CHECKING:
     from .tensorboard import TensorBoardSink
 
-__all__ = ["RUN_FORMAT", "MemorySink", "RunFolder", "SafeSinks", "TensorBoardSink"]
+__all__ = ["RUN_FORMAT", "IncidentKey", "MemorySink", "RunFolder", "SafeSinks", "TensorBoardSink", "incident_key"]
 
 
 def __getattr__(name: str) -> Any:

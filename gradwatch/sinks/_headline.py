@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..records import Floats, Incident, StepRecord
+from ._incident_lines import IncidentKey, incident_key
 
 __all__ = ["FIELDS", "SCALARS", "Headline", "newest", "whole_window"]
 
@@ -73,10 +74,10 @@ class Headline:
         self.count = 0
         self.num_skipped = 0
         self.num_treated = 0
-        self._incidents: set[int] = set()
+        self._incidents: set[IncidentKey] = set()
 
     def incident(self, incident: Incident) -> None:
-        self._incidents.add(incident.id)
+        self._incidents.add(incident_key(incident))
 
     def update(self, window: Sequence[StepRecord]) -> dict[str, float]:
         """Return what is known of the window, newest record last. What was not measured is absent; nan is nan."""

@@ -8,7 +8,14 @@ from pathlib import Path
 from ..records import Incident
 from ._plain import dumps
 
-__all__ = ["IncidentLines"]
+__all__ = ["IncidentKey", "IncidentLines", "incident_key"]
+
+IncidentKey = tuple[int, str, int]
+
+
+def incident_key(incident: Incident) -> IncidentKey:
+    """Return what tells incidents apart. The id alone does not: engines of several optimizers each count from 0."""
+    return incident.id, incident.name or incident.rule, incident.first_step
 
 
 class IncidentLines:
@@ -21,19 +28,20 @@ class IncidentLines:
     def __init__(self, path: Path, *, session: int) -> None:
         self.path = path
         self.session = session
-        self._said: dict[int, Incident] = {}
-        self._held: dict[int, Incident] = {}
+        self._said: dict[IncidentKey, Incident] = {}
+        self._held: dict[IncidentKey, Incident] = {}
         # A line that SIGKILL cut short must not swallow the next one.
         if path.exists() and (said := path.read_bytes()) and not said.endswith(b"\n"):
             with path.open("ab") as file:
                 file.write(b"\n")
 
     def add(self, incident: Incident) -> None:
-        before = self._said.get(incident.id)
-        self._held.pop(incident.id, None)
+        key = incident_key(incident)
+        before = self._said.get(key)
+        self._held.pop(key, None)
         if before is not None and self._essence(before) == self._essence(incident):
             if incident != before:
-                self._held[incident.id] = incident
+                self._held[key] = incident
             return
         self._write([incident])
 
@@ -47,7 +55,7 @@ class IncidentLines:
         lines = "".join(dumps({**i.to_json(), "session": self.session}) + "\n" for i in incidents)
         with self.path.open("ab", buffering=0) as file:
             file.write(lines.encode())
-        self._said.update({i.id: i for i in incidents})
+        self._said.update({incident_key(i): i for i in incidents})
 
     @staticmethod
     def _essence(incident: Incident) -> Incident:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import IO
 
 from ..errors import ConfigError
 
@@ -27,7 +26,10 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        self._file: IO[str] | None = None
+        self._file = -1
+
+    def __del__(self) -> None:
+        self.release()
 
     def acquire(self) -> None:
         """Raises:
@@ -35,27 +37,25 @@ class FolderLock:
         """
         if self.folder in _held:
             raise self._taken("this process")
-        file = (self.folder / ".lock").open("a+", encoding="utf-8")
+        file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         if fcntl is not None:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                file.seek(0)
-                owner = file.read().strip() or "unknown"
-                file.close()
+                owner = os.read(file, 20).decode(errors="replace").strip() or "unknown"
+                os.close(file)
                 raise self._taken(f"process {owner}") from None
             except OSError:
                 pass  # a file system without locks: better to write than to refuse
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        os.ftruncate(file, 0)
+        os.write(file, str(os.getpid()).encode())
         self._file = file
         _held.add(self.folder)
 
     def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
             _held.discard(self.folder)
 
     def _taken(self, owner: str) -> ConfigError:

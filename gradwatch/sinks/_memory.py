@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..errors import ConfigError
 from ..protocols import RunMeta
 from ..records import Incident, StepRecord
+from ._incident_lines import IncidentKey, incident_key
 
 __all__ = ["MemorySink"]
 
@@ -36,7 +37,7 @@ class MemorySink:
         self.records: deque[StepRecord] = deque(maxlen=max_records)
         self.text = ""
         self.closed = False
-        self._incidents: dict[int, Incident] = {}
+        self._incidents: dict[IncidentKey, Incident] = {}
 
     @property
     def incidents(self) -> list[Incident]:
@@ -54,7 +55,7 @@ class MemorySink:
         self.records.append(record)
 
     def incident(self, incident: Incident) -> None:
-        self._incidents[incident.id] = incident
+        self._incidents[incident_key(incident)] = incident
 
     def summary(self, text: str) -> None:
         self.text = text

@@ -124,10 +124,19 @@ class RunFolder:
         assert self._lines is not None
         self._lines.add(incident)
 
-    def summary(self, text: str) -> None:
-        """Write the words said at the end of the run to `summary.md`."""
+    def annotate(self, **annotation: Any) -> None:
+        """Append to `annotations.jsonl` what rules were told after the last record: replay tells them too."""
         self._opened()
         assert self.path is not None
+        line = {**annotation, "after_step": self._last_step, "session": self._meta["sessions"][-1]["number"]}
+        with (self.path / "annotations.jsonl").open("a", encoding="utf-8") as file:
+            file.write(dumps(line) + "\n")
+
+    def summary(self, text: str) -> None:
+        """Write the words said at the end of a run that came to its end to `summary.md`."""
+        self._opened()
+        assert self.path is not None
+        self._meta["sessions"][-1]["complete"] = True
         (self.path / "summary.md").write_text(text, encoding="utf-8")
 
     def flush(self) -> None:
@@ -183,6 +192,7 @@ class RunFolder:
             "sessions": sessions,
         }
         self._write_json("meta.json", self._meta)
+        self._last_step = meta.start_step - 1
         self._index: Index | None = None
         self._index_json: dict[str, Any] = {}
         numbers = [p.stem.partition("-")[2] for p in path.glob("index-*.json")]
@@ -199,12 +209,14 @@ class RunFolder:
         if record.index is not self._index:
             self._change_index(record.index)
         self._buffer.append(record)
+        self._last_step = record.step
         self._held += 8 * len(record.index) * (len(record.columns) + 64 * bool(record.histograms))
 
     def _change_index(self, index: Index) -> None:
         data = {"schema": SCHEMA_VERSION, **index.to_json()}
         if data != self._index_json:
-            self.flush()
+            if self._buffer:
+                self.flush()
             self._index_number += 1
             self._index_json = data
             self._write_json(f"index-{self._index_number:03d}.json", data)
@@ -222,9 +234,7 @@ def _checked(file: Path) -> dict[str, Any]:
         meta = json.loads(file.read_text(encoding="utf-8"))
         form, schema = meta["format"], int(meta["schema"])
     except (ValueError, KeyError, TypeError) as error:
-        raise RunFormatError(
-            f"{file} is not the meta.json of a gradwatch run ({error!r}). Use another folder."
-        ) from None
+        raise RunFormatError(f"{file} is not a gradwatch run's ({error!r}). Use another folder.") from None
     if form != RUN_FORMAT or schema > SCHEMA_VERSION:
         raise RunFormatError(
             f"{file} is of format {form!r}, schema {schema}; this gradwatch continues {RUN_FORMAT!r} up to schema "

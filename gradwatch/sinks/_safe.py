@@ -90,6 +90,12 @@ class SafeSinks:
             if hasattr(sink, "summary"):
                 self._guard(sink, "writing the summary", lambda s: s.summary(text))
 
+    def annotate(self, **annotation: Any) -> None:
+        """Hand an annotation (`text`, `silence`, `paths`, `rules`) to the sinks that keep them, for replay."""
+        for sink in self.sinks:
+            if hasattr(sink, "annotate"):
+                self._guard(sink, "writing an annotation", lambda s: s.annotate(**annotation))
+
     def flush(self) -> None:
         for sink in self.sinks:
             self._drain(sink)

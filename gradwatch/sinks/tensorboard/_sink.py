@@ -12,6 +12,7 @@ from ...errors import ConfigError, GradwatchError
 from ...protocols import RunMeta
 from ...records import Incident, StepRecord
 from .._headline import SCALARS, Headline, whole_window
+from .._incident_lines import IncidentKey, incident_key
 from .._text import closing_words, incident_line
 from ._layout import band_values, write_layout
 from ._tensors import PluginTensors
@@ -25,7 +26,7 @@ class News:
     """Incidents that changed, the lines that say so, and the step at which they are written."""
 
     step: int
-    incidents: dict[int, Incident] = field(default_factory=dict)
+    incidents: dict[IncidentKey, Incident] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
 
@@ -75,7 +76,7 @@ class TensorBoardSink:
         self._headline = Headline()
         self._packed = True
         self._step = 0
-        self._incidents: dict[int, Incident] = {}
+        self._incidents: dict[IncidentKey, Incident] = {}
         self._said = News(step=-1)
         self._unsaid = News(step=-1)
         self._text = ""
@@ -111,10 +112,11 @@ class TensorBoardSink:
 
     def incident(self, incident: Incident) -> None:
         """Keep it for the next event: the data server drops all but the last of several at one step."""
-        before = self._incidents.get(incident.id)
+        key = incident_key(incident)
+        before = self._incidents.get(key)
         self._headline.incident(incident)
-        self._incidents[incident.id] = incident
-        self._unsaid.incidents[incident.id] = incident
+        self._incidents[key] = incident
+        self._unsaid.incidents[key] = incident
         self._unsaid.step = max(self._unsaid.step, incident.last_step, incident.resolved_step or 0)
         if before is None or before.resolved != incident.resolved:
             self._unsaid.lines.append(incident_line(incident))
