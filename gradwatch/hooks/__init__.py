@@ -11,12 +11,32 @@ from typing import TYPE_CHECKING, Any
 from ..errors import suggest
 
 if TYPE_CHECKING:
+    from ._aliases import Alias as Alias
+    from ._aliases import Unavailable as Unavailable
+    from ._functions import Intervention as Intervention
+    from ._functions import Observer as Observer
+    from ._hook import Hook as Hook
+    from ._manager import HookManager as HookManager
+    from ._points import HookPoint as HookPoint
+    from ._points import Point as Point
+    from ._points import RawCall as RawCall
     from ._tap import ModuleTap as ModuleTap
     from ._tap_stats import TapStats as TapStats
+    from ._views import Heads as Heads
 
 _DOORS = {
+    "Alias": "_aliases",
+    "Heads": "_views",
+    "Hook": "_hook",
+    "HookManager": "_manager",
+    "HookPoint": "_points",
+    "Intervention": "_functions",
     "ModuleTap": "_tap",
+    "Observer": "_functions",
+    "Point": "_points",
+    "RawCall": "_points",
     "TapStats": "_tap_stats",
+    "Unavailable": "_aliases",
 }
 
 __all__ = [*sorted(_DOORS)]

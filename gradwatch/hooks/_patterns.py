@@ -1,0 +1,174 @@
+"""From what a user points at (glob, regular expression, class, index, ...) to hook points."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError, UnavailablePointError, UnknownNameError, UnknownPathError
+from ._names import ModelNames
+from ._points import MODULE_PORTS, PARAMETER_PORTS, PORTS, HookPoint
+
+__all__ = ["Resolver"]
+
+_GRADIENT_OF = {"output": "grad_output", "input": "grad_at_input"}
+
+
+class Resolver:
+    """Finds hook points by what a user points at.
+
+    Args:
+        names: of the model.
+        aliases: alias -> hook point, unavailable ones included.
+    """
+
+    def __init__(self, names: ModelNames, aliases: Mapping[str, HookPoint]) -> None:
+        self.names = names
+        self.aliases = aliases
+        self._alias_of: dict[tuple[str, str], list[str]] = {}
+        for alias, point in aliases.items():
+            if point.available:
+                self._alias_of.setdefault((point.path, point.port), []).append(alias)
+
+    def point(self, path: str, port: str) -> HookPoint:
+        """Return the hook point of a first name."""
+        table: Mapping[str, Any] = self.names.parameters if port in PARAMETER_PORTS else self.names.modules
+        found = HookPoint(path, port, table[path])
+        found.other_names = self.names.other_names.get(path, ())
+        found.aliases = tuple(self._alias_of.get((path, port), ()))
+        return found
+
+    def matching(self, pattern: str, port: str) -> list[HookPoint]:
+        """Return the points of a port whose path fits a glob; maybe none."""
+        exact = self._named(lambda name: name == pattern, port)
+        return exact or self._named(lambda name: fnmatchcase(name, pattern), port)
+
+    def matching_aliases(self, pattern: str) -> list[HookPoint]:
+        """Return the aliases that fit a glob, unavailable ones too; maybe none."""
+        return [point for alias, point in self.aliases.items() if alias == pattern or fnmatchcase(alias, pattern)]
+
+    def resolve(self, target: Any, *, port: str = "output", ports: Iterable[str] = PORTS) -> list[HookPoint]:
+        """Return the hook points that `target` means, each once, in model order of its kind.
+
+        Args:
+            target: `PATH:PORT` with globs, `re:...`, "layer 4", an index, a class, a module or parameter, a predicate
+                over hook points, (target, port), or a list of these.
+            port: where the target names none.
+            ports: those that may be asked for here.
+
+        Raises:
+            UnknownPathError: it matches nothing; with the nearest names.
+            UnknownNameError: the port is none of `ports`.
+            UnavailablePointError: the name is known, but this model can't offer it.
+        """
+        found = {self._key(p): p for p in self._resolve(target, port, tuple(ports))}
+        if not found:
+            raise self._unknown(target, port)
+        available = [p for p in found.values() if p.available]
+        if not available:
+            first = next(iter(found.values()))
+            raise UnavailablePointError(first.name, first.reason)
+        return available
+
+    @staticmethod
+    def _key(point: HookPoint) -> tuple[Any, ...]:
+        return (point.path, point.port, point.view, point.leaf, point.reason and point.name)
+
+    def _resolve(self, target: Any, port: str, ports: tuple[str, ...]) -> list[HookPoint]:
+        if isinstance(target, HookPoint):
+            return [target]
+        if isinstance(target, str):
+            return self._from_text(target, port, ports)
+        if isinstance(target, bool):
+            raise ConfigError(f"a hook point is named by a string, index, class, module or predicate. Got {target!r}.")
+        if isinstance(target, int):
+            return [self._layer(target, port)]
+        if isinstance(target, (nn.Module, nn.Parameter)):
+            is_parameter = isinstance(target, nn.Parameter)
+            port = "grad" if is_parameter and port not in PARAMETER_PORTS else port
+            return [self.point(self.names.path_of(target), port)]
+        if isinstance(target, type):
+            return [self.point(path, port) for path, m in self.names.modules.items() if isinstance(m, target)]
+        if callable(target):
+            return self._from_predicate(target, port)
+        if isinstance(target, tuple) and len(target) == 2 and target[1] in PORTS:
+            return self._resolve(target[0], target[1], ports)
+        if isinstance(target, Iterable):
+            return [p for part in target for p in self.resolve(part, port=port, ports=ports)]
+        raise ConfigError(f"a hook point is named by a string, index, class, module or predicate. Got {target!r}.")
+
+    def _from_predicate(self, predicate: Callable[[HookPoint], Any], port: str) -> list[HookPoint]:
+        table = self.names.parameters if port in PARAMETER_PORTS else self.names.modules
+        return [point for path in table if predicate(point := self.point(path, port))]
+
+    def _layer(self, index: int, port: str) -> HookPoint:
+        paths = self.names.layer_paths()
+        if not -len(paths) <= index < len(paths):
+            raise UnknownPathError(f"layer {index}", paths, model_name=self.names.model_name, kind="layer")
+        return self.point(paths[index], port)
+
+    def _from_text(self, text: str, port: str, ports: tuple[str, ...]) -> list[HookPoint]:
+        if text.startswith("re:"):
+            return self._from_expression(re.compile(text[3:]), port, ports)
+        pattern, colon, named = text.rpartition(":")
+        if not colon:
+            pattern, wanted = text, [port]
+        else:
+            wanted = [p for p in ports if fnmatchcase(p, named)]
+            if not wanted:
+                raise UnknownNameError("port", named, ports, where=text)
+        if layer := re.fullmatch(r"layer (-?\d+)", pattern):
+            return [self._layer(int(layer.group(1)), p) for p in wanted]
+        found = [p for one in wanted for p in self._named(lambda name: name == pattern, one)]
+        found += self._aliased(lambda name: name == pattern, wanted if colon else None)
+        if found:  # exact names first: a path may hold brackets
+            return found
+        found = [p for one in wanted for p in self._named(lambda name: fnmatchcase(name, pattern), one)]
+        return found + self._aliased(lambda name: fnmatchcase(name, pattern), wanted if colon else None)
+
+    def _named(self, matches: Callable[[str], bool], port: str) -> list[HookPoint]:
+        spellings = self.names.spellings(parameters=port in PARAMETER_PORTS)
+        return [self.point(path, port) for path in dict.fromkeys(p for name, p in spellings if matches(name))]
+
+    def _aliased(self, matches: Callable[[str], bool], ports: list[str] | None) -> list[HookPoint]:
+        found = []
+        for alias, point in self.aliases.items():
+            if not matches(alias):
+                continue
+            if ports is None or point.port in ports or not point.available:
+                found.append(point)
+            elif _GRADIENT_OF.get(point.port) in ports or "grad_output" in ports:
+                found.append(gradient_of(point))
+        return found
+
+    def _from_expression(self, pattern: re.Pattern[str], port: str, ports: tuple[str, ...]) -> list[HookPoint]:
+        found = [
+            self.point(path, one)
+            for one in ports
+            for name, path in self.names.spellings(parameters=one in PARAMETER_PORTS)
+            if pattern.fullmatch(f"{name}:{one}") or (one == port and pattern.fullmatch(name))
+        ]
+        return found + self._aliased(lambda name: pattern.fullmatch(name) is not None, None)
+
+    def _unknown(self, target: Any, port: str) -> UnknownPathError:
+        text = target if isinstance(target, str) else getattr(target, "__name__", repr(target))
+        _, colon, named = str(text).rpartition(":")
+        shown = named if colon and named in PORTS else port
+        both = [
+            *(f"{path}:{port}" for path in self.names.modules for port in ([shown] if shown in MODULE_PORTS else []))
+        ]
+        both += [f"{path}:{shown if shown in PARAMETER_PORTS else 'grad'}" for path in self.names.parameters]
+        both += [alias for alias, point in self.aliases.items() if point.available]
+        return UnknownPathError(text, both, model_name=self.names.model_name, kind="hook point")
+
+
+def gradient_of(point: HookPoint) -> HookPoint:
+    """Return the point of the gradient of an alias's tensor: the total over all its consumers."""
+    port = _GRADIENT_OF.get(point.port, point.port)
+    found = HookPoint(point.path, port, point.target, name=f"{point.name}:grad_output")
+    found.view, found.leaf, found.other_names = point.view, point.leaf, point.other_names
+    return found

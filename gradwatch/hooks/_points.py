@@ -1,0 +1,176 @@
+"""Hook points: where in a model a hook sits, and what a hook function is told when it fires."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import HookError
+
+if TYPE_CHECKING:
+    from ._hook import Hook
+    from ._views import View
+
+__all__ = ["MODULE_PORTS", "PARAMETER_PORTS", "PORTS", "HookPoint", "Point", "RawCall"]
+
+MODULE_PORTS = ("input", "output", "grad_output", "grad_input")
+PARAMETER_PORTS = ("grad", "accumulated_grad")
+PORTS = MODULE_PORTS + PARAMETER_PORTS
+BACKWARD_PORTS = frozenset({"grad_output", "grad_input", "grad_at_input", *PARAMETER_PORTS})
+
+
+class RawCall(NamedTuple):
+    """Torch's own arguments of one call, for hooks with `raw=True`; `output` is None at the port `input`.
+
+    At `grad_input`, `args` is torch's `grad_input` tuple and `output` its `grad_output` tuple.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+
+
+class HookPoint(str):
+    """A place where hooks can sit. It is its own name, as a string: `PATH:PORT`, or the alias it was found under.
+
+    Attributes:
+        path: of the module or parameter.
+        port: one of `PORTS`.
+        target: the module or parameter itself.
+        aliases: other names of the same tensor.
+        other_names: where a shared (tied) module or parameter appears elsewhere in the model.
+        available: whether the model can offer it; if not, `reason` says why.
+        view: how an alias shows the tensor (split into heads), or None.
+        leaf: the one leaf that an alias means, or None for all.
+        writing: what a replacement does: `"replace"`, `"in_place"` (the tensor is shared with a residual branch, so
+            every consumer must see it) or `"refuse"` (the model does not use the tensor any more).
+    """
+
+    path: str
+    port: str
+    target: Any
+    aliases: tuple[str, ...]
+    other_names: tuple[str, ...]
+    reason: str
+    view: View | None
+    leaf: str | None
+    writing: str
+
+    def __new__(cls, path: str, port: str, target: Any = None, *, name: str | None = None) -> HookPoint:
+        self = super().__new__(cls, f"{path}:{port}" if name is None else name)
+        self.path, self.port, self.target = path, port, target
+        self.aliases, self.other_names = (), ()
+        self.reason, self.view, self.leaf, self.writing = "", None, None, "replace"
+        return self
+
+    @property
+    def available(self) -> bool:
+        return not self.reason
+
+    @property
+    def name(self) -> str:
+        """The name as a plain string."""
+        return str.__str__(self)
+
+    @property
+    def place(self) -> str:
+        """`PATH:PORT`, also where the point was found under an alias."""
+        return f"{self.path}:{self.port}"
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.port in PARAMETER_PORTS
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module, for points of modules."""
+        return self.target if isinstance(self.target, nn.Module) else None
+
+    @property
+    def layer(self) -> int | None:
+        """The first number in the name: 4 for `blocks.4.attn:output`."""
+        return layer_of(self)
+
+    def __reduce__(self) -> Any:
+        return (str, (self.name,))
+
+
+def layer_of(name: str) -> int | None:
+    found = re.search(r"(?:^|\.)(\d+)(?=[.:]|$)", name)
+    return int(found.group(1)) if found else None
+
+
+class Point:
+    """What a hook function is told: where and when it fires. A fresh one each time, safe to keep.
+
+    Attributes:
+        call: 0, 1, ... when the module runs more than once in one forward pass of the model.
+        step: forward passes of the model before this one, or what `HookManager.step` was set to.
+        is_recompute: activation checkpointing runs the forward again, within backward.
+        leaf: which tensor of a nested input or output: `""` for a bare tensor, else as `1.0` or `logits`.
+        hook: the `Hook` that fires.
+    """
+
+    __slots__ = ("call", "hook", "is_recompute", "leaf", "spot", "step")
+
+    def __init__(self, spot: HookPoint, hook: Hook, call: int, step: int, is_recompute: bool, leaf: str) -> None:
+        self.spot = spot
+        self.hook = hook
+        self.call = call
+        self.step = step
+        self.is_recompute = is_recompute
+        self.leaf = leaf
+
+    @property
+    def name(self) -> str:
+        """`PATH:PORT`, or the alias that the hook was added under."""
+        return self.spot.name
+
+    @property
+    def path(self) -> str:
+        return self.spot.path
+
+    @property
+    def port(self) -> str:
+        return self.spot.port
+
+    @property
+    def module(self) -> Any:
+        """The module; for ports of parameters, the parameter."""
+        return self.spot.target
+
+    @property
+    def phase(self) -> str:
+        """`"forward"` or `"backward"`."""
+        return "backward" if self.spot.port in BACKWARD_PORTS else "forward"
+
+    @property
+    def layer(self) -> int | None:
+        """The first number in the name: 4 for `blocks.4.attn:output`."""
+        return layer_of(self.spot)
+
+    def error(self, cause: BaseException) -> HookError:
+        return HookError(self.hook.id, self.name, self.phase, cause)
+
+    def __repr__(self) -> str:
+        where = f"{self.name}[{self.leaf}]" if self.leaf else self.name
+        return f"Point({where!r}, call={self.call}, step={self.step}{', recompute' if self.is_recompute else ''})"
+
+
+def check_replacement(new: Any, old: Tensor) -> Tensor:
+    """Return `new` if it can stand in for `old`: a tensor of the same shape, dtype and device.
+
+    Raises:
+        TypeError: it is no tensor. (A function that only looks must return None: torch would take `False` as output.)
+        ValueError: shape, dtype or device differ.
+    """
+    if not isinstance(new, Tensor):
+        raise TypeError(f"a hook function returns None or a tensor. Got {type(new).__name__}.")
+    for what in ("shape", "dtype", "device"):
+        if getattr(new, what) != getattr(old, what):
+            given, wanted = getattr(new, what), getattr(old, what)
+            given, wanted = (tuple(given), tuple(wanted)) if what == "shape" else (given, wanted)
+            raise ValueError(f"a replacement keeps the {what}: {wanted}. Got {given}.")
+    return new

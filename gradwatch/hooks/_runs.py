@@ -1,0 +1,98 @@
+"""Which forward pass of the model this is, and which call of a module within it, per thread."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["Runs", "graph_task_id"]
+
+# Not -1 while a backward pass runs in this thread: a module that is called then is being recomputed. Private, so
+# where it is missing nothing counts as recomputed.
+graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+class _Local(threading.local):
+    """Calls seen in this thread's present forward pass."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, int] = {}
+        self.recalls: dict[int, int] = {}
+        self.step = 0
+
+
+class Runs:
+    """Counts forward passes of one manager's model.
+
+    Attributes:
+        local: this thread's counts.
+        listeners: called with the step when a pass begins.
+        last_step: of the pass that began last, in any thread; -1 before the first.
+    """
+
+    is_copy = False
+
+    def __init__(self) -> None:
+        self.local = _Local()
+        self.listeners: list[Callable[[int], None]] = []
+        self.last_step = -1
+        self.fixed: int | None = None
+        self._steps = itertools.count()
+        self._keys = itertools.count()
+
+    def new_key(self) -> int:
+        return next(self._keys)
+
+    def begin(self, *_: Any) -> None:
+        """Begin a forward pass: a forward pre-hook on the root."""
+        if self.is_copy or graph_task_id() != -1:
+            return
+        local = self.local
+        local.calls.clear()
+        local.recalls.clear()
+        local.step = self.last_step = next(self._steps) if self.fixed is None else self.fixed
+        for listener in tuple(self.listeners):
+            listener(local.step)
+
+    def set_step(self, step: int) -> None:
+        """From now on the step is what it was last set to; call counts start again."""
+        self.fixed = self.last_step = step
+        local = self.local
+        local.calls.clear()
+        local.recalls.clear()
+        local.step = step
+
+    def count(self, key: int, recompute: bool) -> int:
+        """Return the number of this call, and count it."""
+        local = self.local
+        counts = local.recalls if recompute else local.calls
+        call = counts.get(key, 0)
+        counts[key] = call + 1
+        return call
+
+    def __deepcopy__(self, memo: Any) -> Inert:
+        return Inert()
+
+    def __reduce__(self) -> Any:
+        return (Inert, ())
+
+
+class Inert:
+    """What takes the place of gradwatch's hooks in a copied or unpickled model: does nothing.
+
+    A deep-copied bound method is the same function bound to the copied object, a pickled one is looked up again by its
+    name: so each of our hooks asks `is_copy` first, and its name is found here too.
+    """
+
+    is_copy = True
+    only = only_hook = None
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        return None
+
+    begin = before = after = after_one = after_root = full = on_accumulated = _nothing
+    __call__ = _nothing

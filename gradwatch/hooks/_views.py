@@ -1,0 +1,48 @@
+"""Views: how an alias shows a tensor, and how what a hook returns is written back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Heads", "View"]
+
+
+class View(Protocol):
+    """Shows a tensor in another form. Linear, so that gradients can be shown in the same form."""
+
+    def read(self, tensor: Tensor) -> Tensor: ...
+
+    def write(self, tensor: Tensor, value: Tensor) -> Tensor:
+        """Return `tensor` with what `read` shows replaced by `value`; `tensor` itself is not changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads apart: (..., parts * heads * d) read as (..., heads, d).
+
+    Attributes:
+        heads: number of heads in the part.
+        part: which part of a packed projection: 1 for the keys of a fused q, k, v.
+        parts: how many equal parts are packed.
+    """
+
+    heads: int
+    part: int = 0
+    parts: int = 1
+
+    def read(self, tensor: Tensor) -> Tensor:
+        part = tensor if self.parts == 1 else tensor.chunk(self.parts, dim=-1)[self.part]
+        return part.unflatten(-1, (self.heads, part.shape[-1] // self.heads))
+
+    def write(self, tensor: Tensor, value: Tensor) -> Tensor:
+        flat = value.flatten(-2)
+        if self.parts == 1:
+            return flat
+        pieces = list(tensor.chunk(self.parts, dim=-1))
+        pieces[self.part] = flat
+        return torch.cat(pieces, dim=-1)
