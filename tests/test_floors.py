@@ -19,8 +19,9 @@ FLOORS = [
 ]
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
-# Pairs on one floor that may meet: the engine reads rules files through the book, and replay judges with it.
-NEIGHBOURS = {("watch", "book"), ("runs", "book")}
+# Pairs that may meet all the same: the engine reads rules files through the book, replay judges with it, and the door
+# `Watch.report` opens the report when asked to.
+NEIGHBOURS = {("watch", "book"), ("runs", "book"), ("watch", "report")}
 
 
 def unit(file: Path) -> str:

@@ -1,0 +1,342 @@
+"""Lightning's events in, the engine's calls out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import TrainingStopped
+from ..protocols import Request
+from ..records import Incident, StepRecord
+from ..report import write_session
+from ..sinks import sinks_for_loggers
+from ..watch import Session, StepInputs, StepOutcome, resolve, scale_left_in_gradients
+from ._lightning_base import callback_bases
+from ._run_dir import free_run_dir
+
+__all__ = ["GradWatch"]
+
+_Callback: Any = type("_Callback", callback_bases(), {})
+
+
+class GradWatch(_Callback):
+    """Watches a Lightning run's gradients, layer by layer, and acts if asked. Observing changes no bit of the training.
+
+    ```python
+    trainer = Trainer(callbacks=[GradWatch()])                     # observe with the default rules; change nothing
+    trainer = Trainer(callbacks=[GradWatch(rules="autoclip")])     # a preset that also treats
+    ```
+
+    During and after a fit: `incidents`, `history`, `summary()`, `report(path)`.
+
+    Args:
+        rules: `"observe"`, `"default"`, `"autoclip"`, a rules file, a list of rules or a `RuleBook`.
+        treatments: for every step, beside those that rules ask for.
+        surgery: between task gradients: a method's name (`"pcgrad"`) or a `Surgery`.
+        paths: glob patterns of the parameters and modules to watch.
+        every: measure at one optimizer step in this many.
+        activations_every: sample modules' outputs and grad_outputs; None never.
+        updates_every: measure update ratios; None never.
+        histograms_every: gradient histograms and details; None never.
+        log_every: optimizer steps between two log entries; None: the Trainer's `log_every_n_steps`.
+        backward: `"tensor"` or `"full"` backward hooks.
+        memory_limit_mb: what may be held beyond the model.
+        on_error: `"warn"` or `"raise"`.
+        run_dir: folder for records and incidents; None: `<log_dir>/<name>`; False: none.
+        sinks: where records go; None: the Trainer's loggers.
+        name: of this callback: its tags and its state in checkpoints begin with it.
+        histogram_scale: `"log10"` of the magnitude, or `"signed"`.
+        autopsy: on the first non-finite incident find out where it was born, by running the batch again under hooks.
+        preflight: check model and first batch before step 0.
+        conflicts_every: measure conflicts between task losses without surgery; None never.
+        history: records kept in `history`.
+        local_norms: also measure each rank's own gradient norms.
+        on_incident: called with each incident when it opens and when it is over.
+        verbose: print incidents and the summary.
+
+    Raises:
+        ConfigError: a setting that can't be, with the nearest valid names.
+    """
+
+    def __init__(  # noqa: PLR0913 - a door: flat names, resolved at once
+        self,
+        rules: Any = "default",
+        *,
+        treatments: Any = (),
+        surgery: Any = None,
+        paths: str | Sequence[str] = "*",
+        every: int = 1,
+        activations_every: int | None = 50,
+        updates_every: int | None = 50,
+        histograms_every: int | None = 100,
+        log_every: int | None = None,
+        backward: str = "tensor",
+        memory_limit_mb: float = 256,
+        on_error: str = "warn",
+        run_dir: str | Path | bool | None = None,
+        sinks: Any = None,
+        name: str = "gradwatch",
+        histogram_scale: str = "log10",
+        autopsy: bool = False,
+        preflight: bool = False,
+        conflicts_every: int | None = None,
+        history: int = 1000,
+        local_norms: bool = False,
+        on_incident: Callable[[Incident], None] | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        self.settings = resolve(
+            rules=rules,
+            treatments=treatments,
+            surgery=surgery,
+            paths=paths,
+            every=every,
+            activations_every=activations_every,
+            updates_every=updates_every,
+            histograms_every=histograms_every,
+            log_every=log_every,
+            backward=backward,
+            memory_limit_mb=memory_limit_mb,
+            on_error=on_error,
+            sinks=sinks,
+            name=name,
+            histogram_scale=histogram_scale,
+            autopsy=autopsy,
+            conflicts_every=conflicts_every,
+            history=history,
+            local_norms=local_norms,
+        )
+        self._run_dir = run_dir
+        self._on_incident = on_incident
+        self._preflight = preflight
+        self._verbose = verbose
+        self._session: Session | None = None
+        self._state: dict[str, Any] | None = None
+        self._losses: list[Tensor] = []
+        self._num_samples = 0
+        self._batch: Any = None
+        self._batch_idx = -1
+        self._scalars: dict[str, float] = {}
+        self._requests: list[Request] = []
+
+    @property
+    def state_key(self) -> str:
+        return f"gradwatch:{self.settings.name}"
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """All incidents so far, as they stand now."""
+        return [] if self._session is None else self._session.incidents
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The recent records, oldest first; bounded."""
+        return [] if self._session is None else self._session.history
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Where this run's files are."""
+        return None if self._session is None else self._session.run_dir
+
+    def summary(self) -> str:
+        """Return a text table of layers, and the incidents with advice."""
+        return "gradwatch: no fit has begun." if self._session is None else self._session.summary()
+
+    def report(self, path: str | Path) -> Path:
+        """Write the run as one self-contained file (.html, .md, .json or .png).
+
+        Raises:
+            RuntimeError: no fit has begun.
+        """
+        if self._session is None:
+            raise RuntimeError("there is nothing to report: call `report` during or after `trainer.fit`.")
+        return write_session(self._session, path)
+
+    def annotate(
+        self, text: str, *, silence: int = 0, paths: str | Sequence[str] = "*", rules: str | Sequence[str] = "*"
+    ) -> None:
+        """Put a note on record, and keep rules silent for `silence` optimizer steps."""
+        if self._session is not None:
+            self._session.annotate(text, silence=silence, paths=paths, rules=rules)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        carried = self._state
+        if self._session is not None:
+            if carried is None and trainer.global_step > 0:
+                carried = self._session.state_dict()
+            self._session.close()
+        log_every = self.settings.log_every or trainer.log_every_n_steps
+        loggers = [] if trainer.fast_dev_run else trainer.loggers
+        sinks = self.settings.sinks
+        if sinks is None:
+            sinks = tuple(
+                sinks_for_loggers(
+                    loggers, name=self.settings.name, histogram_scale=self.settings.options.histogram_scale
+                )
+            )
+        self._session = Session(
+            pl_module,
+            [getattr(o, "_optimizer", o) for o in trainer.optimizers],
+            self.settings,
+            sinks=sinks,
+            run_dir=self._folder(trainer, fresh=carried is None),
+            log_every=max(1, int(log_every)),
+            say=lambda line: self._say(trainer, line),
+            on_incident=self._on_incident,
+            start_step=trainer.global_step,
+        )
+        if carried is not None:
+            self._session.load_state_dict(carried)
+        self._state = None
+        self._session.begin(pl_module)
+
+    def _folder(self, trainer: Any, *, fresh: bool) -> Path | None:
+        # `log_dir` is a collective: every rank asks.
+        log_dir = trainer.log_dir or trainer.default_root_dir
+        if self._run_dir is False or trainer.fast_dev_run:
+            return None
+        if isinstance(self._run_dir, (str, Path)):
+            return Path(self._run_dir)
+        folder = Path(log_dir) / self.settings.name
+        return free_run_dir(folder) if fresh else folder
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._session is not None:
+            self._batch, self._batch_idx = batch, batch_idx
+            self._session.before_forward(trainer.global_step)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        if self._session is None:
+            return
+        parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        self._losses.append(loss.detach() * parts if parts > 1 else loss.detach())
+        self._num_samples += self._session.count_samples(self._batch)
+        scaler = self._scaler(trainer)
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        self._session.before_backward(loss, scale=scale, parts=parts)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if self._session is not None:
+            self._session.after_backward()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        session = self._session
+        if session is None:
+            return
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        scaler = self._scaler(trainer)
+        several = len(trainer.optimizers) > 1
+        inputs = StepInputs(
+            step=trainer.global_step,
+            epoch=trainer.current_epoch,
+            batch_idx=self._batch_idx,
+            losses=self._losses,
+            batch=self._batch,
+            num_samples=self._num_samples,
+            grad_scale=1.0 if scaler is None else scale_left_in_gradients(scaler, optimizer),
+            scaler=scaler is not None,
+            scale=None if scaler is None else float(scaler.get_scale()),
+            optimizer=session.optimizer_number(optimizer) if several else None,
+            scalars=self._scalars,
+        )
+        self._scalars = {}
+        if pl_module.automatic_optimization:
+            # A closure called again (LBFGS) brings its own losses.
+            self._losses, self._num_samples = [], 0
+        outcome: StepOutcome = session.step(inputs, [optimizer] if several else None)
+        self._requests += outcome.requests
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        session = self._session
+        if session is None:
+            return
+        if not pl_module.automatic_optimization:
+            self._losses, self._num_samples = [], 0
+        self._batch = None
+        session.after_step()
+        self._show(trainer, pl_module)
+        requests, self._requests = self._requests + session.take_requests(), []
+        for request in requests:
+            self._carry_out(trainer, request)
+
+    def _show(self, trainer: Any, pl_module: Any) -> None:
+        assert self._session is not None
+        history = self._session.engine.history
+        every = self.settings.log_every or trainer.log_every_n_steps
+        if history and trainer.progress_bar_callback is not None and trainer.global_step % max(1, every) == 0:
+            # `log` of one value costs 0.3 ms (T2): not at every step.
+            norm = float(history[-1].global_norm)
+            pl_module.log(f"{self.settings.name}/norm", norm, prog_bar=True, logger=False, rank_zero_only=True)
+
+    def _carry_out(self, trainer: Any, request: Request) -> None:
+        assert self._session is not None
+        self._session.carry_out(request)
+        if request.kind == "checkpoint":
+            folder = self._session.run_dir or Path(trainer.default_root_dir)
+            with self._session.engine.guard("writing a checkpoint"):
+                trainer.save_checkpoint(folder / f"{request.values.get('filename', 'gradwatch')}.ckpt")
+        elif request.kind == "stop":
+            self._say(trainer, f"gradwatch {request.reason}")
+            if request.values.get("error"):
+                raise TrainingStopped(request.reason)
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._session is None or trainer.sanity_checking:
+            return
+        for key, value in trainer.callback_metrics.items():
+            word = key.replace("/", "_")
+            if word.startswith("val"):
+                word = word.removeprefix("valid").removeprefix("val").removeprefix("idation").lstrip("_") or "value"
+                self._scalars[f"val_{word}"] = float(value)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._session is None:
+            return
+        self._session.finish()
+        if self._verbose and trainer.is_global_zero and not trainer.fast_dev_run:
+            print(self._session.summary())
+            if self._session.run_dir is not None:
+                print(f"gradwatch wrote {self._session.run_dir}; `gradwatch report` turns it into a page")
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        # On an exception or Ctrl-C this alone runs: no teardown (H23).
+        if self._session is not None:
+            self._session.close()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self._session is not None and stage == "fit":
+            self._session.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._session is not None:
+            return self._session.state_dict()
+        return self._state or {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        # Comes before `on_train_start` for one device and DDP, and for FSDP too (O7); never reset there.
+        self._state = dict(state_dict)
+        if self._session is not None and not self._session.closed:
+            self._session.load_state_dict(self._state)
+            self._state = None
+
+    def _say(self, trainer: Any, line: str) -> None:
+        if not self._verbose or not trainer.is_global_zero:
+            return
+        bar = trainer.progress_bar_callback
+        if bar is None:
+            print(line)
+        else:
+            bar.print(line)
+
+    def _scaler(self, trainer: Any) -> Any:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Spawned processes get the callback as it was before the fit (O8).
+        return {**self.__dict__, "_session": None, "_losses": [], "_batch": None}

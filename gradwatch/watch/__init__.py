@@ -1,0 +1,24 @@
+"""The engine that knows no trainer, and `Watch`, its door for plain loops."""
+
+from ._draft import StepInputs
+from ._engine import Engine, StepOutcome
+from ._options import MeasureOptions
+from ._paths import clean_path, unwrap
+from ._scaler import scale_left_in_gradients
+from ._session import Session
+from ._settings import Settings, resolve
+from ._watch import Watch
+
+__all__ = [
+    "Engine",
+    "MeasureOptions",
+    "Session",
+    "Settings",
+    "StepInputs",
+    "StepOutcome",
+    "Watch",
+    "clean_path",
+    "resolve",
+    "scale_left_in_gradients",
+    "unwrap",
+]

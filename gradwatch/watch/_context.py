@@ -1,0 +1,67 @@
+"""What a treatment is told about the step, and what it may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..protocols import Request
+from ..records import Finding
+
+__all__ = ["Decision", "StepContext"]
+
+
+@dataclass
+class Decision:
+    """What the treatments and actions of one step ask for, together.
+
+    Attributes:
+        veto: True, False, or a 0-dim bool tensor on the device.
+        reasons: of the vetoes.
+        requests: what actions ask of the trainer.
+    """
+
+    veto: bool | Tensor = False
+    reasons: list[str] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+
+    def add_veto(self, flag: bool | Tensor, reason: str) -> None:
+        if flag is False:
+            return
+        if reason:
+            self.reasons.append(reason)
+        if flag is True or self.veto is True:
+            self.veto = True
+        elif self.veto is False:
+            self.veto = flag
+        else:
+            self.veto = torch.logical_or(torch.as_tensor(self.veto), torch.as_tensor(flag))
+
+
+@dataclass
+class StepContext:
+    """`gradwatch.protocols.Context` of one treatment at one step."""
+
+    step: int
+    optimizers: Sequence[Optimizer]
+    decision: Decision
+    rule: str = ""
+    trigger: Any = True
+    limit: float | None = None
+    findings: Sequence[Finding] = ()
+    can_read: bool = True
+    is_treatment: bool = False
+
+    def veto(self, flag: Any = True, *, reason: str = "") -> None:
+        self.decision.add_veto(flag if isinstance(flag, Tensor) else bool(flag), reason)
+
+    def request(self, request: Request) -> None:
+        if self.is_treatment and request.kind == "stop":
+            # A treatment asks for a stop when its means are exhausted: the run must not end as a success.
+            request = replace(request, values={**request.values, "error": True})
+        self.decision.requests.append(request)

@@ -1,0 +1,136 @@
+"""Runs the treatments and actions of one step, in their right order, and never fails open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..protocols import Action, Treatment
+from ..records import Finding, Incident, TreatmentReport
+from ..stats import Gradients
+from ._context import Decision, StepContext
+
+__all__ = ["Applied", "Job", "run_actions", "run_treatments"]
+
+
+@dataclass
+class Job:
+    """One treatment to run: on every step, or because a rule fired (or may fire, by its limit)."""
+
+    treatment: Treatment
+    rule: str = ""
+    trigger: Any = True
+    limit: float | None = None
+    findings: Sequence[Finding] = ()
+
+
+@dataclass
+class Applied:
+    """What ran at one step, its numbers still on the device."""
+
+    treatments: list[Treatment] = field(default_factory=list)
+    names: list[tuple[str, str]] = field(default_factory=list)
+    numbers: list[dict[str, Tensor | float]] = field(default_factory=list)
+    failures: list[tuple[Job, BaseException]] = field(default_factory=list)
+
+    def settle(self, reports: Sequence[TreatmentReport], context: StepContext) -> tuple[TreatmentReport, ...]:
+        """Tell treatments that keep count what the device decided, now that it is known."""
+        settled = []
+        for treatment, report in zip(self.treatments, reports, strict=True):
+            if hasattr(treatment, "settle"):
+                report = replace(report, values={**report.values, **treatment.settle(_said(report), context)})
+            settled.append(report)
+        return tuple(settled)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the tensors among the numbers, for the step's packed copy."""
+        return {
+            f"treatment/{i}/{name}": value
+            for i, numbers in enumerate(self.numbers)
+            for name, value in numbers.items()
+            if isinstance(value, Tensor)
+        }
+
+    def reports(self, host: dict[str, Any]) -> tuple[TreatmentReport, ...]:
+        """Return the reports, with the tensors' values taken from the host's copy."""
+        reports = []
+        for i, ((name, rule), numbers) in enumerate(zip(self.names, self.numbers, strict=True)):
+            values = {k: float(host[f"treatment/{i}/{k}"] if isinstance(v, Tensor) else v) for k, v in numbers.items()}
+            before, after = values.pop("before"), values.pop("after")
+            applied = values.pop("applied", 1.0) != 0 and values.pop("trigger", 1.0) != 0
+            reports.append(
+                TreatmentReport(name=name, rule=rule, before=before, after=after, applied=applied, values=values)
+            )
+        return tuple(reports)
+
+
+def run_treatments(
+    jobs: Sequence[Job],
+    grads: Gradients,
+    *,
+    step: int,
+    optimizers: Sequence[Optimizer],
+    decision: Decision,
+    can_read: bool,
+) -> Applied:
+    """Apply treatments in the order that is right (C9). One that raises vetoes the step: it never fails open."""
+    applied = Applied()
+    for job in sorted(jobs, key=lambda job: getattr(job.treatment, "order", 0)):
+        treatment = job.treatment
+        context = StepContext(
+            step=step,
+            optimizers=optimizers,
+            decision=decision,
+            rule=job.rule,
+            trigger=job.trigger,
+            limit=job.limit,
+            findings=job.findings,
+            can_read=can_read,
+            is_treatment=True,
+        )
+        before = _frozen(grads.global_norm)
+        try:
+            with torch.no_grad():
+                said = treatment.apply_(grads, context) or {}
+        except Exception as error:
+            applied.failures.append((job, error))
+            decision.add_veto(True, f"treatment {treatment.name!r} failed")
+            said = {"applied": 0.0}
+        numbers: dict[str, Tensor | float] = {k: _number(v) for k, v in said.items()}
+        if isinstance(job.trigger, Tensor):
+            numbers["trigger"] = job.trigger.to(torch.float64)
+        applied.treatments.append(treatment)
+        applied.names.append((treatment.name, job.rule))
+        applied.numbers.append({"before": before, "after": _frozen(grads.global_norm), **numbers})
+    return applied
+
+
+def run_actions(
+    actions: Sequence[tuple[Action, Incident]], *, step: int, optimizers: Sequence[Optimizer], decision: Decision
+) -> list[tuple[Action, BaseException]]:
+    """Let actions ask what they ask of the trainer; return those that failed."""
+    failures: list[tuple[Action, BaseException]] = []
+    for action, incident in actions:
+        context = StepContext(step=step, optimizers=optimizers, decision=decision, rule=incident.name)
+        try:
+            action.act(incident, context)
+        except Exception as error:
+            failures.append((action, error))
+    return failures
+
+
+def _said(report: TreatmentReport) -> dict[str, float]:
+    return {**report.values, "applied": float(report.applied)}
+
+
+def _frozen(value: Tensor) -> Tensor:
+    return value.detach().clone()
+
+
+def _number(value: Any) -> Tensor | float:
+    return value.detach().to(torch.float64).clone() if isinstance(value, Tensor) else float(value)

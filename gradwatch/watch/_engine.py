@@ -1,0 +1,425 @@
+"""The engine: measures, judges and treats, and knows no trainer. Adapters translate trainers' events into its calls."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..protocols import Action, Request, Treatment
+from ..records import Finding, Incident, StepRecord
+from ..rules import Fired, RuleBook
+from ..stats import Gradients
+from ..treatments import BufferKeeper, LearningRates, SkipStep
+from ._context import Decision, StepContext
+from ._draft import Draft, StepInputs
+from ._driver import Applied, Job, run_actions, run_treatments
+from ._gate import StepGate
+from ._guard import Guard
+from ._judge import Judge
+from ._meter import Meter
+from ._observe import Observer
+from ._options import MeasureOptions
+from ._transfer import Transfer
+
+__all__ = ["Engine", "StepInputs", "StepOutcome"]
+
+MAX_FAILURES = 10
+"""Steps in a row that may be vetoed because measuring failed under treatments, before the training is stopped."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What came of one step.
+
+    Attributes:
+        skip: the optimizer must not move anything (it will not: a gate sees to it).
+        record: what was measured; None while its numbers are on their way from the device.
+        findings: what the rules saw.
+        requests: what actions ask of the trainer.
+    """
+
+    skip: bool = False
+    record: StepRecord | None = None
+    findings: Sequence[Finding] = ()
+    requests: Sequence[Request] = ()
+
+
+class Engine:
+    """Measures, judges and treats the steps of one model's training.
+
+    Args:
+        model: the user's model, unwrapped.
+        optimizers: raw torch optimizers.
+        book: the rules.
+        treatments: applied at every step.
+        options: what to measure.
+        on_incident: told of every incident that opens or changes.
+        on_record: told of every finished record.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        *,
+        book: RuleBook,
+        treatments: Sequence[Treatment] = (),
+        options: MeasureOptions,
+        on_incident: Callable[[Incident], None],
+        on_record: Callable[[StepRecord], None],
+    ) -> None:
+        self.model = model
+        self.optimizers = tuple(optimizers)
+        self.book = book
+        self.treatments = tuple(treatments)
+        self.options = options
+        self.guard = Guard(options.on_error)
+        self.judge = Judge(book, on_error=options.on_error, on_incident=on_incident)
+        self.meter = Meter(model, optimizers, options)
+        self.rates = LearningRates(optimizers)
+        size = 3 * 8 * max(len(self.meter.watched.index), 1)
+        fits = max(16, min(options.history, options.memory_limit_bytes // 4 // size))
+        self.history: deque[StepRecord] = deque(maxlen=fits)
+        self.num_skipped = 0
+        self.num_overflows = 0
+        self._on_record = on_record
+        self._gates: dict[int, StepGate] = {}
+        for o in optimizers:
+            self._gate(o)
+        self._rule_treatments = [t for rule in book.rules for t in rule.then if isinstance(t, Treatment)]
+        acts = (*self.treatments, *self._rule_treatments)
+        self.treats = bool(acts)
+        self.buffers = BufferKeeper(model) if any(isinstance(t, SkipStep) for t in acts) else None
+        # Treatments of error signals live in backward, as hooks.
+        self._installed = [_install(t, model) for t in acts if getattr(t, "at", "grad") == "grad_output"]
+        self._step = 0
+        self._begun = -1
+        self._measured: tuple[int, int | None] | None = None
+        self._current: Draft | None = None
+        self._pending: deque[Draft] = deque()
+        self._failures = 0
+        self._observer = Observer(self.meter, self.guard)
+
+    @property
+    def waits(self) -> bool:
+        """Whether numbers are read in the step they belong to.
+
+        Always on the CPU; on a device only where a rule that has no limit of its own carries a treatment.
+        """
+        if self.meter.device.type == "cpu":
+            return True
+        limits = self.judge.limits()
+        return any(any(isinstance(t, Treatment) for t in r.then) and r.name not in limits for r in self.book.rules)
+
+    def before_forward(self, step: int) -> None:
+        """Say that the forward passes of a step begin. May be called once per micro-batch."""
+        if self.meter.samples(step) and self.guard.ok("hooks on modules"):
+            with self.guard("hooks on modules", self.meter.disarm):
+                self.meter.arm()
+        if self.buffers is not None and self._begun != step:
+            with self.guard("copies of the buffers"):
+                self.buffers.keep()
+        self._begun = step
+
+    def after_backward(self, inputs: StepInputs, optimizers: Sequence[Optimizer] | None = None) -> StepOutcome:
+        """Measure, judge and treat the gradients that lie complete in `.grad`, before the optimizer steps."""
+        optimizers = self.optimizers if optimizers is None else tuple(optimizers)
+        key = (inputs.step, inputs.optimizer)
+        if self._measured == key:
+            # A closure called again (LBFGS): one decision per step stands (O1).
+            return StepOutcome(skip=self._current is not None and self._current.vetoed)
+        self.finish_step()
+        self._measured = key
+        self._step = inputs.step
+        for o in optimizers:
+            # Clears a veto whose step never came: it must not fall on this one (O4).
+            self._gate(o).arm(False)
+        if not self.guard.ok("measuring"):
+            return StepOutcome()
+        decision = Decision()
+        outcome = StepOutcome()
+        try:
+            outcome = self._run(inputs, optimizers, decision)
+            self._failures = 0
+        except Exception as error:
+            outcome = self._failed(error, optimizers)
+        return outcome
+
+    def _failed(self, error: Exception, optimizers: Sequence[Optimizer]) -> StepOutcome:
+        """Measuring broke. Without treatments it is switched off; with them it must not fail open."""
+        self.meter.disarm()
+        if not self.treats:
+            self.guard.report("measuring", error)
+            return StepOutcome()
+        self._failures += 1
+        self.judge.report(_own("measuring_failed", self._step, f"{type(error).__name__}: {error}; the step was vetoed"))
+        self.guard.report("measuring for treatments (the step was vetoed)", error)
+        decision = Decision(veto=True)
+        if self._failures >= MAX_FAILURES:
+            reason = f"gradwatch could not measure {self._failures} steps in a row, and vetoed them: {error}"
+            decision.requests.append(Request(kind="stop", reason=reason, values={"error": True}))
+        return self._decide(None, decision, optimizers, ())
+
+    def _gate(self, optimizer: Optimizer) -> StepGate:
+        if id(optimizer) not in self._gates:
+            self._gates[id(optimizer)] = StepGate(optimizer, self._on_stepped)
+        return self._gates[id(optimizer)]
+
+    def _run(self, inputs: StepInputs, optimizers: Sequence[Optimizer], decision: Decision) -> StepOutcome:
+        self.meter.refresh()
+        due = inputs.step % self.options.every == 0
+        if not due and not self.treatments:
+            self.meter.disarm()
+            return StepOutcome()
+        grads = self.meter.gradients(optimizers, inputs.grad_scale)
+        if not due:
+            self.meter.disarm()
+            jobs = [Job(t) for t in self.treatments]
+            applied = run_treatments(
+                jobs, grads, step=inputs.step, optimizers=optimizers, decision=decision, can_read=self.waits
+            )
+            self._report_failures(applied, inputs.step)
+            return self._decide(None, decision, optimizers, ())
+        draft = self._current = self._observer.observe(inputs, grads, optimizers)
+        return self._act(draft, grads, decision, optimizers)
+
+    def _act(self, draft: Draft, grads: Gradients, decision: Decision, optimizers: Sequence[Optimizer]) -> StepOutcome:
+        findings: Sequence[Finding] = ()
+        actions: list[tuple[Action, Incident]] = []
+        jobs = [Job(t) for t in self.treatments]
+        waits = self.waits
+        limits = self.judge.limits(draft.optimizer)
+        if waits:
+            norms = self.meter.look_again(grads, draft.numbers.result()["norms"])
+            record = self._count_overflow(draft.build(norms))
+            judgement = self.judge.judge(record, "early")
+            findings = judgement.findings
+            for fired in judgement.fired:
+                jobs += _jobs(fired, limits.get(fired.rule.name))
+                actions += [(a, fired.incident) for a in fired.then if isinstance(a, Action)]
+                if fired.stop:
+                    decision.requests.append(_stop(fired))
+        else:
+            jobs += self._limit_jobs(grads, limits)
+        applied = run_treatments(jobs, grads, step=draft.step, optimizers=optimizers, decision=decision, can_read=waits)
+        self._report_failures(applied, draft.step)
+        self._ask(actions, draft.step, optimizers, decision)
+        draft.applied = applied
+        draft.treated = Transfer({**applied.parts(), "global_norm_after": grads.global_norm})
+        outcome = self._decide(draft, decision, optimizers, findings)
+        if not outcome.skip and not (draft.record is not None and draft.record.skipped):
+            with self.guard("update ratios", self.meter.drop_update):
+                self.meter.before_update(draft.step, grads)
+        return outcome
+
+    def _ask(
+        self,
+        actions: Sequence[tuple[Action, Incident]],
+        step: int,
+        optimizers: Sequence[Optimizer],
+        decision: Decision,
+    ) -> None:
+        for action, error in run_actions(actions, step=step, optimizers=optimizers, decision=decision):
+            self.guard.report(f"action {action.name!r}", error)
+
+    def _limit_jobs(self, grads: Gradients, limits: Mapping[str, float]) -> list[Job]:
+        """Return jobs whose trigger falls on the device, against limits that come from the past."""
+        jobs = []
+        for rule in self.book.rules:
+            if rule.name in limits:
+                limit = limits[rule.name]
+                # Written so that nan triggers too; a limit of inf stands for "finite".
+                bound = min(limit, torch.finfo(torch.float64).max)
+                trigger = ~(grads.global_norm <= bound)
+                jobs += [Job(t, rule.name, trigger, limit) for t in rule.then if isinstance(t, Treatment)]
+        return jobs
+
+    def _count_overflow(self, record: StepRecord) -> StepRecord:
+        if "amp_overflow" in record.scalars:
+            self.num_overflows += int(record.scalars["amp_overflow"])
+            assert isinstance(record.scalars, dict)
+            record.scalars["num_overflows"] = float(self.num_overflows)
+        return record
+
+    def _decide(
+        self, draft: Draft | None, decision: Decision, optimizers: Sequence[Optimizer], findings: Sequence[Finding]
+    ) -> StepOutcome:
+        # A veto that was decided on the device must be known before the step: the one wait that can't be avoided.
+        veto = bool(decision.veto)
+        for o in optimizers:
+            self._gate(o).arm(veto)
+        if veto:
+            self.num_skipped += 1
+            if self.buffers is not None:
+                with self.guard("restoring buffers"):
+                    self.buffers.restore()
+        record = None
+        if draft is not None:
+            draft.vetoed = veto
+            record = draft.record and self._note(draft)
+        return StepOutcome(skip=veto, record=record, findings=findings, requests=tuple(decision.requests))
+
+    def _note(self, draft: Draft) -> StepRecord:
+        record = draft.add_treatments()
+        if draft.applied is not None and not self.waits:
+            decision = Decision()
+            context = StepContext(draft.step, self.optimizers, decision, is_treatment=True)
+            record = draft.record = replace(record, treatments=draft.applied.settle(record.treatments, context))
+            self.late_requests.extend(decision.requests)
+        for report in record.treatments:
+            if report.rule and report.applied:
+                self.judge.engine(draft.optimizer).note_treatments(report.rule, (report.name,))
+        return record
+
+    def _report_failures(self, applied: Applied, step: int) -> None:
+        for job, error in applied.failures:
+            name = job.treatment.name
+            what = f"treatment {name!r} raised {type(error).__name__}: {error}; the step was vetoed"
+            self.judge.report(_own("treatment_failed", step, what, (name,)))
+            self.guard.report(f"treatment {name!r} (the step was vetoed)", error)
+
+    def _on_stepped(self, optimizer: Optimizer) -> None:
+        draft = self._current
+        if draft is None or draft.updates is not None or not self.guard.ok("update ratios"):
+            return
+        with self.guard("update ratios", self.meter.drop_update):
+            positions, parts = self.meter.after_update()
+            if parts:
+                draft.update_positions, draft.updates = positions, Transfer(parts)
+
+    def finish_step(self) -> None:
+        """Complete the last step's record: called after the optimizer has stepped, or at the latest before the next."""
+        draft, self._current = self._current, None
+        self.meter.drop_update()
+        if draft is not None:
+            self._pending.append(draft)
+        self._drain(wait=self.waits)
+
+    def _drain(self, *, wait: bool) -> None:
+        """Judge and hand on every step whose numbers have arrived."""
+        while self._pending and (wait or self._pending[0].ready):
+            draft = self._pending.popleft()
+            with self.guard("records", self._pending.clear):
+                self._complete(draft)
+
+    def _complete(self, draft: Draft) -> None:
+        judged = draft.record is not None
+        if not judged:
+            self._count_overflow(draft.build())
+            self._note(draft)
+        record = draft.add_updates()
+        judgement = self.judge.judge(record, "late" if judged else "all")
+        self.history.append(record)
+        self._late(judgement.fired, draft)
+        self._on_record(record)
+
+    def _late(self, fired: Sequence[Fired], draft: Draft) -> None:
+        """Let the actions of rules that were judged after the step ask what they ask; treatments come too late."""
+        actions = [(a, f.incident) for f in fired for a in f.then if isinstance(a, Action)]
+        stops = [_stop(f) for f in fired if f.stop]
+        if actions or stops:
+            decision = Decision(requests=stops)
+            self._ask(actions, draft.step, self.optimizers, decision)
+            self.late_requests.extend(decision.requests)
+
+    @property
+    def late_requests(self) -> list[Request]:
+        """Requests of rules judged after their step; the adapter takes and clears them."""
+        return self.__dict__.setdefault("_late_requests", [])
+
+    def finish(self) -> None:
+        """End the run: complete every record, and let rules that judge a whole run speak."""
+        self.finish_step()
+        self._drain(wait=True)
+        with self.guard("rules at the end of the run"):
+            self.judge.finish(self._step)
+
+    def close(self) -> None:
+        """Take everything off the model and the optimizers. May be called twice."""
+        with self.guard("closing"):
+            self.finish_step()
+            self._drain(wait=True)
+        self.meter.close()
+        self.rates.close()
+        for handle in self._installed:
+            handle.remove()
+        self._installed = []
+        for gate in self._gates.values():
+            gate.close()
+        self._gates = {}
+
+    def unseen(self) -> list[str]:
+        """Return what could not be watched, in sentences."""
+        watched, notes = self.meter.watched, []
+        if watched.missing:
+            notes.append(f"in no optimizer although trainable: {_listed(watched.missing)}")
+        if self.meter.tap is not None:
+            reasons: dict[str, list[str]] = {}
+            for path, reason in self.meter.tap.coverage().items():
+                reasons.setdefault(reason, []).append(path)
+            notes += [f"not seen ({reason}): {_listed(paths)}" for reason, paths in reasons.items() if reason]
+        notes += [f"rule {c.name} never judged: {c.reason}" for c in self.judge.coverage if not c.judged and c.reason]
+        return notes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory as plain values and tensors (loads with `weights_only=True`, L4)."""
+        return {
+            "version": 1,
+            "judge": self.judge.state_dict(),
+            "treatments": [t.state_dict() for t in (*self.treatments, *self._rule_treatments)],
+            "rates": self.rates.state_dict(),
+            "num_skipped": self.num_skipped,
+            "num_overflows": self.num_overflows,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.judge.load_state_dict(state.get("judge", {}))
+        saved, mine = list(state.get("treatments", [])), (*self.treatments, *self._rule_treatments)
+        if len(saved) == len(mine):
+            for treatment, memory in zip(mine, saved, strict=True):
+                treatment.load_state_dict(memory)
+        elif saved:
+            self.guard.warn(
+                f"the checkpoint holds the memory of {len(saved)} treatments, this run has {len(mine)}: they start "
+                "afresh. Resume with the same treatments to go on where they were."
+            )
+        self.rates.load_state_dict(state.get("rates", {}))
+        self.num_skipped = int(state.get("num_skipped", 0))
+        self.num_overflows = int(state.get("num_overflows", 0))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _install(treatment: Any, model: nn.Module) -> Any:
+    return treatment.install(model)
+
+
+def _jobs(fired: Fired, limit: float | None) -> list[Job]:
+    return [Job(t, fired.rule.name, True, limit, fired.findings) for t in fired.then if isinstance(t, Treatment)]
+
+
+def _stop(fired: Fired) -> Request:
+    return Request(kind="stop", reason=f"stop: {fired.incident}", values={"error": True})
+
+
+def _own(rule: str, step: int, message: str, treatments: tuple[str, ...] = ()) -> Incident:
+    return Incident(
+        rule=rule,
+        first_step=step,
+        last_step=step,
+        severity="critical",
+        message=message,
+        treatments=treatments,
+        advice="The optimizer did not move at this step. Mend what failed, or take the treatment out.",
+        resolved=True,
+        resolved_step=step,
+    )

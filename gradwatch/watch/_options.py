@@ -1,0 +1,90 @@
+"""What to measure and how often: checked once, then frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import ConfigError, UnknownNameError
+
+__all__ = ["MeasureOptions", "is_due"]
+
+ON_ERROR = ("warn", "raise")
+BACKENDS = ("tensor", "full")
+SCALES = ("log10", "signed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """What to measure and how often. All numbers of steps are optimizer steps.
+
+    Args:
+        paths: glob pattern or patterns of the parameters and modules to watch; `*` crosses dots.
+        every: measure gradient norms (and judge, and log) at one step in this many. Treatments that run on every step
+            run on every step all the same.
+        activations_every: sample module outputs and grad_outputs at one step in this many, and densely at the very
+            beginning (steps 0, 1, 2, 4, 8, 16, 32); None never.
+        updates_every: measure update ratios at one step in this many, and at the beginning; None never.
+        histograms_every: histograms and details (absmax, zero share) at one step in this many; None never.
+        backward: `"tensor"`: gradients at outputs through tensor hooks (bitwise neutral, safe with in-place ops);
+            `"full"`: torch's full backward hooks, after a pre-flight.
+        memory_limit_mb: what may be held beyond the model.
+        on_error: `"warn"`: a failure of gradwatch's own becomes one warning and a disabled part; `"raise"`: it raises.
+        histogram_scale: `"log10"` of the magnitude, or `"signed"` values.
+        history: records kept at `history`; fewer where they would not fit in a fourth of `memory_limit_mb`.
+        autopsy: on the first non-finite incident run the same batch again under hooks to say where it was born.
+        local_norms: measure each rank's gradient norm before it is reduced, to name a bad rank.
+        conflicts_every: measure conflicts between task losses at one step in this many, without surgery; None never.
+    """
+
+    paths: str | Sequence[str] = "*"
+    every: int = 1
+    activations_every: int | None = 50
+    updates_every: int | None = 50
+    histograms_every: int | None = 100
+    backward: str = "tensor"
+    memory_limit_mb: float = 256
+    on_error: str = "warn"
+    histogram_scale: str = "log10"
+    history: int = 1000
+    autopsy: bool = False
+    local_norms: bool = False
+    conflicts_every: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_steps("every", self.every, optional=False)
+        for name in ("activations_every", "updates_every", "histograms_every", "conflicts_every"):
+            _check_steps(name, getattr(self, name), optional=True)
+        _check_steps("history", self.history, optional=False)
+        for name, known in (("backward", BACKENDS), ("on_error", ON_ERROR), ("histogram_scale", SCALES)):
+            if getattr(self, name) not in known:
+                raise UnknownNameError(f"`{name}`", getattr(self, name), known)
+        if not self.memory_limit_mb > 0:
+            raise ConfigError(f"`memory_limit_mb` must be above 0. Got {self.memory_limit_mb}.")
+        patterns = [self.paths] if isinstance(self.paths, str) else list(self.paths)
+        if not patterns or not all(isinstance(p, str) and p for p in patterns):
+            raise ConfigError(f"`paths` must be a glob pattern or several. Got {self.paths!r}.")
+        object.__setattr__(self, "paths", tuple(patterns))
+
+    @property
+    def memory_limit_bytes(self) -> int:
+        return int(self.memory_limit_mb * 2**20)
+
+
+def _check_steps(name: str, value: object, *, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        never = " or None (never)" if optional else ""
+        raise ConfigError(f"`{name}` must be a number of optimizer steps, 1 or more{never}. Got {value!r}.")
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Return whether something with this cadence is measured at this step.
+
+    Beside the multiples of `every`, the powers of two below it: most faults show in the first steps, and a
+    short run would otherwise be judged on one sample.
+    """
+    if every is None:
+        return False
+    return step % every == 0 or (step < every and step & (step - 1) == 0)

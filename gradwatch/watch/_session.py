@@ -1,0 +1,270 @@
+"""One watched run: the engine with its sinks, its incident lines and its state. Shared by every adapter."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .._version import __version__
+from ..errors import ConfigError
+from ..protocols import Request, RunMeta, Sink
+from ..records import Incident, StepRecord
+from ..sinks import RunFolder, SafeSinks
+from ..treatments.surgery import SurgeryController, TrainingStepTap
+from ._batch import num_samples
+from ._draft import StepInputs
+from ._engine import Engine, StepOutcome
+from ._paths import clean_path, unwrap
+from ._ranks import is_writer, world_size
+from ._settings import Settings
+from ._summary import summarize
+
+__all__ = ["MAX_LINES", "Session"]
+
+MAX_LINES = 30
+"""Incident lines printed in one run; what comes after is in the summary and the run folder."""
+
+_log = logging.getLogger("gradwatch")
+
+
+class Session:
+    """One run. Adapters tell it what happens; it tells the engine, the sinks and the user.
+
+    Args:
+        model: as the user has it; wrappers are taken off.
+        optimizers: raw torch optimizers.
+        settings: from `resolve`.
+        sinks: where records go, beside the run folder.
+        run_dir: folder for the run's files, or None.
+        log_every: cadence of sinks that do not choose their own.
+        say: shows one line to the user.
+        on_incident: the user's own callable; called once when an incident opens, and once when it is over.
+        start_step: optimizer steps taken before this run (a resumed one).
+    """
+
+    def __init__(  # noqa: PLR0913 - a door: flat names, resolved at once
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        settings: Settings,
+        *,
+        sinks: Sequence[Sink] = (),
+        run_dir: str | Path | None = None,
+        log_every: int = 50,
+        say: Callable[[str], None] | None = None,
+        on_incident: Callable[[Incident], None] | None = None,
+        start_step: int = 0,
+    ) -> None:
+        self.settings = settings
+        self.model = unwrap(model)
+        self._say = say or _log.warning
+        self._on_incident = on_incident
+        self._num_lines = 0
+        self._said: set[tuple[int, str]] = set()
+        self._news: dict[tuple[int, str], Incident] = {}
+        self._closed = False
+        self.surgery: SurgeryController | None = None
+        self._surgery_state: Any = None
+        self._step_tap: TrainingStepTap | None = None
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.engine = Engine(
+            self.model,
+            optimizers,
+            book=settings.book,
+            treatments=settings.treatments,
+            options=settings.options,
+            on_incident=self._incident,
+            on_record=self._record,
+        )
+        chosen = list(sinks) if is_writer() else []
+        if self.run_dir is not None and is_writer():
+            chosen.insert(0, RunFolder(self.run_dir))
+        self.sinks = SafeSinks(chosen, log_every=log_every, on_error=settings.options.on_error)
+        self.sinks.open(self._meta(start_step))
+
+    def _meta(self, start_step: int) -> RunMeta:
+        options = {k: getattr(self.settings.options, k) for k in self.settings.options.__dataclass_fields__}
+        options["rules"] = [rule.name for rule in self.settings.book.rules]
+        options["treatments"] = [t.name for t in self.settings.treatments]
+        options["world_size"] = world_size()
+        return RunMeta(
+            name=self.settings.name,
+            run_dir=None if self.run_dir is None else str(self.run_dir),
+            started=time.time(),
+            options=options,
+            versions={"gradwatch": __version__, "torch": torch.__version__},
+            model=type(self.model).__name__,
+            start_step=start_step,
+        )
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """All incidents so far, as they stand now, in the order in which they began."""
+        return self.engine.judge.incidents
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The recent records, oldest first; bounded."""
+        return list(self.engine.history)
+
+    @property
+    def notes(self) -> list[str]:
+        """What gradwatch could not see, or has switched off."""
+        notes = [f"{part} was switched off: {why}" for part, why in self.engine.guard.failed.items()]
+        notes += [f"sink {name} was switched off: {error}" for name, error in self.sinks.failed.items()]
+        notes += self.engine.unseen()
+        return notes
+
+    def summary(self) -> str:
+        """Return the table of layers and the incidents, as text."""
+        return summarize(self.history, self.incidents, num_skipped=self.engine.num_skipped, notes=self.notes)
+
+    def _record(self, record: StepRecord) -> None:
+        self.sinks.push(record)
+        if self._news:
+            self._tell()
+
+    def _incident(self, incident: Incident) -> None:
+        # Told when the step is complete: by then it stands with it what was done about it.
+        self._news[incident.id, incident.rule] = incident
+
+    def _tell(self) -> None:
+        news, self._news = self._news, {}
+        now = {(i.id, i.rule): i for i in self.incidents}
+        for key in news:
+            incident = now.get(key, news[key])
+            self.sinks.incident(incident)
+            if key in self._said and not incident.resolved:
+                continue
+            if self._on_incident is not None:
+                with self.engine.guard("`on_incident`"):
+                    self._on_incident(incident)
+            if key not in self._said and incident.severity != "info" and is_writer():
+                self._print(incident)
+            self._said.add(key)
+
+    def _print(self, incident: Incident) -> None:
+        if self._num_lines < MAX_LINES:
+            self._say(f"gradwatch {incident}")
+        elif self._num_lines == MAX_LINES:
+            self._say("gradwatch: further incidents are not printed; see the summary.")
+        self._num_lines += 1
+
+    def begin(self, lightning_module: Any = None) -> None:
+        """Begin to collect task losses, where surgery or conflict diagnosis is asked for.
+
+        Args:
+            lightning_module: whose `training_step` returns them; None in loops that call `backward({...})` or `split`.
+        """
+        options = self.settings.options
+        if self.settings.surgery is None and options.conflicts_every is None:
+            return
+        self.surgery = SurgeryController(
+            self.settings.surgery,
+            [(clean_path(n), p) for n, p in self.model.named_parameters()],
+            diagnose_every=options.conflicts_every or 0,
+        )
+        controller = self.surgery
+        self.engine.meter.is_muted = lambda: controller.probing
+        if self._surgery_state is not None:
+            self.surgery.load_state_dict(self._surgery_state)
+        if lightning_module is not None:
+            self._step_tap = TrainingStepTap(lightning_module, self.surgery)
+
+    def before_forward(self, step: int) -> None:
+        """Say that a micro-batch begins."""
+        if self.surgery is not None:
+            self.surgery.step = step
+        self.engine.before_forward(step)
+
+    def before_backward(self, loss: Tensor, *, scale: float = 1.0, parts: int = 1) -> None:
+        """Say that backward comes next: task gradients are probed here."""
+        if self.surgery is not None:
+            self.surgery.before_backward(loss if scale == 1.0 else loss * scale, grad_scale=scale / parts)
+
+    def after_backward(self) -> None:
+        """Say that one micro-batch's backward is over."""
+        if self.surgery is not None:
+            self.surgery.after_backward()
+
+    def step(self, inputs: StepInputs, optimizers: Sequence[Optimizer] | None = None) -> StepOutcome:
+        """Measure, judge and treat, with what surgery has to say put on record."""
+        if self.surgery is not None:
+            inputs.scalars = inputs.scalars | self.surgery.report()
+        return self.engine.after_backward(inputs, optimizers)
+
+    def after_step(self) -> None:
+        self.engine.finish_step()
+
+    def optimizer_number(self, optimizer: Optimizer) -> int:
+        """Return which of the run's optimizers this is."""
+        return next((i for i, o in enumerate(self.engine.optimizers) if o is optimizer), 0)
+
+    def count_samples(self, batch: Any) -> int:
+        return num_samples(batch)
+
+    def carry_out(self, request: Request) -> None:
+        """Do what needs no trainer: lower learning rates, notify."""
+        if request.kind == "lower_learning_rate":
+            values = request.values
+            self.engine.rates.lower(values["factor"], values.get("steps"), name=str(values.get("rule", "")))
+        elif request.kind == "notify":
+            with self.engine.guard("notifying"):
+                request.values["target"](request.values["incident"])
+
+    def take_requests(self) -> list[Request]:
+        """Return what rules asked for that were judged after their step, once."""
+        requests = list(self.engine.late_requests)
+        self.engine.late_requests.clear()
+        return requests
+
+    def annotate(
+        self, text: str, *, silence: int = 0, paths: str | Sequence[str] = "*", rules: str | Sequence[str] = "*"
+    ) -> None:
+        """Put a note on record, and keep rules silent for a number of steps (a data switch, a new schedule)."""
+        self.engine.judge.annotate(text, silence=silence, paths=paths, rules=rules)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.engine.state_dict()
+        if self.surgery is not None:
+            state["surgery"] = self.surgery.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping):
+            raise ConfigError(f"gradwatch's state is a mapping made by `state_dict()`. Got {type(state).__name__}.")
+        self.engine.load_state_dict(state)
+        self._surgery_state = state.get("surgery")
+        if self.surgery is not None and self._surgery_state is not None:
+            self.surgery.load_state_dict(self._surgery_state)
+
+    def finish(self) -> None:
+        """End the run well: the last records, rules that judge the whole run, the summary."""
+        self.engine.finish()
+        self._tell()
+        self.sinks.summary(self.summary())
+
+    def close(self) -> None:
+        """Take everything off the model, write what is left. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._step_tap is not None:
+            self._step_tap.close()
+        if self.surgery is not None:
+            self.surgery.close()
+        self.engine.close()
+        self._tell()
+        self.sinks.flush()
+        self.sinks.close()

@@ -1,0 +1,317 @@
+"""The door for plain training loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import ConfigError, TrainingStopped
+from ..protocols import Request, Sink, Treatment
+from ..records import Incident, StepRecord
+from ._draft import StepInputs
+from ._engine import StepOutcome
+from ._scaler import scale_left_in_gradients, unscale
+from ._session import Session
+from ._settings import resolve
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """Watches the gradients of a plain training loop, and acts if asked.
+
+    ```python
+    with Watch(model, optimizer, rules="default", run_dir="runs/1") as watch:
+        for x, y in loader:
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            watch.step(loss=loss)            # measure, judge, treat, then optimizer.step() unless vetoed
+            optimizer.zero_grad()
+    ```
+
+    Nothing is written on the model; hooks come off when the `with` ends, however it ends.
+
+    Args:
+        model: the model as it is trained; DDP and compile wrappers are looked through.
+        optimizer: one, or several that step together (or one at a time, with `step(optimizer=...)`).
+        rules: `"observe"`, `"default"`, `"autoclip"`, a rules file, a list of rules or a `RuleBook`.
+        scaler: a `torch.amp.GradScaler`, where one is used; `step` then calls its `step` and `update` too.
+        treatments: for every step.
+        surgery: a method's name or a `Surgery`, for `backward({...})` and `split(...)`.
+        run_dir: folder for records and incidents; None writes nothing.
+        sinks: where else records go.
+        log_every: optimizer steps between two log entries of sinks without a cadence of their own.
+        on_incident: called with each incident when it opens and when it is over.
+        on_checkpoint: called with a file name when a rule asks for a checkpoint.
+        name, paths, every, activations_every, updates_every, histograms_every, backward, memory_limit_mb, on_error,
+            **options: see `MeasureOptions`.
+
+    Raises:
+        ConfigError: a setting that can't be, with the nearest valid names.
+    """
+
+    def __init__(  # noqa: PLR0913 - a door: flat names, resolved at once
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        rules: Any = "default",
+        scaler: Any = None,
+        treatments: Treatment | Sequence[Treatment] = (),
+        surgery: Any = None,
+        run_dir: str | Path | None = None,
+        sinks: Sequence[Sink] | None = None,
+        log_every: int | None = None,
+        on_incident: Callable[[Incident], None] | None = None,
+        on_checkpoint: Callable[[str], object] | None = None,
+        name: str = "gradwatch",
+        paths: str | Sequence[str] = "*",
+        every: int = 1,
+        activations_every: int | None = 50,
+        updates_every: int | None = 50,
+        histograms_every: int | None = 100,
+        backward: str = "tensor",
+        memory_limit_mb: float = 256,
+        on_error: str = "warn",
+        **options: Any,
+    ) -> None:
+        settings = resolve(
+            rules=rules,
+            treatments=treatments,
+            surgery=surgery,
+            sinks=sinks,
+            name=name,
+            log_every=log_every,
+            paths=paths,
+            every=every,
+            activations_every=activations_every,
+            updates_every=updates_every,
+            histograms_every=histograms_every,
+            backward=backward,
+            memory_limit_mb=memory_limit_mb,
+            on_error=on_error,
+            **options,
+        )
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"`model` must be a torch.nn.Module. Got {type(model).__name__}.")
+        self.optimizers = _optimizers(optimizer)
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._on_checkpoint = on_checkpoint
+        self._step = 0
+        self._extra: dict[str, float] = {}
+        self._losses: list[Tensor] = []
+        self.session = Session(
+            model,
+            self.optimizers,
+            settings,
+            sinks=settings.sinks or (),
+            run_dir=run_dir,
+            log_every=log_every or 50,
+            on_incident=on_incident,
+        )
+        self.session.begin()
+        self.session.before_forward(0)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps taken so far, vetoed ones included."""
+        return self._step
+
+    def backward(self, losses: Mapping[str, Tensor] | Tensor, *, scale: float = 1.0) -> Tensor:
+        """Run the backward of task losses, with surgery between their gradients where that is on.
+
+        Args:
+            losses: of each task by name, still attached to the graph; or one loss, for a plain backward.
+            scale: multiplies the sum: one over the number of accumulated micro-batches, say. A `scaler`'s scale comes
+                on top.
+
+        Returns:
+            The sum, detached and without any scale; `step` takes it as the loss where it is given none.
+        """
+        factor = scale if self.scaler is None else scale * float(self.scaler.get_scale())
+        if isinstance(losses, Tensor):
+            total = losses
+            (losses * factor if factor != 1 else losses).backward()
+        elif self.session.surgery is None:
+            total = torch.stack([loss.reshape(()) for loss in losses.values()]).sum()
+            (total * factor if factor != 1 else total).backward()
+        else:
+            total = self.session.surgery.backward(losses, grad_scale=factor)
+        self._losses.append(total.detach())
+        return total.detach()
+
+    def step(
+        self,
+        loss: Any = None,
+        *,
+        batch: Any = None,
+        outputs: Any = None,
+        targets: Any = None,
+        optimizer: Optimizer | None = None,
+    ) -> StepOutcome:
+        """Measure, judge and treat the gradients in `.grad`, then let the optimizers step, unless vetoed.
+
+        Args:
+            loss: of this step, unscaled: a tensor or a number.
+            batch, outputs, targets: for rules that look at them; all optional.
+            optimizer: the one that steps now, where several step each on its own; None: all.
+
+        Raises:
+            TrainingStopped: a rule or treatment asked for a stop.
+        """
+        stepping = self.optimizers if optimizer is None else (self._known(optimizer),)
+        if self.scaler is not None:
+            for o in stepping:
+                unscale(self.scaler, o)
+        outcome = self.after_backward(loss, batch=batch, outputs=outputs, targets=targets, optimizer=optimizer)
+        for o in stepping:
+            if self.scaler is None:
+                o.step()
+            else:
+                self.scaler.step(o)
+        if self.scaler is not None:
+            self.scaler.update()
+        self.after_step()
+        self._refuse(outcome.requests)
+        return outcome
+
+    def after_backward(
+        self,
+        loss: Any = None,
+        *,
+        batch: Any = None,
+        outputs: Any = None,
+        targets: Any = None,
+        optimizer: Optimizer | None = None,
+    ) -> StepOutcome:
+        """The first half of `step`, for those who step themselves: measure, judge, treat.
+
+        Where the outcome says `skip`, the optimizer's next `step()` moves nothing.
+        """
+        stepping = self.optimizers if optimizer is None else (self._known(optimizer),)
+        scaler = self.scaler
+        inputs = StepInputs(
+            step=self._step,
+            losses=[loss] if loss is not None else self._losses,
+            batch=batch,
+            outputs=outputs,
+            targets=targets,
+            grad_scale=1.0 if scaler is None else scale_left_in_gradients(scaler, stepping[0]),
+            scaler=scaler is not None,
+            scale=None if scaler is None else float(scaler.get_scale()),
+            optimizer=None if optimizer is None else self.optimizers.index(optimizer),
+            scalars=self._extra,
+        )
+        self._extra, self._losses = {}, []
+        outcome = self.session.step(inputs, stepping)
+        for request in outcome.requests:
+            self._carry_out(request)
+        return outcome
+
+    def after_step(self) -> None:
+        """The second half of `step`: call it after the optimizer has stepped."""
+        self.session.after_step()
+        self._step += 1
+        self.session.before_forward(self._step)
+        late = self.session.take_requests()
+        for request in late:
+            self._carry_out(request)
+        self._refuse(late)
+
+    def validation(self, loss: Any = None, **metrics: Any) -> None:
+        """Hand over validation values; they stand on the next step's record as `val_loss` and `val_<metric>`."""
+        given = metrics if loss is None else {"loss": loss, **metrics}
+        for key, value in given.items():
+            number = float(value.detach()) if isinstance(value, Tensor) else float(value)
+            self._extra[key if key == "train_eval_loss" else f"val_{key}"] = number
+
+    def annotate(
+        self, text: str, *, silence: int = 0, paths: str | Sequence[str] = "*", rules: str | Sequence[str] = "*"
+    ) -> None:
+        """Put a note on record, and keep rules silent for `silence` steps (a data switch, a new schedule)."""
+        self.session.annotate(text, silence=silence, paths=paths, rules=rules)
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """All incidents so far, as they stand now."""
+        return self.session.incidents
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The recent records, oldest first; bounded."""
+        return self.session.history
+
+    def summary(self) -> str:
+        """Return a text table of layers, and the incidents with advice."""
+        return self.session.summary()
+
+    def report(self, path: str | Path) -> Path:
+        """Write the run as one self-contained file (.html, .md, .json or .png)."""
+        from ..report import write_session
+
+        return write_session(self.session, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return windows, counters and the treatments' memory, as plain values and tensors."""
+        return {**self.session.state_dict(), "step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.session.load_state_dict(state)
+        self._step = int(state.get("step", 0))
+        self.session.engine.meter.disarm()
+        self.session.before_forward(self._step)
+
+    def close(self) -> None:
+        """Take every hook off, write what is left. May be called twice."""
+        if not self.session.closed:
+            self.session.finish()
+        self.session.close()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _known(self, optimizer: Optimizer) -> Optimizer:
+        if optimizer not in self.optimizers:
+            raise ConfigError(
+                f"this Watch does not know the {type(optimizer).__name__} it was given: name it in Watch(model, [...])."
+            )
+        return optimizer
+
+    def _carry_out(self, request: Request) -> None:
+        self.session.carry_out(request)
+        if request.kind == "checkpoint" and self._on_checkpoint is not None:
+            with self.session.engine.guard("`on_checkpoint`"):
+                self._on_checkpoint(str(request.values.get("filename", "gradwatch")))
+
+    def _refuse(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if request.kind == "stop":
+                raise TrainingStopped(request.reason)
+
+
+def _optimizers(given: Any) -> tuple[Optimizer, ...]:
+    found = (given,) if isinstance(given, Optimizer) else tuple(given)
+    # Wrappers such as Accelerate's or Fabric's hold the raw one.
+    raw = tuple(o if type(o).__module__.startswith("torch.") else _raw(o) for o in found)
+    for o in raw:
+        if not isinstance(o, Optimizer):
+            raise ConfigError(f"`optimizer` must be a torch optimizer or several. Got {type(o).__name__}.")
+    if not raw:
+        raise ConfigError("`optimizer` must hold at least one torch optimizer. Got none.")
+    return raw
+
+
+def _raw(optimizer: Any) -> Any:
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, Optimizer) else optimizer
