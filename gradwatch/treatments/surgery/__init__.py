@@ -7,8 +7,9 @@ calls, `SurgeryController` what an engine drives.
 from __future__ import annotations
 
 from ._controller import SurgeryController
-from ._diagnosis import conflicts, cosine_matrix, describe
-from ._gramian import gramian
+from ._diagnosis import conflicts, describe
+from ._micro import MicroBatchController, MicroBatchSurgery
+from ._noise import agreement_filter, micro_agreement, noise_moments
 from ._settings import Surgery
 from ._split import collecting, split
 from ._tap import TrainingStepTap
@@ -16,14 +17,17 @@ from ._weights import METHODS, weights
 
 __all__ = [
     "METHODS",
+    "MicroBatchController",
+    "MicroBatchSurgery",
     "Surgery",
     "SurgeryController",
     "TrainingStepTap",
+    "agreement_filter",
     "collecting",
     "conflicts",
-    "cosine_matrix",
     "describe",
-    "gramian",
+    "micro_agreement",
+    "noise_moments",
     "split",
     "weights",
 ]

@@ -30,13 +30,14 @@ def imtl_g(gramian: Tensor) -> Tensor:
 def aligned_mtl(gramian: Tensor, *, pref: Sequence[float] | None = None) -> Tensor:
     """Return the weights that make the gradients' principal components equally long (as the shortest one).
 
-    Components below float32's precision of the longest count as absent.
+    Components that float32 gradients can't tell from rounding count as absent.
 
     Source: Senushkin et al., "Independent Component Alignment for Multi-Task Learning", CVPR 2023, arXiv 2305.19000.
     """
     k = len(gramian)
     values, vectors = torch.linalg.eigh(gramian / gramian.diagonal().mean())
-    keep = values > values.max() * k * torch.finfo(torch.float32).eps
+    # Elements are rounded at float32's epsilon, so squared lengths carry noise of its square.
+    keep = values > values.max() * k * 10 * torch.finfo(torch.float32).eps ** 2
     values, vectors = values[keep], vectors[:, keep]
     balance = values.min().sqrt() * (vectors * values.rsqrt()) @ vectors.T
     return balance @ preference(pref, k, 1 / k)
@@ -89,8 +90,12 @@ def _fair(gramian: Tensor, *, power: float) -> Tensor:
     diagonal = gramian.diagonal()
     active = diagonal > 1e-30 * diagonal.max()
     scale = float(diagonal[active].mean())
-    G = gramian[active][:, active] / scale
-    a = fair_newton(G + 1e-10 * torch.eye(len(G), dtype=G.dtype), power=power)
+    norms = (diagonal[active] / scale).sqrt()
+    # Solved for a |g|, where the matrix is the one of cosines, so that tasks of very different lengths do no harm. The
+    # ridge bounds what has no solution: gradients that cancel.
+    cosines = gramian[active][:, active] / scale / torch.outer(norms, norms)
+    ridge = 1e-12 * torch.eye(len(norms), dtype=norms.dtype)
+    a = fair_newton(cosines + ridge, norms ** (power - 1), power=power) / norms
     result = torch.full_like(diagonal, float(a.mean()))
     result[active] = a
     return result * scale ** (-1 / (1 + power))

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...stats import gramian
 from ._checks import check_losses, check_separate
 from ._decide import Decider, Decision
 from ._diagnosis import describe, merge
 from ._direct import direct_sum
-from ._gramian import gramian, mean_over_ranks
+from ._gramian import mean_over_ranks
 from ._probe import Prober, Probes
 from ._settings import Surgery
 from ._split import plain_sum
+from ._weigh import weigh_entries, weigh_losses
 
 __all__ = ["SurgeryController"]
 
@@ -124,9 +126,9 @@ class SurgeryController:
         decision = self._decide(found, tuple(losses))
         if decision is None:
             return
-        for task_loss, weight in zip(losses.values(), decision.weights.tolist(), strict=True):
-            if weight != 1:
-                self._handles.append(task_loss.register_hook(partial(torch.mul, other=weight)))
+        assert self._surgery is not None
+        weigh = weigh_losses if self._surgery.heads == "weighted" else weigh_entries
+        self._handles = weigh(list(losses.values()), decision.weights.tolist())
 
     def after_backward(self) -> None:
         """Take every hook off and let the losses go."""
@@ -203,7 +205,7 @@ class SurgeryController:
     def _decide(self, found: Probes, names: tuple[str, ...]) -> Decision | None:
         """Measure the Gramian of the probes, note what it says, and return what to do about it."""
         # The one host read of surgery: k x k numbers.
-        matrix = mean_over_ranks(gramian(found.grads)).cpu() / self._grad_scale**2
+        matrix = mean_over_ranks(gramian(found.grads)).to("cpu", torch.float64) / self._grad_scale**2
         scalars = describe(matrix, names)
         decision = None
         if self._due and self._decider is not None:
@@ -219,7 +221,8 @@ class SurgeryController:
             found = self._prober.probe(losses, seeds, keep_all=True, free=True)
         decision = self._decide(found, tuple(losses)) if len(losses) > 1 else None
         weights = [1.0] * len(losses) if decision is None else decision.weights.tolist()
-        return found.combine(weights)
+        plain_heads = self._surgery is not None and self._surgery.heads == "plain"
+        return found.combine(weights, plain_heads=plain_heads)
 
     def _release(self) -> None:
         for handle in self._handles:

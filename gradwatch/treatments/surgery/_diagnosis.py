@@ -8,14 +8,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-__all__ = ["combined", "conflicts", "cosine_matrix", "describe", "describe_treatment", "merge"]
+from ...stats import cosines as cosines_of
 
-
-def cosine_matrix(gramian: Tensor) -> Tensor:
-    """Return the (k, k) cosines; nan where a gradient is zero or not finite. Scales out before the division."""
-    norms = gramian.diagonal().clamp(min=0).sqrt()
-    outer = norms[:, None] * norms[None]
-    return torch.where(outer > 0, gramian / outer, torch.full_like(gramian, float("nan"))).clamp(-1, 1)
+__all__ = ["combined", "conflicts", "describe", "describe_treatment", "merge"]
 
 
 def conflicts(gramian: Tensor) -> bool:
@@ -32,7 +27,7 @@ def describe(gramian: Tensor, names: Sequence[str]) -> dict[str, float]:
     """
     norms = gramian.diagonal().clamp(min=0).sqrt().tolist()
     squares = gramian.diagonal().tolist()
-    cosines = cosine_matrix(gramian).tolist()
+    cosines = cosines_of(gramian).tolist()
     scalars = {f"task_norm/{name}": norm for name, norm in zip(names, norms, strict=True)}
     negative = 0
     pairs = list(combinations(range(len(names)), 2))

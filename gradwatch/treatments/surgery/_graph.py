@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["last_used", "shared_features"]
+__all__ = ["last_used", "shared_features", "task_entries"]
 
 
 def last_used(losses: Sequence[Tensor], paths: Mapping[int, str], order: Sequence[str]) -> str:
@@ -46,6 +46,26 @@ def shared_features(losses: Sequence[Tensor]) -> list[GradientEdge]:
                 edges.update(dict.fromkeys((c, nr) for c, nr in node.next_functions if c in common))
     upstream = set(_walk([child for node, _ in edges for child, _ in node.next_functions if child is not None]))
     return [GradientEdge(node, nr) for node, nr in edges if node not in upstream]
+
+
+def task_entries(losses: Sequence[Tensor]) -> list[dict[Any, list[int]] | None]:
+    """Return for each task the nodes of its own from which gradients enter what it shares with another task.
+
+    Returns:
+        One dict a task: node -> which of its inputs lead into shared nodes. None where the loss itself is shared.
+    """
+    starts = [_edge(loss)[0] for loss in losses]
+    counts: dict[Any, int] = {}
+    reached = [_walk([start]) for start in starts]
+    for nodes in reached:
+        for node in nodes:
+            counts[node] = counts.get(node, 0) + 1
+    result: list[dict[Any, list[int]] | None] = []
+    for start, nodes in zip(starts, reached, strict=True):
+        own = [node for node in nodes if counts[node] == 1]
+        entries = {node: [i for i, (c, _) in enumerate(node.next_functions) if counts.get(c, 0) > 1] for node in own}
+        result.append(None if counts[start] > 1 else {node: inputs for node, inputs in entries.items() if inputs})
+    return result
 
 
 def _edge(loss: Tensor) -> tuple[Any, int]:

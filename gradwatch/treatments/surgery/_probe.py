@@ -30,8 +30,13 @@ class Probes:
     grads: Sequence[Grads]
     all_grads: Sequence[Grads] = ()
 
-    def combine(self, weights: Sequence[float]) -> list[Tensor | None]:
-        """Return the weighted sum over the tasks for every parameter; None where no task has a gradient."""
+    def combine(self, weights: Sequence[float], *, plain_heads: bool = False) -> list[Tensor | None]:
+        """Return the weighted sum over the tasks for every parameter; None where no task has a gradient.
+
+        Args:
+            weights: one a task.
+            plain_heads: leave the weight out where only one task has a gradient.
+        """
         columns = list(zip(*self.all_grads, strict=True))
         result: list[Tensor | None] = [None] * len(columns)
         dense = [
@@ -47,7 +52,8 @@ class Probes:
         for i, value in zip(dense, total, strict=True):
             result[i] = value
         for i in set(range(len(columns))) - set(dense):
-            terms = [g * w for g, w in zip(columns[i], weights, strict=True) if g is not None]
+            present = [(g, w) for g, w in zip(columns[i], weights, strict=True) if g is not None]
+            terms = [g if plain_heads and len(present) == 1 else g * w for g, w in present]
             result[i] = sum(terms[1:], start=terms[0]) if terms else None
         return result
 

@@ -14,13 +14,14 @@ __all__ = ["Surgery"]
 
 _GRAMIANS = ("params", "last", "features")
 _COMBINE = ("backward", "direct")
+_HEADS = ("weighted", "plain")
 
 
 class Surgery:
     """Settings of gradient surgery between the tasks of one batch.
 
     The tasks' gradients with respect to shared parameters give a k x k Gramian, a method turns it into k weights, and
-    one ordinary backward runs in which each task's loss counts with its weight (heads included).
+    one ordinary backward runs in which each task's loss counts with its weight.
 
     Args:
         method: a name in `gradwatch.treatments.surgery.METHODS`, or a callable from a Gramian to weights.
@@ -36,6 +37,9 @@ class Surgery:
             meaning. Methods differ: PCGrad returns a sum, UPGrad a mean, Nash-MTL a fixed length.
         combine: "backward": one ordinary backward follows k probes. "direct": the probes' gradients are combined
             instead (one backward less; gradient hooks of modules see the probes only).
+        heads: "weighted": a task's own parameters train with the task's weight too, as if its loss had been multiplied.
+            "plain": they train as without surgery; the weight is applied where the task's gradient enters what tasks
+            share (in the graph; costs a walk over it at each step).
         **options: of the method, such as `c` of cagrad.
 
     As the `then` of a rule it is an action: it asks the engine to switch surgery on.
@@ -56,6 +60,7 @@ class Surgery:
         when: str | int = "always",
         keep_length: bool = True,
         combine: str = "backward",
+        heads: str = "weighted",
         **options: Any,
     ) -> None:
         resolve_method(method, options)
@@ -63,6 +68,8 @@ class Surgery:
             raise ConfigError(f"`gramian` must be one of {', '.join(_GRAMIANS)}. Got {gramian!r}.")
         if combine not in _COMBINE:
             raise ConfigError(f"`combine` must be one of {', '.join(_COMBINE)}. Got {combine!r}.")
+        if heads not in _HEADS:
+            raise ConfigError(f"`heads` must be one of {', '.join(_HEADS)}. Got {heads!r}.")
         number = isinstance(when, int) and not isinstance(when, bool) and when >= 1
         if when not in ("always", "conflict") and not number:
             raise ConfigError(f"`when` must be 'always', 'conflict' or a number of steps >= 1. Got {when!r}.")
@@ -79,6 +86,7 @@ class Surgery:
         self.when = when
         self.keep_length = keep_length
         self.combine = combine
+        self.heads = heads
         self.options = options
 
     def acts_at(self, step: int) -> bool:

@@ -60,24 +60,26 @@ def solve_lcp(A: Tensor, q_BK: Tensor, *, max_iterations: int = 200) -> Tensor:
     return x.clamp(min=0)
 
 
-def fair_newton(A: Tensor, *, power: float, max_iterations: int = 200, tolerance: float = 1e-13) -> Tensor:
-    """Return the a > 0 with A a = a**(-power): the minimiser of a'Aa/2 plus a barrier, by damped Newton.
+def fair_newton(
+    A: Tensor, right: Tensor, *, power: float, max_iterations: int = 200, tolerance: float = 1e-14
+) -> Tensor:
+    """Return the a > 0 with A a = right * a**(-power): the minimiser of a'Aa/2 plus a barrier, by damped Newton.
 
     `power` 1 is Nash-MTL's condition, 1/alpha FairGrad's.
     """
     k = len(A)
-    a = (A.diagonal() * k) ** (-1 / (1 + power))
+    a = (right / (A.diagonal() * k)) ** (1 / (1 + power))
     for _ in range(max_iterations):
-        residual = A @ a - a.pow(-power)
+        residual = A @ a - right * a.pow(-power)
         size = float(residual.norm())
-        if size < tolerance * max(1.0, float(a.pow(-power).norm())):
+        if size < tolerance * float((right * a.pow(-power)).norm()):
             break
-        hessian = A + torch.diag(power * a.pow(-power - 1))
+        hessian = A + torch.diag(power * right * a.pow(-power - 1))
         direction = -torch.linalg.solve(hessian, residual)
         step = _step_that_stays_positive(a, direction)
         while step > 1e-12:
             trial = a + step * direction
-            if float((A @ trial - trial.pow(-power)).norm()) < size * (1 - 1e-4 * step):
+            if float((A @ trial - right * trial.pow(-power)).norm()) < size * (1 - 1e-4 * step):
                 break
             step /= 2
         else:
