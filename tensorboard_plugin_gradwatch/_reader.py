@@ -1,0 +1,220 @@
+"""Tensors of the data provider -> matrices over the paths of a run's newest index.
+
+A matrix has a row per step and a column per path (of one kind, in the order of the index).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._catalogue import Series, Source
+from ._wire import MISSING, Matrix, Steps
+
+__all__ = ["Cache", "Point", "Table", "Unreadable", "over", "read_index", "read_json", "read_scalars", "read_statistic"]
+
+SIGNED = frozenset({"output_mean"})
+"""Statistics below zero too: shown by their size, as a logarithm needs."""
+
+
+MEASURED_AS_NAN = frozenset({"global_norm", "global_norm_after", "global_norm_max"})
+"""Headline fields whose nan is a measurement."""
+
+
+class Unreadable(Exception):  # noqa: N818 - an answer to show, not a fault of the program
+    """A series that can't be read: the message is for the person before the tab."""
+
+
+class Point(NamedTuple):
+    """One tensor of a series."""
+
+    step: int
+    value: NDArray[Any]
+
+
+class Table(NamedTuple):
+    """A matrix over steps, its column names, and what had to be left out.
+
+    `MISSING` marks what was not measured.
+    """
+
+    steps: Steps
+    matrix: Matrix
+    names: tuple[str, ...] = ()
+    left_out: int = 0
+
+
+Read = Callable[[Series], Sequence[Point]]
+
+
+class Cache:
+    """Keeps what was decoded as long as its series have not grown, up to a number of bytes."""
+
+    def __init__(self, limit_bytes: int = 256 << 20) -> None:
+        self._limit = limit_bytes
+        self._held: OrderedDict[tuple[Any, ...], tuple[tuple[Any, ...], Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[Any, ...], stamp: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Return what was made for this key and stamp, making it now where it is new."""
+        with self._lock:
+            held = self._held.get(key)
+            if held is not None and held[0] == stamp:
+                self._held.move_to_end(key)
+                return held[1]
+        made = make()
+        with self._lock:
+            self._held[key] = (stamp, made, _size(made))
+            self._held.move_to_end(key)
+            while len(self._held) > 1 and sum(h[2] for h in self._held.values()) > self._limit:
+                self._held.popitem(last=False)
+        return made
+
+
+def _size(value: Any) -> int:
+    return value.matrix.nbytes + value.steps.nbytes if isinstance(value, Table) else 1 << 16
+
+
+def read_json(read: Read, series: Series | None) -> list[tuple[int, Any]]:
+    """Return step and value of each JSON text in a series of strings; damaged ones are left out."""
+    if series is None:
+        return []
+    found: list[tuple[int, Any]] = []
+    for point in read(series):
+        for text in np.ravel(point.value):
+            value = _parsed(text)
+            if value is not None:
+                found.append((point.step, value))
+    return found
+
+
+def _parsed(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError):
+        return None
+
+
+def read_index(read: Read, source: Source) -> list[tuple[int, dict[str, Any]]]:
+    """Return the indexes of a run with the steps from which they hold, oldest first.
+
+    Raises:
+        Unreadable: none can be read.
+    """
+    series = source.by_kind.get("index")
+    found = [(step, index) for step, index in read_json(read, series) if _is_index(index)]
+    if not found:
+        raise Unreadable(f"The list of paths of {source.id} is damaged, so its rows have no names.")
+    return found
+
+
+def _is_index(index: Any) -> bool:
+    if not isinstance(index, dict):
+        return False
+    lists = [index.get(name) for name in ("paths", "kinds", "numel", "shapes", "depth")]
+    return all(isinstance(part, list) for part in lists) and len({len(part) for part in lists if part is not None}) == 1
+
+
+def over(index: Mapping[str, Any], kind: str) -> list[str]:
+    """Return the paths that a statistic over `"parameter"`, `"module"` or `"all"` has a row for."""
+    return [p for p, k in zip(index["paths"], index["kinds"], strict=True) if kind in ("all", k)]
+
+
+def read_statistic(read: Read, source: Source, statistic: str) -> Table:
+    """Return a statistic over the newest index, in float32; the largest of each logging window where it is known.
+
+    Raises:
+        Unreadable: the run has no such statistic.
+    """
+    windows = source.statistics.get(statistic)
+    if not windows:
+        raise Unreadable(f"{source.id} has no statistic {statistic!r}. It has {', '.join(sorted(source.statistics))}.")
+    indexes = read_index(read, source)
+    rows: dict[int, NDArray[np.float32]] = {}
+    left_out, kind = 0, "parameter"
+    for window in ("last", "max"):  # the maximum last: it replaces the newest value where it has the step
+        series = windows.get(window)
+        if series is None:
+            continue
+        kind = str(series.content.get("over", "parameter"))
+        sizes = [len(over(index, kind)) for _, index in indexes]
+        for point in read(series):
+            at = max(0, bisect_right([s for s, _ in indexes], point.step) - 1)
+            if np.size(point.value) != sizes[at] or not np.issubdtype(point.value.dtype, np.floating):
+                left_out += 1
+                continue
+            rows[point.step] = _carry_over(_decode(point.value), indexes, at, kind)
+    names = tuple(over(indexes[-1][1], kind))
+    steps = sorted(rows)
+    matrix = np.stack([rows[s] for s in steps]) if steps else np.zeros((0, len(names)), np.float32)
+    if statistic in SIGNED:
+        matrix = np.where(matrix == MISSING, matrix, np.abs(matrix))
+    return Table(np.asarray(steps, np.float64), matrix, names, left_out)
+
+
+def _decode(value: NDArray[Any]) -> NDArray[np.float32]:
+    """Return float32 with `MISSING` for negative zero. What float32 can't hold stays finite, and not zero."""
+    flat = np.ravel(value)
+    missing = (flat == 0) & np.signbit(flat)
+    if flat.dtype != np.float32:
+        with np.errstate(over="ignore", under="ignore"):
+            small = flat.astype(np.float32)
+        limits = np.finfo(np.float32)
+        small = np.where(np.isfinite(flat) & np.isinf(small), np.copysign(limits.max, small), small)
+        flat = np.where((flat != 0) & (small == 0), np.copysign(limits.smallest_subnormal, flat), small)
+    return np.where(missing, np.float32(MISSING), np.where(np.isneginf(flat), np.float32(np.inf), flat))
+
+
+def _carry_over(
+    row: NDArray[np.float32], indexes: Sequence[tuple[int, Mapping[str, Any]]], at: int, kind: str
+) -> NDArray[np.float32]:
+    """Return a row of an older index in the order of the newest one."""
+    if at == len(indexes) - 1:
+        return row
+    place = {path: i for i, path in enumerate(over(indexes[at][1], kind))}
+    newest = [place.get(path, -1) for path in over(indexes[-1][1], kind)]
+    return np.append(row, np.float32(MISSING))[newest]
+
+
+def read_scalars(read: Read, source: Source) -> Table:
+    """Return the headline and every other scalar, one column each."""
+    columns: dict[str, dict[int, float]] = {}
+    left_out = 0
+    headline = source.by_kind.get("headline")
+    if headline is not None:
+        fields = [str(f) for f in headline.content.get("fields") or ()]
+        for point in read(headline):
+            if np.size(point.value) != len(fields):
+                left_out += 1
+                continue
+            for name, value in zip(fields, np.ravel(point.value).tolist(), strict=True):
+                if name in MEASURED_AS_NAN or not math.isnan(value):  # elsewhere nan says: not measured
+                    columns.setdefault(name, {})[point.step] = value
+    for step, scalars in read_json(read, source.by_kind.get("scalars")):
+        for name, value in scalars.items() if isinstance(scalars, dict) else ():
+            if isinstance(value, (int, float, str)) and _is_number(value):
+                columns.setdefault(str(name), {})[step] = float(value)
+            else:
+                left_out += 1
+    steps = sorted({step for column in columns.values() for step in column})
+    matrix = np.full((len(steps), len(columns)), MISSING, np.float32)
+    row = {step: i for i, step in enumerate(steps)}
+    for j, column in enumerate(columns.values()):
+        matrix[[row[s] for s in column], j] = np.clip(list(column.values()), -3.4e38, np.inf)
+    return Table(np.asarray(steps, np.float64), matrix, tuple(columns), left_out)
+
+
+def _is_number(value: float | str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,102 @@
+// One run: its global norm, and below it the heatmap or the flow picture.
+
+import {el, clear, cssColor} from './dom.js';
+import {Flow} from './flow.js';
+import {Heatmap} from './heatmap.js';
+import {LineChart} from './lines.js';
+import {extent, scalarColumn} from './matrix.js';
+import {layoutRows, pathsOf} from './rows.js';
+
+const ROOM = 480;
+
+export class Panel {
+  constructor(on) {
+    this.on = on;
+    this.title = el('h2');
+    this.normBox = el('div', {className: 'gw-norm'});
+    this.norm = new LineChart(this.normBox);
+    this.heat = new Heatmap(on);
+    this.flow = new Flow(on);
+    this.note = el('p', {className: 'gw-quiet'});
+    this.picture = el('div', {className: 'gw-picture'});
+    this.root = el('section', {className: 'gw-panel'}, this.title, this.normBox, this.note, this.picture);
+  }
+
+  /** `data`: {info, matrix, scalars, incidents, over, error}. */
+  load(data) {
+    this.data = data;
+    this.paths = data.matrix ? pathsOf(data.info.index, data.over) : [];
+    if (data.matrix && this.paths.length !== data.matrix.rows) this.paths = [];
+  }
+
+  draw({state, stat, range, dark, width, gutter, folded, titled}) {
+    const {data} = this;
+    clear(this.title, titled ? data.id : '');
+    this.title.hidden = !titled;
+    const said = [];
+    if (data.error) said.push(data.error);
+    if (data.matrix?.left_out) said.push(`${data.matrix.left_out} damaged or foreign points were left out.`);
+    this.#norm({state, width, gutter});
+    if (!data.matrix || !this.paths.length) {
+      this.note.textContent = said.join(' ') || `This run has no “${stat.label}”.`;
+      this.picture.replaceChildren();
+      this.layout = {rows: [], blocks: [], height: 0};
+      return;
+    }
+    this.layout = layoutRows(this.paths, {filter: state.filter, biases: state.biases, folded}, ROOM);
+    if (!this.layout.rows.length) said.push('No path matches the filter.');
+    if (!data.matrix.count) said.push('No measurement in these steps yet.');
+    this.note.textContent = said.join(' ');
+    const view = {matrix: data.matrix, layout: this.layout, stat, range, dark, width, gutter,
+      incidents: data.incidents, step: state.step, path: state.path};
+    if (state.view === 'flow') {
+      this.picture.replaceChildren(this.flow.root);
+      this.flow.draw(view);
+    } else {
+      this.picture.replaceChildren(this.heat.root);
+      this.heat.step = state.step;
+      this.heat.path = state.path;
+      this.heat.draw(view);
+    }
+  }
+
+  mark(state) {
+    this.norm.mark(state.step);
+    if (state.view === 'flow' && this.flow.view) this.flow.draw({...this.flow.view, step: state.step, path: state.path});
+    else this.heat.mark(state.step, state.path);
+  }
+
+  /** The steps on view: those of the heatmap, so that the curve above lies over the same columns. */
+  span(state) {
+    const {matrix, scalars} = this.data;
+    if (matrix?.count) return extent(matrix);
+    const steps = scalars?.steps || [];
+    return [state.from === '' ? (steps[0] ?? 0) : state.from, state.to === '' ? (steps[steps.length - 1] ?? 1) : state.to];
+  }
+
+  #norm({state, width, gutter}) {
+    const {scalars, incidents} = this.data;
+    const [low, high] = this.span(state);
+    const before = scalars && scalarColumn(scalars, 'global_norm');
+    this.normBox.hidden = !before;
+    if (!before) return;
+    const after = scalarColumn(scalars, 'global_norm_after');
+    const limit = scalarColumn(scalars, 'limit'), most = scalarColumn(scalars, 'global_norm_max');
+    const series = [];
+    if (most && differs(most, before)) series.push({label: 'largest since the last point', values: most, color: cssColor('--gw-faint'), width: 1});
+    series.push({label: 'global norm before treatment', values: before, color: cssColor('--gw-line-1')});
+    if (after && differs(after, before)) series.push({label: 'after', values: after, color: cssColor('--gw-line-2')});
+    if (limit && limit.some((v) => Number.isFinite(v))) {
+      series.push({label: 'limit', values: limit, color: cssColor('--gw-critical'), width: 1, dash: [6, 4]});
+    }
+    this.norm.draw({steps: scalars.steps, series, width, height: 190, gutter, incidents, low, high, step: state.step,
+      on: {zoom: this.on.zoom, step: (step) => this.on.select(step, null)}});
+  }
+}
+
+function differs(a, b) {
+  for (let i = 0; i < a.length; i++) {
+    if (Number.isFinite(a[i]) && Number.isFinite(b[i]) && Math.abs(a[i] - b[i]) > 1e-6 * Math.abs(b[i])) return true;
+  }
+  return false;
+}
