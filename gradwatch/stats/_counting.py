@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["num_nonzero"]
+__all__ = ["num_beyond", "num_nonzero"]
 
 _CHUNK = 1 << 16
 
@@ -24,3 +24,8 @@ def num_nonzero(piece: Tensor) -> int:
         # At most 2**16 ones: exact in float32, and the root's rounding is undone by rounding its square.
         count += round(torch.linalg.vector_norm(signs, dtype=wide).item() ** 2)
     return count
+
+
+def num_beyond(piece: Tensor, limit: float) -> Tensor:
+    """Return how many elements have a magnitude of at least `limit`; 0-dim, on the tensor's device, unread."""
+    return (piece.abs() >= limit).sum()

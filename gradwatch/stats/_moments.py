@@ -8,7 +8,7 @@ from torch import Tensor
 from ._counting import num_nonzero
 from ._norms import local_norms, wide_dtype
 
-__all__ = ["MOMENTS", "moments"]
+__all__ = ["MOMENTS", "extent", "host_extent", "host_moments", "moments"]
 
 MOMENTS = ("sum", "sumsq", "zeros", "nonfinite", "absmax")
 """What `moments` returns, in order; all but the last merge by addition, the last by maximum."""
@@ -25,31 +25,59 @@ def moments(piece: Tensor) -> Tensor:
         float64, shape (5,), in the order of `MOMENTS`. The two sums are nan or inf where an element is; the largest
         magnitude leaves nan out. All 0 for an empty tensor.
     """
+    if piece.device.type == "cpu":
+        return torch.tensor(host_moments(piece), dtype=torch.float64)
     wide = wide_dtype(piece.device)
-    numel = piece.numel()
-    if not numel:
+    if not piece.numel():
         return torch.zeros(len(MOMENTS), dtype=wide, device=piece.device)
-    if piece.device.type != "cpu":
-        return _anywhere(piece, wide)
-    total = piece.sum(dtype=torch.promote_types(piece.dtype, torch.float32)).item()
-    norm = local_norms([piece]).item()
-    low, high = (extreme.item() for extreme in torch.aminmax(piece))
-    zeros, nonfinite, absmax = numel - num_nonzero(piece), 0, max(high, -low)
-    if not norm < float("inf"):
-        magnitudes = piece.abs()
-        nonfinite = numel - int(torch.isfinite(piece).sum())
-        zeros -= int(torch.isnan(piece).sum())
-        absmax = magnitudes.nan_to_num_(nan=0.0, posinf=torch.inf).max().item()
-    return torch.tensor([total, norm * norm, zeros, nonfinite, absmax], dtype=torch.float64)
+    return torch.cat([torch.stack([piece.sum(dtype=wide), (piece == 0).sum().to(wide)]), extent(piece)])[
+        [0, 2, 1, 3, 4]
+    ]
 
 
-def _anywhere(piece: Tensor, wide: torch.dtype) -> Tensor:
+@torch.no_grad()
+def extent(piece: Tensor) -> Tensor:
+    """Return sum of squares, non-finite elements and largest magnitude of a tensor; float64, shape (3,).
+
+    Args:
+        piece: as for `moments`.
+    """
+    if piece.device.type == "cpu":
+        return torch.tensor(host_extent(piece), dtype=torch.float64)
+    wide = wide_dtype(piece.device)
+    if not piece.numel():
+        return torch.zeros(3, dtype=wide, device=piece.device)
     magnitudes = piece.abs()
     found = [
-        piece.sum(dtype=wide),
         torch.linalg.vector_norm(piece, dtype=torch.promote_types(piece.dtype, wide)).square(),
-        (piece == 0).sum(),
         (~torch.isfinite(piece)).sum(),
         torch.where(torch.isnan(magnitudes), 0.0, magnitudes).amax(),
     ]
     return torch.stack([value.to(wide) for value in found])
+
+
+def host_moments(piece: Tensor) -> tuple[float, float, float, float, float]:
+    """Return `moments` of a CPU tensor as plain numbers, where reading is free."""
+    numel = piece.numel()
+    if not numel:
+        return 0.0, 0.0, 0.0, 0.0, 0.0
+    total = piece.sum(dtype=torch.promote_types(piece.dtype, torch.float32)).item()
+    sumsq, nonfinite, absmax = host_extent(piece)
+    zeros = numel - num_nonzero(piece)
+    if nonfinite:
+        zeros -= int(torch.isnan(piece).sum())
+    return total, sumsq, float(zeros), nonfinite, absmax
+
+
+def host_extent(piece: Tensor) -> tuple[float, float, float]:
+    """Return `extent` of a CPU tensor as plain numbers."""
+    if not piece.numel():
+        return 0.0, 0.0, 0.0
+    norm = local_norms([piece]).item()
+    low, high = torch.aminmax(piece)
+    nonfinite, absmax = 0, max(high.item(), -low.item())
+    # A finite norm proves that every element is finite.
+    if not norm < float("inf"):
+        nonfinite = piece.numel() - int(torch.isfinite(piece).sum())
+        absmax = piece.abs().nan_to_num_(nan=0.0, posinf=torch.inf).max().item()
+    return norm * norm, float(nonfinite), absmax

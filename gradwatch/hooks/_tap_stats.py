@@ -1,0 +1,181 @@
+"""What a tap gathers: sums and maxima per module that merge over calls, micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..stats._moments import extent, host_extent, host_moments, moments
+from ..stats._norms import local_norms, wide_dtype
+
+__all__ = ["MAXIMA", "SUMS", "Ledger", "TapStats"]
+
+SUMS = (
+    "output_sum",
+    "output_sumsq",
+    "output_zeros",
+    "output_nonfinite",
+    "grad_sumsq",
+    "grad_nonfinite",
+    "input_nonfinite",
+    "saturated",
+    "silent",
+    # How many elements the above were taken over: known on the host, and summed over ranks with the rest.
+    "output_numel",
+    "grad_numel",
+    "input_numel",
+    "saturated_numel",
+    "units",
+)
+"""Columns of `TapStats.sums`, merged by addition."""
+MAXIMA = ("output_absmax", "grad_absmax")
+"""Columns of `TapStats.maxima`, merged by maximum."""
+_S = {name: i for i, name in enumerate(SUMS)}
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class TapStats:
+    """Statistics of n modules, on the device; read `sums` and `maxima` back together with whatever else is read.
+
+    Attributes:
+        paths: of the modules.
+        sums: float64, shape (n, len(SUMS)); ranks merge by addition.
+        maxima: float64, shape (n, len(MAXIMA)); ranks merge by maximum.
+    """
+
+    paths: tuple[str, ...]
+    sums: Tensor
+    maxima: Tensor
+
+    def to_columns(
+        self, sums: Floats, maxima: Floats, *, grad_scale: float = 1.0
+    ) -> tuple[dict[str, Floats], dict[str, Bools]]:
+        """Return columns over `paths`, and which of their entries hold a measurement.
+
+        Args:
+            sums: the host's copy of `sums`, perhaps merged over ranks.
+            maxima: the host's copy of `maxima`.
+            grad_scale: what gradients are still multiplied by.
+
+        Returns:
+            name -> float64 (n,), name -> bool (n,). An entry that was not measured is nan and its mask False; a
+            column in which no entry was measured is left out.
+        """
+        s = {name: sums[:, i].astype(np.float64) for name, i in _S.items()}
+        outputs, grads = s["output_numel"], s["grad_numel"]
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            mean = s["output_sum"] / outputs
+            square = s["output_sumsq"] / outputs
+            # Of equal elements the difference is rounding, and may be negative; nan stays nan.
+            variance = np.where(square - mean**2 < 1e-12 * square, 0.0, square - mean**2)
+            found: dict[str, tuple[Floats, Bools]] = {
+                "output_rms": (np.sqrt(square), outputs > 0),
+                "output_mean": (mean, outputs > 0),
+                "output_std": (np.sqrt(variance), outputs > 0),
+                "output_absmax": (maxima[:, 0].astype(np.float64), outputs > 0),
+                "output_zero_fraction": (s["output_zeros"] / outputs, outputs > 0),
+                "output_nonfinite": (s["output_nonfinite"], outputs > 0),
+                "input_nonfinite": (s["input_nonfinite"], s["input_numel"] > 0),
+                "saturated_fraction": (s["saturated"] / s["saturated_numel"], s["saturated_numel"] > 0),
+                "silent_fraction": (s["silent"] / s["units"], s["units"] > 0),
+                "grad_output_norm": (np.sqrt(s["grad_sumsq"]) / grad_scale, grads > 0),
+                "grad_output_absmax": (maxima[:, 1] / grad_scale, grads > 0),
+                "grad_output_nonfinite": (s["grad_nonfinite"], grads > 0),
+            }
+        kept = {name: pair for name, pair in found.items() if pair[1].any()}
+        columns = {name: np.where(mask, values, np.nan) for name, (values, mask) in kept.items()}
+        return columns, {name: mask for name, (_, mask) in kept.items()}
+
+
+class Ledger:
+    """Adds up statistics by row: on the host for CPU tensors, else on the tensors' own device, unread."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self.clear()
+
+    def clear(self) -> None:
+        self._host = np.zeros((self._rows, len(SUMS)))
+        self._host_max = np.zeros((self._rows, len(MAXIMA)))
+        self._device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.empty = True
+
+    def add_output(self, row: int, piece: Tensor) -> None:
+        """Add a flat piece of a module's output."""
+        self.empty = False
+        self._host[row, _S["output_numel"]] += piece.numel()
+        if piece.device.type == "cpu":
+            *four, absmax = host_moments(piece)
+            self._host[row, :4] += four
+            self._host_max[row, 0] = max(self._host_max[row, 0], absmax)
+            return
+        found = moments(piece)
+        sums, maxima = self._on(piece.device)
+        sums[row, :4] += found[:4]
+        maxima[row, 0] = torch.maximum(maxima[row, 0], found[4])
+
+    def add_grad(self, row: int, piece: Tensor) -> None:
+        """Add a flat piece of the gradient w.r.t. a module's output."""
+        self.empty = False
+        self._host[row, _S["grad_numel"]] += piece.numel()
+        if piece.device.type == "cpu":
+            *two, absmax = host_extent(piece)
+            self._host[row, 4:6] += two
+            self._host_max[row, 1] = max(self._host_max[row, 1], absmax)
+            return
+        found = extent(piece)
+        sums, maxima = self._on(piece.device)
+        sums[row, 4:6] += found[:2]
+        maxima[row, 1] = torch.maximum(maxima[row, 1], found[2])
+
+    def add_input(self, row: int, piece: Tensor) -> None:
+        """Count the non-finite elements of a flat piece of a module's input."""
+        self._host[row, _S["input_numel"]] += piece.numel()
+        if piece.device.type != "cpu":
+            self.add(row, "input_nonfinite", (~torch.isfinite(piece)).sum())
+        elif not float(local_norms([piece])) < float("inf"):
+            self.add(row, "input_nonfinite", piece.numel() - int(torch.isfinite(piece).sum()))
+
+    def add(self, row: int, name: str, value: Tensor | float) -> None:
+        """Add a number, or a 0-dim tensor, to one sum."""
+        self.empty = False
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            self._on(value.device)[0][row, _S[name]] += value
+        else:
+            self._host[row, _S[name]] += float(value)
+
+    def take(self, paths: Sequence[str]) -> TapStats:
+        """Return everything added so far on one device, and begin again."""
+        sums, maxima = torch.from_numpy(self._host), torch.from_numpy(self._host_max)
+        for more_sums, more_maxima in self._device.values():
+            here = more_sums.device if sums.device.type == "cpu" else sums.device
+            sums = _moved(sums, here) + _moved(more_sums, here)
+            maxima = torch.maximum(_moved(maxima, here), _moved(more_maxima, here))
+        self.clear()
+        return TapStats(tuple(paths), sums, maxima)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._device:
+            wide = wide_dtype(device)
+            self._device[device] = (
+                torch.zeros(self._rows, len(SUMS), dtype=wide, device=device),
+                torch.zeros(self._rows, len(MAXIMA), dtype=wide, device=device),
+            )
+        return self._device[device]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Any:
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, wide_dtype(device))
