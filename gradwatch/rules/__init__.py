@@ -9,11 +9,17 @@ from ._engine import Fired, Judgement, RuleCoverage, RuleEngine
 from ._exploding import Exploding
 from ._findings import Findings, format_findings
 from ._gradients import Dead, Vanishing
+from ._growth import GradientGrowth
 from ._learning import ConstantOutput, NotLearning
+from ._loss import BadInitialLoss, Diverging, LossSpike, Undertrained
 from ._non_finite import NonFinite
 from ._rule import Rule, snake_case
 from ._rulebook import INHIBITS, RuleBook, Silence
+from ._run import AmpOverflow, ClipTooOften, DeadSignal, GradConflict, GradNotReset, RankDivergence, Stalled
+from ._targets import ConstantLabels, OutputRange, TargetSemantics, UnnormalisedInput
+from ._units import ActScale, DeadUnits, Saturated, SymmetricUnits
 from ._updates import NotUpdating, UpdateTooLarge, UpdateTooSmall
+from ._validation import Overfit, TrainEvalMismatch, ValNotLearning
 
 _CATALOGUE: tuple[type[Rule], ...] = (
     NonFinite,
@@ -25,6 +31,29 @@ _CATALOGUE: tuple[type[Rule], ...] = (
     UpdateTooSmall,
     NotLearning,
     ConstantOutput,
+    LossSpike,
+    Diverging,
+    GradientGrowth,
+    DeadUnits,
+    Saturated,
+    ActScale,
+    BadInitialLoss,
+    SymmetricUnits,
+    OutputRange,
+    TargetSemantics,
+    UnnormalisedInput,
+    ConstantLabels,
+    Overfit,
+    ValNotLearning,
+    TrainEvalMismatch,
+    Undertrained,
+    ClipTooOften,
+    AmpOverflow,
+    GradNotReset,
+    GradConflict,
+    Stalled,
+    RankDivergence,
+    DeadSignal,
 )
 
 RULES: dict[str, type[Rule]] = {snake_case(rule.__name__): rule for rule in _CATALOGUE}

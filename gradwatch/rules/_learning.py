@@ -6,12 +6,11 @@ import math
 
 from ..records import StepRecord
 from ._findings import Findings
+from ._loss import remember
 from ._rule import Rule, State
-from ._windows import Progress, median, progress
+from ._windows import Progress, median
 
 __all__ = ["ConstantOutput", "NotLearning"]
-
-_KEEP = 512
 
 
 class NotLearning(Rule):
@@ -53,7 +52,7 @@ class NotLearning(Rule):
         ending = record.scalars.get("end_of_run", 0.0) > 0
         if not math.isfinite(record.loss) and not ending:
             return self.unjudged(record, "no finite loss was given"), state
-        state = self._remember(record.loss, state)
+        state = remember(record.loss, state)
         loss = Progress(*state["loss"])
         if loss.seen < self.start or not (ending or (loss.seen - self.start) % self.every == 0):
             return self.unjudged(record, f"judged at {self.start} losses and every {self.every} after"), state
@@ -61,18 +60,6 @@ class NotLearning(Rule):
         now = median(kept[-max(5, len(kept) // 5) :])
         limit = loss.start - self.share * abs(loss.start)
         return self.whole(record, now > limit, now, limit, f"loss {now:.4g}, it began at {loss.start:.4g}"), state
-
-    @staticmethod
-    def _remember(value: float, state: State) -> State:
-        if not math.isfinite(value):
-            return state
-        loss = progress(Progress(*state["loss"]), value)
-        kept, stride = state["kept"], state["stride"]
-        if loss.seen % stride == 0:
-            kept = (*kept, value)
-        if len(kept) >= _KEEP:
-            kept, stride = kept[::2], stride * 2
-        return {"loss": tuple(loss), "kept": kept, "stride": stride}
 
 
 class ConstantOutput(Rule):

@@ -1,0 +1,217 @@
+"""What the loss itself shows: jumps, a way up, a bad beginning, an end too early."""
+
+from __future__ import annotations
+
+import math
+
+from ..records import StepRecord
+from ._findings import Findings
+from ._rule import Rule, State
+from ._windows import Progress, level, median, progress, push
+
+__all__ = ["BadInitialLoss", "Diverging", "LossSpike", "Undertrained"]
+
+
+class LossSpike(Rule):
+    """Flags a loss that jumps again and again: `spikes` of the last `of` losses have z > `z`.
+
+    z is robust and not on the log, so that negative losses work: (loss - median) / (1.4826 MAD) over the last `window`
+    losses that were no spikes, with a floor of 2 % of the median and 1 % of the first level under the deviation. One
+    outlier among the batches is no alarm; `spikes=1` reports each.
+
+    Source: OLMo's and llm.c's z-scores, with flagged values left out of the window (theirs raise their own bar).
+
+    Args:
+        z: deviations above the median.
+        spikes, of: how many of the last losses must be spikes.
+        window: losses remembered.
+        min_samples: losses needed before any is a spike.
+    """
+
+    z: float = 10.0
+    spikes: int = 3
+    of: int = 10
+    window: int = 128
+    min_samples: int = 64
+    advice: str = (
+        "Usually bad batches or a learning rate at the edge. Look at the batches of these steps; skip them "
+        "(`then: [skip_step]`); lower the learning rate; clip gradients."
+    )
+
+    needs = frozenset({"loss"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("z", self.z > 0, 0, "above")
+        self._require("spikes", 1 <= self.spikes <= self.of, f"{self.of} (`of`)", "1 to")
+        self._require("min_samples", 4 <= self.min_samples <= self.window, f"{self.window} (`window`)", "4 to")
+
+    def init(self) -> State:
+        return {"window": (), "start": (), "flags": (), "rejected": ()}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        loss, window = record.loss, state["window"]
+        if not math.isfinite(loss):
+            return self.unjudged(record, "no finite loss was given"), state
+        start = state["start"] if len(state["start"]) >= 5 else (*state["start"], loss)
+        if len(window) < self.min_samples:
+            return self.unjudged(record, "too few losses seen"), {
+                **state,
+                "window": push(window, loss, self.window),
+                "start": start,
+            }
+        center, sigma, _ = level(window, max(0.02 * abs(median(window)), 0.01 * abs(median(start)), 1e-12))
+        limit = center + self.z * sigma
+        spike = loss > limit
+        flags = (*state["flags"], spike)[-self.of :]
+        rejected = (*state["rejected"], loss) if spike else ()
+        if not spike:
+            window = push(window, loss, self.window)
+        elif len(rejected) >= self.min_samples:
+            window, rejected = rejected, ()
+        state = {"window": window, "start": start, "flags": flags, "rejected": rejected}
+        fires = spike and sum(flags) >= self.spikes
+        text = f"loss {{value:.4g}}, {sum(flags)} of {len(flags)} above {{limit:.4g}}"
+        return self.whole(record, fires, loss, limit, text), state
+
+
+class Diverging(Rule):
+    """Flags a loss on its way up, or down without bound.
+
+    Up: its running mean (EMA over `span` steps) lies above its own minimum by more than that minimum's size, and
+    above the first level by more than half of that. Both are differences, so negative losses work. Down: a loss whose
+    targets are classes (indices, or rows that sum to 1) has fallen below -10 times its first level or -10: no
+    cross-entropy does that, so its sign is wrong.
+
+    Args:
+        span: steps of the running mean.
+    """
+
+    span: int = 10
+    severity: str = "critical"
+    for_steps: int = 20
+    advice: str = (
+        "Usually the learning rate is too high, or the sign of the loss is wrong. Lower the learning rate by 3 to 10 "
+        "(`then: [lower_learning_rate]`), add warm-up, clip gradients; check that the loss is what is to be minimised."
+    )
+
+    needs = frozenset({"loss", "target_is_integer", "target_row_sum_min", "target_row_sum_max"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("span", self.span >= 1, 1)
+
+    def init(self) -> State:
+        return {"loss": Progress(), "mean": None, "least": None, "classes": False}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        if not math.isfinite(record.loss):
+            return self.unjudged(record, "no finite loss was given"), state
+        loss = progress(Progress(*state["loss"]), record.loss)
+        decay = 1 - 1 / self.span
+        mean = record.loss if state["mean"] is None else decay * state["mean"] + (1 - decay) * record.loss
+        # The mean begins with one noisy loss: its minimum counts from `span` losses on.
+        least = mean if state["least"] is None or loss.seen <= self.span else min(state["least"], mean)
+        classes = state["classes"] or _has_class_targets(record)
+        state = {"loss": tuple(loss), "mean": mean, "least": least, "classes": classes}
+        if loss.seen < 30:
+            return self.unjudged(record, "fewer than 30 losses"), state
+        start = loss.start
+        if classes and mean < -10 * max(1.0, abs(start)):
+            return self.whole(record, True, mean, -10 * max(1.0, abs(start)), "loss {value:.4g}, below zero"), state
+        limit = max(least + abs(least), start + 0.5 * abs(start))
+        text = f"mean loss {{value:.4g}}, it began at {start:.4g} and was {least:.4g}"
+        return self.whole(record, mean > limit, mean, limit, text), state
+
+
+def _has_class_targets(record: StepRecord) -> bool:
+    scalars = record.scalars
+    if scalars.get("num_classes", 0) > 1:
+        return True
+    low, high = scalars.get("target_row_sum_min", math.nan), scalars.get("target_row_sum_max", math.nan)
+    return abs(low - 1) < 1e-3 and abs(high - 1) < 1e-3 and scalars.get("target_min", -1) >= 0
+
+
+class BadInitialLoss(Rule):
+    """Notes a first loss far above that of a uniform guess: more than `ratio` times ln k for k classes.
+
+    Source: A. Karpathy, "A recipe for training neural networks" (verify loss at init).
+
+    Args:
+        ratio: times ln k.
+    """
+
+    ratio: float = 2.5
+    severity: str = "info"
+    advice: str = (
+        "The last layer starts too large, the inputs are not normalised, or the loss is summed instead of averaged. "
+        "Start the last layer smaller; set its bias to the class frequencies."
+    )
+
+    needs = frozenset({"loss", "expected_initial_loss"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("ratio", self.ratio > 1, 1, "above")
+
+    def init(self) -> State:
+        return {"done": False}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        expected = record.scalars.get("expected_initial_loss", math.nan)
+        if state["done"]:
+            return self.clear(record), state
+        if not (math.isfinite(record.loss) and math.isfinite(expected)):
+            return self.unjudged(record, "the number of classes is not known"), state
+        limit = self.ratio * expected
+        text = f"first loss {{value:.4g}}, a uniform guess has {expected:.4g}"
+        return self.whole(record, record.loss > limit, record.loss, limit, text), {"done": True}
+
+
+class Undertrained(Rule):
+    """Notes, at the end of the run, a loss that was still falling.
+
+    The last tenth brought more than `share` of the whole fall, and the loss is still above 30 % of its first level.
+
+    Args:
+        share: of the whole fall, in the last tenth of the steps.
+    """
+
+    share: float = 0.05
+    severity: str = "info"
+    advice: str = "The run was too short or the learning rate too low: train longer, or raise the learning rate."
+
+    needs = frozenset({"loss", "end_of_run"})
+
+    def init(self) -> State:
+        return {"loss": Progress(), "kept": (), "stride": 1}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        state = remember(record.loss, state)
+        if not record.scalars.get("end_of_run", 0.0) > 0:
+            return self.unjudged(record, "judged at the end of the run"), state
+        loss, kept = Progress(*state["loss"]), state["kept"]
+        if loss.seen < 30 or len(kept) < 20:
+            return self.unjudged(record, "fewer than 30 losses"), state
+        tenth = max(5, len(kept) // 10)
+        now, before = median(kept[-tenth:]), median(kept[-2 * tenth : -tenth])
+        fall = loss.start - now
+        falling = before - now > self.share * fall > 0 and now > loss.start - 0.7 * abs(loss.start)
+        text = "loss {value:.4g} at the end, still falling"
+        return self.whole(record, falling, now, before, text), state
+
+
+KEEP = 512
+
+
+def remember(value: float, state: State) -> State:
+    """Return a state with "loss" (Progress) and "kept": every `stride`-th loss, whose stride doubles in time."""
+    if not math.isfinite(value):
+        return state
+    loss = progress(Progress(*state["loss"]), value)
+    kept, stride = state["kept"], state["stride"]
+    if loss.seen % stride == 0:
+        kept = (*kept, value)
+    if len(kept) >= KEEP:
+        kept, stride = kept[::2], stride * 2
+    return {**state, "loss": tuple(loss), "kept": kept, "stride": stride}
