@@ -38,7 +38,8 @@ class GradOutputHandle:
         self._kernel = kernel
         self._hooks: list[RemovableHandle] = []
         self._coefficients: list[Tensor] = []
-        self._seen: dict[int, weakref.ref[Tensor]] = {}
+        # By identity: the tensor, and how often it was written to when it got its hook.
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def remove(self) -> None:
         """Take the hooks off; those of graphs that exist already become idle. May be called again."""
@@ -89,13 +90,15 @@ class GradOutputHandle:
         return changed
 
     def _is_watched(self, tensor: Tensor) -> bool:
-        """Whether the tensor has our hook: a container often returns its last child's output."""
-        key = id(tensor)
-        known = self._seen.get(key)
-        if known is not None and known() is tensor:
+        """Whether the tensor has our hook: a container often returns its last child's output.
+
+        Written to in place since (an in-place ReLU returns its input), it stands for another value with another signal.
+        """
+        key, seen = id(tensor), self._seen
+        known = seen.get(key)
+        if known is not None and known[0]() is tensor and known[1] == tensor._version:
             return True
-        seen = self._seen
-        self._seen[key] = weakref.ref(tensor, lambda _, key=key: seen.pop(key, None))  # type: ignore[misc]
+        seen[key] = (weakref.ref(tensor, lambda _, key=key: seen.pop(key, None)), tensor._version)  # type: ignore[misc]
         return False
 
 
