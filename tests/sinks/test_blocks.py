@@ -15,7 +15,7 @@ def read_back(written, index=None):
     return blocks.records(block, index if index is not None else INDEX)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(records=runs_of_records())
 def test_records_come_back_bit_by_bit(records):
     back = read_back(blocks.encode(records).to_bytes(), records[0].index)
@@ -92,7 +92,7 @@ def test_thinning_counts_on_over_blocks_of_one_record():
     assert kept == [True, False, True, False]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(records=runs_of_records())
 def test_what_thinning_keeps_is_unchanged(records):
     thinner = blocks.thin(blocks.encode(records), {})

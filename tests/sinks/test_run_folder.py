@@ -30,7 +30,7 @@ def written(path, records, *, meta=None, incidents=(), **options):
     return read_run(path)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(records=runs_of_records())
 def test_run_is_read_back_as_it_was_written(records, tmp_path_factory):
     run = written(tmp_path_factory.mktemp("run"), records, flush_records=2)
@@ -188,9 +188,7 @@ def test_resuming_after_a_cut_block_and_a_cut_line_loses_nothing_else(tmp_path):
 def test_second_writer_of_a_folder_is_refused(tmp_path):
     first, second = RunFolder(tmp_path), RunFolder(tmp_path / "." / "")
     first.open(RunMeta())
-    with pytest.raises(
-        ConfigError, match=r"is being written by this process\. Give each run, and each GradWatch"
-    ):
+    with pytest.raises(ConfigError, match=r"is being written by this process\. Give each run, and each GradWatch"):
         second.open(RunMeta())
     first.close()
     second.open(RunMeta())

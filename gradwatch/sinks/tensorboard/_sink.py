@@ -15,7 +15,7 @@ from .._headline import SCALARS, Headline, whole_window
 from .._incident_lines import IncidentKey, incident_key
 from .._text import closing_words, incident_line
 from ._layout import band_values, write_layout
-from ._tensors import PluginTensors
+from ._tensors import BUCKETS, PluginTensors
 from ._values import histogram, scalar, signed_buckets, text
 
 __all__ = ["TensorBoardSink"]
@@ -164,10 +164,10 @@ class TensorBoardSink:
                 self._add([value], record.step, record.time, {})
 
     def _write_histograms(self, record: StepRecord) -> None:
-        values = [self._tensors.histograms(record)]
+        buckets = {path: counts.log10_buckets(BUCKETS) for path, counts in record.histograms.items()}
+        values = [self._tensors.histograms(record, buckets)]
         for path, counts in list(record.histograms.items())[: self.max_histograms]:
-            log10 = self.histogram_scale == "log10"
-            edges, filled = counts.log10_buckets() if log10 else signed_buckets(counts)
+            edges, filled = buckets[path] if self.histogram_scale == "log10" else signed_buckets(counts, BUCKETS)
             if len(filled):
                 values.append(histogram(f"{self.name}_histograms/{path}", edges, filled))
         self._add(values, record.step, record.time, {})

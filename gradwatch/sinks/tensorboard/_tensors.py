@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...protocols import RunMeta
 from ...records import SCHEMA_VERSION, Bools, Floats, Histogram, Incident, Index, StepRecord
@@ -13,7 +14,10 @@ from .._headline import FIELDS, newest
 from .._plain import dumps, plain
 from ._values import encode_missing, strings, tensor
 
-__all__ = ["PluginTensors"]
+__all__ = ["BUCKETS", "Buckets", "PluginTensors"]
+
+Buckets = tuple[Floats, NDArray[np.int64]]
+"""Edges and counts of a histogram."""
 
 BUCKETS = 40
 MAX_PATHS = 256
@@ -117,15 +121,15 @@ class PluginTensors:
         kinds = {"parameter": index.is_parameter, "module": index.is_module}
         return kinds.get(self._over[column], np.ones(len(index), np.bool_))
 
-    def histograms(self, record: StepRecord) -> Any:
-        tag = f"{self.name}/_histograms"
-        rows = [_row(record.index.positions[p], h) for p, h in record.histograms.items() if p in record.index.positions]
+    def histograms(self, record: StepRecord, buckets: Mapping[str, Buckets]) -> Any:
+        """Return all histograms of a record as one tensor, given the log10 buckets of each path."""
+        tag, places = f"{self.name}/_histograms", record.index.positions
+        rows = [_row(places[p], h, *buckets[p]) for p, h in record.histograms.items() if p in places]
         array = np.array(rows, np.float32).reshape(-1, 5 + BUCKETS)
         return tensor(tag, array, self._content(tag, "histograms", buckets=BUCKETS))
 
 
-def _row(position: int, histogram: Histogram) -> Floats:
-    edges, counts = histogram.log10_buckets(BUCKETS)
+def _row(position: int, histogram: Histogram, edges: Floats, counts: NDArray[np.int64]) -> Floats:
     row = np.zeros(5 + BUCKETS)
     row[:3] = position, histogram.zeros, histogram.nonfinite
     if len(counts):
