@@ -25,27 +25,24 @@ def preference(value: Sequence[float] | Tensor | None, k: int, default: float) -
     return vector
 
 
-def upgrad(gramian: Tensor, *, pref: Sequence[float] | None = None, reg: float = 1e-9) -> Tensor:
+def upgrad(gramian: Tensor, *, pref: Sequence[float] | None = None, reg: float = 1e-10) -> Tensor:
     """Return UPGrad's weights: each gradient is projected onto the dual cone of all, then they are averaged.
 
-    The result conflicts with no task. `reg` times the trace is added to the diagonal (a Gramian may be singular).
+    The result conflicts with no task. `reg` is added to the diagonal of the cosines (a Gramian may be singular).
 
     Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, arXiv 2406.16232, equation 4.
     """
     k = len(gramian)
-    A = _regular(gramian, reg)
-    U = torch.diag(preference(pref, k, 1 / k))
-    return (U + solve_lcp(A, U @ A)).sum(0)
+    return _onto_dual_cone(gramian, torch.diag(preference(pref, k, 1 / k)), reg).sum(0)
 
 
-def dualproj(gramian: Tensor, *, pref: Sequence[float] | None = None, reg: float = 1e-9) -> Tensor:
+def dualproj(gramian: Tensor, *, pref: Sequence[float] | None = None, reg: float = 1e-10) -> Tensor:
     """Return the weights of the mean gradient projected onto the dual cone of all gradients.
 
     Source: Lopez-Paz and Ranzato, "Gradient Episodic Memory", NeurIPS 2017, arXiv 1706.08840, equation 11.
     """
-    A = _regular(gramian, reg)
-    u = preference(pref, len(gramian), 1 / len(gramian))[None]
-    return (u + solve_lcp(A, u @ A))[0]
+    k = len(gramian)
+    return _onto_dual_cone(gramian, preference(pref, k, 1 / k)[None], reg)[0]
 
 
 def mgda(gramian: Tensor) -> Tensor:
@@ -97,7 +94,13 @@ def _cagrad_pair(G: Tensor, phi: float) -> Tensor:
     return torch.tensor([x, 1 - x], dtype=G.dtype)
 
 
-def _regular(gramian: Tensor, reg: float) -> Tensor:
+def _onto_dual_cone(gramian: Tensor, u_BK: Tensor, reg: float) -> Tensor:
+    """Return for each row u the v >= u with the least v'Gv, solved for v |g|: then the matrix holds cosines."""
     if not reg >= 0:
         raise ConfigError(f"`reg` must be at least 0. Got {reg}.")
-    return gramian / gramian.diagonal().sum() + reg * torch.eye(len(gramian), dtype=gramian.dtype)
+    norms = (gramian.diagonal() / gramian.diagonal().mean()).sqrt()
+    norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+    A = gramian / gramian.diagonal().mean() / torch.outer(norms, norms)
+    A = A + reg * torch.eye(len(A), dtype=A.dtype)
+    bound = u_BK * norms
+    return (bound + solve_lcp(A, bound @ A)) / norms
