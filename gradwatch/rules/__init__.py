@@ -20,6 +20,7 @@ from ._targets import ConstantLabels, OutputRange, TargetSemantics, Unnormalised
 from ._units import ActScale, DeadUnits, Saturated, SymmetricUnits
 from ._updates import NotUpdating, UpdateTooLarge, UpdateTooSmall
 from ._validation import Overfit, TrainEvalMismatch, ValNotLearning
+from .expression import Expression
 
 _CATALOGUE: tuple[type[Rule], ...] = (
     NonFinite,
@@ -54,6 +55,7 @@ _CATALOGUE: tuple[type[Rule], ...] = (
     Stalled,
     RankDivergence,
     DeadSignal,
+    Expression,
 )
 
 RULES: dict[str, type[Rule]] = {snake_case(rule.__name__): rule for rule in _CATALOGUE}

@@ -51,11 +51,15 @@ def realign(state: Any, old: Mapping[str, int], new: Index) -> Any:
     if not isinstance(state, dict) or not state.get("per_path"):
         return state
     source = np.array([old.get(p, -1) for p in new.paths], np.int64)
-    known = source >= 0
-    moved = {}
-    for name, array in state["per_path"].items():
-        fill: Any = np.nan if array.dtype.kind == "f" else 0
-        fresh = np.full((*array.shape[:-1], len(new)), fill, array.dtype)
-        fresh[..., known] = array[..., source[known]]
-        moved[name] = fresh
+    moved = {
+        name: tuple(_moved(v, source) for v in value) if isinstance(value, tuple) else _moved(value, source)
+        for name, value in state["per_path"].items()
+    }
     return {**state, "per_path": moved}
+
+
+def _moved(array: Any, source: Any) -> Any:
+    known = source >= 0
+    fresh = np.full((*array.shape[:-1], len(source)), np.nan if array.dtype.kind == "f" else 0, array.dtype)
+    fresh[..., known] = array[..., source[known]]
+    return fresh
