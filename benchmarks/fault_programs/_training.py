@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ._program import Problem, Program
 
-__all__ = ["Run", "Unwatched", "run", "train"]
+__all__ = ["Run", "Unwatched", "batches", "run", "train"]
 
 MakeWatch = Callable[..., Any]
 
@@ -92,14 +92,14 @@ def train(problem: Problem, seed: int, watch_of: MakeWatch) -> tuple[float, bool
     optimizer = problem.optimizer(model)
     schedule = problem.schedule(optimizer) if problem.schedule else None
     watch = watch_of(model, optimizer)
-    batches = _batches(problem, seed)
+    stream = batches(problem, seed)
     validate_every = max(problem.steps // 20, 1)
     is_finite = True
     for step in range(problem.steps):
         if problem.before_step:
             problem.before_step(step, watch)
         for _ in range(problem.accumulate):
-            x, y = next(batches)
+            x, y = next(stream)
             outputs = model(x)
             loss = problem.loss(outputs, y)
             if not loss.requires_grad:
@@ -118,7 +118,7 @@ def train(problem: Problem, seed: int, watch_of: MakeWatch) -> tuple[float, bool
     return metric, is_finite and finite_outputs
 
 
-def _batches(problem: Problem, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(problem: Problem, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     x, y, _, _ = problem.data
     if problem.batches is not None:
         random, step = RandomState(seed), 0

@@ -135,7 +135,7 @@ def _prefers_constant(trial: Trial, wanted: Tensor, best: float) -> Findings:
         level = min(found, key=lambda c: found[c])
         yield PreflightFinding(
             check="wrong_loss",
-            message=f"outputs of {level:.3g} throughout have a lower loss ({found[level]:.4g}) than the targets ({best:.4g})",
+            message=f"{level:.3g} for all has a lower loss ({found[level]:.4g}) than the targets ({best:.4g})",
             cause="a loss for classes (cross-entropy) on targets that are numbers",
             advice="mean squared error, Huber or a likelihood of the targets' distribution",
             value=found[level],
