@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from ._load import PRESETS, load_rules
+from ._series import parse_series
+from ._unit_tests import RuleTestReport, RuleTestResult, run_rule_tests
 
-__all__ = ["PRESETS", "load_rules"]
+__all__ = ["PRESETS", "RuleTestReport", "RuleTestResult", "load_rules", "parse_series", "run_rule_tests"]

@@ -95,8 +95,8 @@ class _Parser:
             raise self.error(node, f"{str(node.value)[:40]!r} is not a number")
         try:
             return Number(float(node.value))
-        except OverflowError:
-            raise self.error(node, "this number is too large")
+        except OverflowError as error:
+            raise self.error(node, "this number is too large") from error
 
     def name(self, node: ast.Name) -> Node:
         if node.id in COLUMNS:
