@@ -11,7 +11,7 @@ _CHUNK = 1 << 16
 
 
 def num_nonzero(piece: Tensor) -> int:
-    """Return how many elements of a flat CPU tensor are neither zero nor nan.
+    """Return how many elements of a contiguous CPU tensor are neither zero nor nan.
 
     The norm of the signs, squared: 0.4 ms per million elements, where `count_nonzero` takes 5.
     """
@@ -19,7 +19,7 @@ def num_nonzero(piece: Tensor) -> int:
     scratch = torch.empty(min(numel, _CHUNK), dtype=piece.dtype)
     wide = torch.promote_types(piece.dtype, torch.float32)
     count = 0
-    for chunk in piece.split(_CHUNK) if numel else ():
+    for chunk in piece.view(-1).split(_CHUNK) if numel else ():
         signs = torch.sign(chunk, out=scratch[: chunk.numel()])
         # At most 2**16 ones: exact in float32, and the root's rounding is undone by rounding its square.
         count += round(torch.linalg.vector_norm(signs, dtype=wide).item() ** 2)

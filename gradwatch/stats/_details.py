@@ -57,7 +57,7 @@ def gradient_details(tensors: Sequence[Tensor], *, reduce: bool = True) -> Gradi
 
 
 def local_details(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return sums (n, 2) and maxima (n, 1) of flat local pieces."""
+    """Return sums (n, 2) and maxima (n, 1) of contiguous local pieces."""
     if not pieces:
         return torch.zeros(0, 2, dtype=torch.float64), torch.zeros(0, 1, dtype=torch.float64)
     if pieces[0].device.type == "cpu":

@@ -34,13 +34,13 @@ def exponent_histograms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def local_histograms(pieces: Sequence[Tensor]) -> Tensor:
-    """Return exponent histograms of flat local pieces, int64, shape (n, 512)."""
+    """Return exponent histograms of contiguous local pieces, int64, shape (n, 512)."""
     if not pieces:
         return torch.zeros(0, NUM_BINS, dtype=torch.int64)
     counts = torch.zeros(len(pieces), NUM_BINS, dtype=torch.int64, device=pieces[0].device)
     scratch = torch.empty(_CHUNK, dtype=torch.int32, device=pieces[0].device)
     for row, piece in zip(counts, pieces, strict=True):
-        for chunk in piece.split(_CHUNK) if piece.numel() else ():
+        for chunk in piece.view(-1).split(_CHUNK) if piece.numel() else ():
             _count_(row, chunk, scratch)
     return counts
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Shards", "flat_local", "reduce_max_", "reduce_sum_"]
+__all__ = ["Shards", "dense_local", "flat_local", "reduce_max_", "reduce_sum_"]
 
 _WIDE_ENOUGH = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -26,8 +26,8 @@ class Shards:
             pending sum (`Partial`) is reduced first, which costs a collective of its own.
 
     Attributes:
-        locals: flat, dense, real pieces in the order given; some may be empty. They share memory with the tensors
-            where that is possible (not for sparse, fp8 and overlapping ones).
+        locals: contiguous, real pieces in the order given, of any shape; some may be empty. They share memory with the
+            tensors where that is possible (not for sparse, fp8 and overlapping ones).
         groups: process group name -> (group, positions of the tensors split over it).
     """
 
@@ -37,12 +37,12 @@ class Shards:
         self.groups: dict[str, tuple[Any, list[int]]] = {}
         dtensor = sys.modules.get("torch.distributed.tensor")
         if dtensor is None or not any(isinstance(t, dtensor.DTensor) for t in tensors):
-            self.locals = [flat_local(t) for t in tensors]
+            self.locals = [dense_local(t) for t in tensors]
             return
         self.locals = []
         for position, tensor in enumerate(tensors):
             piece = self._note(position, tensor, dtensor) if isinstance(tensor, dtensor.DTensor) else tensor
-            self.locals.append(flat_local(piece))
+            self.locals.append(dense_local(piece))
 
     def _note(self, position: int, tensor: Any, dtensor: Any) -> Tensor:
         if any(placement.is_partial() for placement in tensor.placements):
@@ -75,8 +75,8 @@ class Shards:
         return values
 
 
-def flat_local(tensor: Tensor) -> Tensor:
-    """Return all elements of a plain tensor in one row, in any order, without a copy wherever that is possible.
+def dense_local(tensor: Tensor) -> Tensor:
+    """Return all elements of a plain tensor contiguously, in any order, without a copy wherever that is possible.
 
     Sparse tensors give the values that are stored, duplicates added up; complex ones real and imaginary parts in turn;
     8-bit floats come as float32.
@@ -86,7 +86,7 @@ def flat_local(tensor: Tensor) -> Tensor:
     if tensor.dtype not in _WIDE_ENOUGH:
         tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor.float()
     if tensor.is_contiguous():
-        return tensor.view(-1)
+        return tensor
     # channels_last, transposed: the memory has no holes, and a reduction may read it in any order.
     pairs = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
     expected = 1
@@ -95,6 +95,11 @@ def flat_local(tensor: Tensor) -> Tensor:
             return tensor.reshape(-1)
         expected *= size
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def flat_local(tensor: Tensor) -> Tensor:
+    """Return what `dense_local` does, in one row."""
+    return dense_local(tensor).view(-1)
 
 
 def index_on(positions: Sequence[int], device: torch.device) -> Tensor:

@@ -57,7 +57,7 @@ def gramian(grads_per_task: Sequence[Sequence[Tensor | None]]) -> Tensor:
 
 
 def _add_products_(total_TT: Tensor, tasks: list[int], pieces: list[Tensor]) -> None:
-    for chunks in zip(*(piece.split(_CHUNK) for piece in pieces), strict=True):
+    for chunks in zip(*(piece.view(-1).split(_CHUNK) for piece in pieces), strict=True):
         rows = torch.zeros(len(total_TT), chunks[0].numel(), dtype=total_TT.dtype, device=total_TT.device)
         for task, chunk in zip(tasks, chunks, strict=True):
             rows[task].copy_(chunk)
