@@ -19,6 +19,7 @@ class TwoHeads(nn.Module):
         self.trunk = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh())
         self.a = nn.Linear(16, 1)
         self.b = nn.Linear(16, 1)
+        self.b.load_state_dict(self.a.state_dict())
         torch.set_rng_state(generator_state)
 
     def losses(self, x: Tensor, ya: Tensor, yb: Tensor) -> tuple[Tensor, Tensor]:

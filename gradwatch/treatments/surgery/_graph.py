@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["last_used", "shared_features", "task_entries"]
+__all__ = ["has_reentrant_checkpoint", "last_used", "shared_features", "task_entries"]
 
 
 def last_used(losses: Sequence[Tensor], paths: Mapping[int, str], order: Sequence[str]) -> str:
@@ -66,6 +66,11 @@ def task_entries(losses: Sequence[Tensor]) -> list[dict[Any, list[int]] | None]:
         entries = {node: [i for i, (c, _) in enumerate(node.next_functions) if counts.get(c, 0) > 1] for node in own}
         result.append(None if counts[start] > 1 else {node: inputs for node, inputs in entries.items() if inputs})
     return result
+
+
+def has_reentrant_checkpoint(losses: Sequence[Tensor]) -> bool:
+    """Return whether a reentrantly checkpointed block lies in the graph, whose parameters it doesn't show (S6)."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in _walk([_edge(loss)[0] for loss in losses]))
 
 
 def _edge(loss: Tensor) -> tuple[Any, int]:

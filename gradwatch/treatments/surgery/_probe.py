@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, UnknownPathError
-from ._graph import last_used, shared_features
+from ._graph import has_reentrant_checkpoint, last_used, shared_features
 
 __all__ = ["Prober", "Probes"]
 
@@ -110,6 +110,8 @@ class Prober:
     def _choose(
         self, names: tuple[str, ...], losses: Sequence[Tensor], candidates: Sequence[str], grads: Sequence[Grads]
     ) -> list[str]:
+        if has_reentrant_checkpoint(losses):
+            raise _reentrant()
         reached = [sum(g is not None for g in column) for column in zip(*grads, strict=True)]
         shared = [path for path, count in zip(candidates, reached, strict=True) if count >= 2]
         if self._patterns is not None:
@@ -142,16 +144,20 @@ def _gradients(losses: Sequence[Tensor], seeds: Sequence[Tensor], inputs: Sequen
         ]
     except RuntimeError as error:
         if "use_reentrant" in str(error):
-            raise ConfigError(
-                "surgery takes gradients of single tasks, which reentrant activation checkpointing forbids: "
-                "use checkpoint(..., use_reentrant=False)."
-            ) from error
+            raise _reentrant() from error
         if "donated" in str(error):
             raise ConfigError(
                 "surgery runs several passes over one graph, which torch.compile's donated buffers forbid: "
                 "set torch._functorch.config.donated_buffer = False before compiling."
             ) from error
         raise
+
+
+def _reentrant() -> ConfigError:
+    return ConfigError(
+        "surgery takes gradients of single tasks, which reentrant activation checkpointing forbids: "
+        "use checkpoint(..., use_reentrant=False)."
+    )
 
 
 def _nothing_shared(names: Sequence[str]) -> ConfigError:

@@ -27,6 +27,7 @@ class Surgery:
         method: a name in `gradwatch.treatments.surgery.METHODS`, or a callable from a Gramian to weights.
         shared: "auto" finds the parameters that at least two losses depend on, once for each set of task names; else a
             glob over parameter paths (`*` crosses dots; a module's path stands for all its parameters), or several.
+            Losses that are entries of one tensor all depend on the same parameters: name the shared ones.
         gramian: with respect to what the Gramian is taken. "params": all shared parameters. "last": those of the
             module that owns the shared parameter used last in the forward pass. "features": the tensors nearest the
             losses that all tasks share. The last two are cheap, since no probe passes through the shared part, and
