@@ -188,8 +188,9 @@ class MicroBatchController:
                 result.append(None)
                 continue
             signs = torch.stack([torch.zeros_like(value) if g is None else g.sign() for g in column])
-            # `~(a < b)`: an element that is nan in any micro-batch stays as it is, nan.
-            keep = ~(signs.sum(0).abs() < self.settings.threshold * len(held) * (1 - 1e-6))
+            agreed = signs.sum(0).abs() >= self.settings.threshold * len(held) * (1 - 1e-6)
+            # The sign of nan is 0: what is not finite stays, instead of being hidden as a disagreement.
+            keep = agreed | ~torch.isfinite(value)
             result.append(torch.where(keep, value, torch.zeros_like(value)))
             kept, total = kept + float(keep.sum()), total + keep.numel()
         self._scalars["micro_signs_kept"] = kept / total if total else 1.0
