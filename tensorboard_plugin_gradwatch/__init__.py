@@ -1,5 +1,16 @@
-"""The GradWatch tab of TensorBoard. Needs tensorboard and numpy; never imports torch."""
+"""The GradWatch tab of TensorBoard. Needs tensorboard and numpy; never imports torch.
+
+The names here need numpy alone: the report pools its pictures as the tab does, and draws them with the same scripts.
+"""
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from pathlib import Path
+
+from ._ridge import exponent_row, ridge
+from ._wire import MISSING, Matrix, Steps, pool
+
+__all__ = ["MISSING", "STATIC", "Matrix", "Steps", "exponent_row", "pool", "ridge"]
+
+STATIC = Path(__file__).parent / "static"
+"""Scripts and style sheets."""

@@ -14,7 +14,6 @@ __all__ = ["LOG10_2", "RIDGES", "exponent_row", "ridge"]
 
 LOG10_2 = float(np.log10(2.0))
 RIDGES = 60
-"""Histograms sent for one path; neighbours in time are summed."""
 
 
 def exponent_row(left: float, width: float, counts: NDArray[Any]) -> tuple[int, NDArray[np.float64]]:
@@ -29,12 +28,13 @@ def exponent_row(left: float, width: float, counts: NDArray[Any]) -> tuple[int, 
 
 
 def ridge(
-    rows: Iterable[tuple[int, float, float, int, NDArray[Any]]],
+    rows: Iterable[tuple[int, float, float, int, NDArray[Any]]], most: int = RIDGES
 ) -> tuple[Steps, Matrix, dict[str, Any]]:
     """Return steps, a matrix (zeros, non-finite, then counts by exponent) and the header that explains it.
 
     Args:
         rows: step, zeros, non-finite, first exponent and counts by exponent of each histogram, in order of steps.
+        most: rows of the result at most; neighbours in time are summed.
     """
     kept = list(rows)
     filled = [(low + int(np.flatnonzero(c)[0]), low + int(np.flatnonzero(c)[-1]) + 1) for *_, low, c in kept if c.any()]
@@ -45,7 +45,7 @@ def ridge(
         used = np.flatnonzero(counts)
         matrix[i, 2 + first - low + used] = counts[used]
     steps = np.asarray([row[0] for row in kept], np.float64)
-    if len(kept) > RIDGES:
-        first_of = np.linspace(0, len(kept), RIDGES, endpoint=False).astype(np.int64)
+    if len(kept) > most:
+        first_of = np.linspace(0, len(kept), most, endpoint=False).astype(np.int64)
         matrix, steps = np.add.reduceat(matrix, first_of, axis=0), steps[first_of]
     return steps, matrix.astype(np.float32), {"left": low * LOG10_2, "width": LOG10_2}

@@ -41,6 +41,7 @@ export class App {
     this.#options(this.runSelect, this.runs.map((r) => [r.id, r.id + (r.message ? ' (unreadable)' : '')]));
     this.#options(this.otherSelect, [['', '–'], ...readable.map((r) => [r.id, r.id])]);
     this.otherSelect.parentElement.hidden = readable.length < 2;
+    this.runSelect.parentElement.hidden = this.verdict.hidden = Boolean(this.source.single);
     if (!this.runs.length) {
       return this.#blank('There are no gradwatch data here yet. Add GradWatch() to the Trainer’s callbacks, or '
         + 'TensorBoardSink to a Watch, and train: the first points appear after the first logged step.');

@@ -33,6 +33,11 @@ export function number(value) {
   return String(Number(x.toPrecision(3)));
 }
 
+/** A path that may break after its dots, and nowhere else. */
+export function breakable(path) {
+  return path.split(/(?<=\.)/).flatMap((part, i) => (i ? [document.createElement('wbr'), part] : [part]));
+}
+
 /** A power of ten on an axis: 1e-3 as "1e-3", 10 as "10". */
 export function power(exponent) {
   if (exponent >= -2 && exponent <= 3) return String(Number((10 ** exponent).toPrecision(1)));

@@ -1,6 +1,6 @@
 // The table of incidents: when, which rule, where, how large, what was done, what to do.
 
-import {el, clear, number} from './dom.js';
+import {breakable, clear, el, number} from './dom.js';
 
 const HEADS = ['step', 'rule', 'where it began', 'value', 'limit', 'treatment', 'what was seen, what to do'];
 
@@ -38,8 +38,8 @@ function line(entry, {several, chosen, onChoose}) {
   const more = (incident.paths || []).length - 1;
   const cells = [
     el('td', {className: 'gw-num'}, span(incident), el('small', {}, incident.resolved ? 'over' : 'still on')),
-    el('td', {}, el('span', {className: 'gw-dot'}), el('span', {}, incident.name || incident.rule)),
-    el('td', {className: 'gw-path', title: (incident.paths || []).join('\n')}, where, more > 0 ? el('small', {}, `and ${more} more`) : null),
+    el('td', {className: 'gw-rule'}, el('span', {className: 'gw-dot'}), incident.name || incident.rule),
+    el('td', {className: 'gw-path', title: (incident.paths || []).join('\n')}, ...breakable(where), more > 0 ? el('small', {}, `and ${more} more`) : null),
     el('td', {className: 'gw-num'}, limited(incident.value, incident.rule === 'non_finite')),
     el('td', {className: 'gw-num'}, limited(incident.limit)),
     el('td', {}, (incident.treatments || []).join(', ') || '–'),

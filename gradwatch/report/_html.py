@@ -1,0 +1,191 @@
+"""One HTML file that needs nothing else: words, data, scripts and styles, behind a policy that lets nothing else in."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorboard_plugin_gradwatch import MISSING, STATIC, pool
+
+from ..records import Floats
+from ._bundle import bundle, styles
+from ._data import COLUMNS, ReportData, Table
+from ._quantise import encode_histograms, encode_tables, squeeze
+from ._summary import Story, Summary, summarise
+
+__all__ = ["LIMIT", "to_html"]
+
+LIMIT = 490_000
+"""Bytes of the whole file at most, as far as pooling can keep it."""
+
+FIRST = ("grad_norm", "update_ratio", "grad_output_norm", "output_rms", "zero_fraction", "param_norm")
+DROPPED = frozenset({"input_nonfinite", "row_spread", "update_norm", "param_absmax"})
+CURVES = ("global_norm", "global_norm_after", "limit")
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<!-- Curves are drawn by uPlot.
+{licence}
+-->
+{words}
+<div id="app"></div>
+<script type="application/json" id="data">{data}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def to_html(data: ReportData, *, limit: int = LIMIT) -> str:
+    """Return a report as one file of at most about `limit` bytes; long runs are pooled to fit.
+
+    The policy is `default-src 'none'`: the page can ask for nothing, and only the two inline blocks whose hashes it
+    names take effect. Names out of the run go in as text.
+    """
+    summary = summarise(data)
+    script, style = bundle("report.js"), styles()
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
+    )
+    words = _words(data, summary)
+    licence = (STATIC / "vendor" / "LICENSE-uPlot").read_text(encoding="utf-8").strip()
+    room = limit - sum(len(part.encode()) for part in (PAGE, script, style, words, licence))
+    return PAGE.format(
+        policy=policy,
+        title=escape(f"gradwatch: {data.name}"),
+        style=style,
+        script=script,
+        words=words,
+        licence=licence.replace("--", "- -"),
+        data=_inert(_payload(data, max(20_000, room))),
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _inert(payload: Mapping[str, Any]) -> str:
+    """Return JSON in which nothing can end the element it stands in."""
+    text = json.dumps(payload, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _payload(data: ReportData, room: int) -> dict[str, Any]:
+    index = data.index
+    fixed: dict[str, Any] = {
+        "name": data.name,
+        "index": {
+            "paths": list(index.paths),
+            "kinds": list(index.kinds),
+            "numel": index.numel.tolist(),
+            "shapes": [list(s) for s in index.shapes],
+            "depth": index.depth.tolist(),
+            "types": list(index.types),
+            "trainable": index.trainable.tolist(),
+        },
+        "meta": {"model": str(data.meta.get("model", ""))},
+        "incidents": [{**i.to_json(), "labels": {}, "details": {}} for i in data.incidents],
+        "scalars": _scalars(data),
+    }
+    room -= len(_inert(fixed)) + 4000
+    told = list(dict.fromkeys(p for i in data.incidents for p in (i.first_path, *i.paths[:5])))
+    histograms = encode_histograms(data.histograms, told, int(0.22 * room))
+    room -= len(_inert(histograms))
+    named = [
+        (n, data.tables[n]) for n in (*FIRST, *sorted(set(data.tables) - set(FIRST) - DROPPED)) if n in data.tables
+    ]
+    chosen = [(name, table, *_over(data, table)) for name, table in named]
+    room -= sum(7 * min(COLUMNS, len(table.steps)) for _, table, _, _ in chosen[:2])
+    tables = encode_tables([(name, table, rows) for name, table, rows, _ in chosen if len(rows)], room)
+    for name, _, _, over in chosen:
+        if name in tables:
+            tables[name]["over"] = over
+    return {**fixed, "histograms": histograms, "tables": tables}
+
+
+def _over(data: ReportData, table: Table) -> tuple[NDArray[np.int64], str]:
+    """Return the rows to keep of a table and what they are: parameters or modules, whichever it measures."""
+    measured = (table.values != MISSING).any(axis=0)
+    is_parameter = data.index.is_parameter
+    if not (measured & ~is_parameter).any():
+        return np.flatnonzero(is_parameter), "parameter"
+    if not (measured & is_parameter).any():
+        return np.flatnonzero(~is_parameter), "module"
+    return np.arange(len(data.index)), "all"
+
+
+def _scalars(data: ReportData) -> dict[str, Any]:
+    """Return the curves of the page on common steps: the largest where steps are pooled, of cosines the smallest."""
+    names = [n for n in data.scalars if n in CURVES or n.startswith("task_cos/")]
+    steps = np.unique(np.concatenate([data.scalars[n][0] for n in names])) if names else np.zeros(0)
+    columns: list[Floats] = []
+    for name in names:
+        when, values = data.scalars[name]
+        column = np.full(len(steps), MISSING)
+        column[np.searchsorted(steps, when)] = np.where(np.isneginf(values), np.inf, values)
+        columns.append(column)
+    matrix = np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((0, 0), np.float32)
+    signs = np.array([-1.0 if n.startswith("task_cos/") else 1.0 for n in names], np.float32)
+    measured = matrix != MISSING
+    pooled_steps, pooled = pool(steps, np.where(measured, matrix * signs, MISSING), COLUMNS)
+    pooled = np.where(pooled != MISSING, pooled * signs, MISSING)
+    return {
+        "names": names,
+        "steps": pooled_steps.astype(np.int64).tolist(),
+        "data": squeeze(np.ascontiguousarray(pooled.T, "<f4").tobytes()),
+    }
+
+
+def _words(data: ReportData, summary: Summary) -> str:
+    """Return the summary as HTML. Every text is escaped here and nowhere else."""
+    facts = "".join(f"<li>{escape(fact)}</li>" for fact in summary.facts)
+    stories = "".join(_story(story) for story in summary.stories)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in summary.notes)
+    return (
+        f'<header class="gw-report gw-state-{summary.state}">'
+        f'<div class="gw-top"><span class="gw-brand">gradwatch</span><h1>{escape(data.name)}</h1>'
+        '<button type="button" id="theme" hidden>light or dark</button></div>'
+        f'<p class="gw-headline">{escape(summary.headline)}</p>'
+        f"{stories}"
+        f'<ul class="gw-facts">{facts}</ul>'
+        + (f'<h2>Not seen</h2><ul class="gw-facts">{notes}</ul>' if notes else "")
+        + "</header>"
+    )
+
+
+PARTS = {"first": "It began here", "after": "Came after, and may be its consequence", "note": "Worth knowing"}
+
+
+def _story(story: Story) -> str:
+    lines = [
+        f'<p class="gw-place">{escape(story.place)}</p>',
+        f"<p><b>What it means.</b> {escape(story.meaning)}</p>",
+        f"<p><b>What to do.</b> {escape(story.advice)}</p>" if story.advice else "",
+        f"<p><b>What was done.</b> {escape(story.treated)}</p>" if story.treated else "",
+    ]
+    first = story.incidents[0]
+    return (
+        f'<section class="gw-story gw-{escape(story.severity)}" data-incident="{int(first.id)}"'
+        f' data-rule="{escape(story.rule)}"><h2><span class="gw-part">{PARTS[story.part]}</span>'
+        f" {escape(story.title)} <code>{escape(story.name)}</code></h2>"
+        f"{''.join(lines)}</section>"
+    )

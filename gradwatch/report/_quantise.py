@@ -1,0 +1,135 @@
+"""Tables as few bytes: pooled in time, sizes on a logarithmic scale of 8 or 16 bits, deflated, base64.
+
+Codes: 0 not measured, 1 zero, 2 nan, 3 infinite, from 4 on the sizes between `low` and `high` (log10).
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorboard_plugin_gradwatch import MISSING, exponent_row, pool, ridge
+
+from ..records import Floats
+from ._data import Table
+
+__all__ = ["decode_table", "encode_histograms", "encode_table", "encode_tables", "squeeze"]
+
+FIRST = 4
+LADDER = (
+    *((columns, 16) for columns in (1200, 800)),
+    *((columns, 8) for columns in (1200, 800, 600, 400, 300, 200, 150, 100, 60, 40, 20)),
+)
+"""Resolutions to try, best first."""
+
+
+def squeeze(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 9)).decode("ascii")
+
+
+def encode_table(table: Table, rows: NDArray[np.int64], columns: int, bits: int) -> dict[str, Any]:
+    """Return a table over some of the paths, as plain values."""
+    steps, values = pool(table.steps, table.values[:, rows], columns)
+    sizes = values[np.isfinite(values) & (values > 0)].astype(np.float64)
+    low, high = (float(np.log10(sizes.min())), float(np.log10(sizes.max()))) if len(sizes) else (0.0, 1.0)
+    top = 2**bits - 1
+    scale = (top - FIRST) / (high - low) if high > low else 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.rint((np.log10(values.astype(np.float64)) - low) * scale) + FIRST
+    codes = np.where(values == 0, 1, codes)
+    codes = np.where(np.isnan(values), 2, codes)
+    codes = np.where(np.isposinf(values), 3, codes)
+    codes = np.where(values == MISSING, 0, codes)
+    # Row after row in time: neighbours are alike, which is what the compression lives on.
+    data = np.ascontiguousarray(codes.T).astype("<u1" if bits == 8 else "<u2").tobytes()
+    return {
+        "steps": steps.astype(np.int64).tolist(),
+        "rows": len(rows),
+        "bits": bits,
+        "low": low,
+        "high": high,
+        "last": table.last,
+        "measured": table.measured,
+        "data": squeeze(data),
+    }
+
+
+def decode_table(packed: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Return the values (T, N) of what `encode_table` made: within half a code of the truth."""
+    kind = "<u1" if packed["bits"] == 8 else "<u2"
+    codes = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), kind).astype(np.float64)
+    codes = codes.reshape(packed["rows"], len(packed["steps"])).T
+    span = (packed["high"] - packed["low"]) / (2 ** packed["bits"] - 1 - FIRST)
+    values = 10.0 ** (packed["low"] + (codes - FIRST) * span)
+    return np.select([codes == 0, codes == 1, codes == 2, codes == 3], [MISSING, 0.0, np.nan, np.inf], values)
+
+
+def encode_tables(tables: Iterable[tuple[str, Table, NDArray[np.int64]]], budget: int) -> dict[str, dict[str, Any]]:
+    """Return as fine a copy of each table as the budget of bytes allows; the first gets the largest share."""
+    waiting, packed = list(tables), {}
+    for place, (name, table, rows) in enumerate(waiting):
+        left = len(waiting) - place
+        share = budget if left == 1 else int(budget * (0.4 if place == 0 else 1.0 / left))
+        for columns, bits in LADDER:
+            if len(rows) * min(columns, len(table.steps)) * bits // 8 > 8 * share:
+                continue  # even the best compression would not do
+            packed[name] = encode_table(table, rows, columns, bits)
+            if len(packed[name]["data"]) <= share:
+                break
+        else:
+            packed[name] = encode_table(table, rows, *LADDER[-1])
+        budget = max(0, budget - len(packed[name]["data"]))
+    return packed
+
+
+def encode_histograms(
+    histograms: Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]], first: Iterable[str], budget: int
+) -> dict[str, Any]:
+    """Return histograms over time as plain values: those of `first` always, the others where there is room.
+
+    Counts become 255 times the root of their share, so that the tails are still seen.
+    """
+    wanted = [p for p in first if p in histograms]
+    everything = [*wanted, *(p for p in histograms if p not in set(wanted))]
+    packed = _pack_histograms(histograms, [], 1)
+    for paths, most in (
+        (everything, 24),
+        (everything, 12),
+        (everything, 6),
+        (everything[:200], 8),
+        (everything[:60], 8),
+    ):
+        packed = _pack_histograms(histograms, paths, most)
+        if len(packed["data"]) <= budget:
+            return packed
+    return _pack_histograms(histograms, wanted[:20], 8)
+
+
+def _pack_histograms(
+    histograms: Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]], paths: Iterable[str], most: int
+) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    parts: list[bytes] = []
+    offset, width = 0, 0.0
+    for path in paths:
+        steps, counts = histograms[path]
+        rows = ((int(s), *_magnitudes(c)) for s, c in zip(steps, counts, strict=True))
+        when, matrix, header = ridge(rows, most)
+        shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1.0)
+        codes = np.ceil(255 * np.sqrt(shares)).astype("<u1")
+        entries[path] = [offset, header["left"], codes.shape[1], when.astype(np.int64).tolist()]
+        parts.append(np.ascontiguousarray(codes.T).tobytes())
+        offset, width = offset + codes.size, header["width"]
+    return {"paths": entries, "width": width, "data": squeeze(b"".join(parts))}
+
+
+def _magnitudes(counts: NDArray[np.int64]) -> tuple[float, float, int, Floats]:
+    """Return zeros, non-finite, first exponent and counts by exponent of 512 signed bins."""
+    both = counts[:256] + counts[256:]
+    exponent, spread = exponent_row(-126 * np.log10(2.0), float(np.log10(2.0)), both[1:255])
+    return float(both[0]), float(both[255]), exponent, spread

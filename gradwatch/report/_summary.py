@@ -1,0 +1,190 @@
+"""The words on top of a report: is it healthy, what came first, what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..records import SEVERITIES, Incident
+from ._data import ReportData
+from ._words import explain
+
+__all__ = ["Story", "Summary", "number", "summarise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """All incidents of one rule.
+
+    Attributes:
+        rule, name: of the rule.
+        severity: the worst.
+        title, meaning: what happened and why it matters.
+        place: when and where, as a sentence.
+        part: what it is to the others: "first", "after", "note".
+        advice: what to do.
+        treated: what was done about it, as a sentence, or "".
+        incidents: in order of their first step.
+    """
+
+    rule: str
+    name: str
+    severity: str
+    title: str
+    meaning: str
+    place: str
+    part: str
+    advice: str
+    treated: str
+    incidents: tuple[Incident, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Attributes:
+    state: "healthy", "noted" (info alone), "warning" or "critical".
+    headline: one sentence.
+    facts: sentences about the run as a whole: length, treatments, cost.
+    stories: first cause first.
+    notes: what was not seen.
+    """
+
+    state: str
+    headline: str
+    facts: tuple[str, ...]
+    stories: tuple[Story, ...]
+    notes: tuple[str, ...]
+
+
+def summarise(data: ReportData) -> Summary:
+    """Return the summary of a run.
+
+    Stories stand in the order in which they began; of those that began together the usual cause stands first. What is
+    only worth knowing (`info`) comes last.
+    """
+    groups: dict[str, list[Incident]] = {}
+    for incident in data.incidents:
+        groups.setdefault(incident.name or incident.rule, []).append(incident)
+    ordered = sorted(groups.values(), key=_order)
+    stories = tuple(_story(group, _part(i, group)) for i, group in enumerate(ordered))
+    worst = max((_rank(s.severity) for s in stories), default=-1)
+    state = ("healthy", "noted", "warning", "critical")[worst + 1]
+    return Summary(
+        state=state,
+        headline=_headline(state, stories, data),
+        facts=tuple(_facts(data)),
+        stories=stories,
+        notes=tuple(data.notes),
+    )
+
+
+def number(value: float) -> str:
+    """Return three digits, and words for what is not finite."""
+    if math.isnan(value):
+        return "NaN"
+    return ("∞" if value > 0 else "-∞") if math.isinf(value) else f"{value:.3g}"
+
+
+def _rank(severity: str) -> int:
+    return SEVERITIES.index(severity) if severity in SEVERITIES else 1
+
+
+def _order(group: Sequence[Incident]) -> tuple[bool, int, int, int]:
+    worst = max(_rank(i.severity) for i in group)
+    return worst == 0, min(i.first_step for i in group), explain(group[0].rule).rank, -worst
+
+
+def _part(place: int, group: Sequence[Incident]) -> str:
+    if max(_rank(i.severity) for i in group) == 0:
+        return "note"
+    return "first" if place == 0 else "after"
+
+
+def _headline(state: str, stories: Sequence[Story], data: ReportData) -> str:
+    if not data.num_steps and not stories:
+        return "Nothing was recorded: the run ended before its first step was measured."
+    if state == "healthy":
+        return f"Healthy: no rule fired in {data.num_steps:,} steps."
+    first = stories[0]
+    title = first.title[0].lower() + first.title[1:]
+    if state == "noted":
+        return f"Healthy, with something to know: {title}."
+    began = min(i.first_step for i in first.incidents)
+    return f"Not healthy. It began at step {began:,}: {title}."
+
+
+def _story(group: Sequence[Incident], part: str) -> Story:
+    incidents = tuple(sorted(group, key=lambda i: (i.first_step, i.id)))
+    first = incidents[0]
+    worst = max(incidents, key=lambda i: _rank(i.severity))
+    said = explain(first.rule, first.name)
+    treatments = dict.fromkeys(t for i in incidents for t in i.treatments)
+    return Story(
+        rule=first.rule,
+        name=first.name or first.rule,
+        severity=worst.severity,
+        title=said.title,
+        meaning=said.meaning,
+        place=_place(incidents),
+        part=part,
+        advice=first.advice,
+        treated=f"gradwatch ran {_join(list(treatments))} for it." if treatments else "",
+        incidents=incidents,
+    )
+
+
+def _place(incidents: Sequence[Incident]) -> str:
+    first = incidents[0]
+    paths = list(dict.fromkeys(p for i in incidents for p in i.paths if p))
+    where = first.first_path or (paths[0] if paths else "")
+    others = len([p for p in paths if p != where])
+    place = f"in {where}" if where else "in the network as a whole"
+    if others:
+        place += f" and {others} other {'path' if others == 1 else 'paths'}"
+    if len(incidents) > 1:
+        when = (
+            f"{len(incidents)} times between step {first.first_step:,} and step {max(i.last_step for i in incidents):,}"
+        )
+    elif first.last_step > first.first_step:
+        when = f"From step {first.first_step:,} to step {first.last_step:,}"
+    else:
+        when = f"At step {first.first_step:,}"
+    seen = f": {first.message.rstrip('.')}" if first.message else ""
+    gone = all(i.resolved for i in incidents)
+    return f"{when}, {place}{seen}. {'It is over.' if gone else 'It was still so at the last step seen.'}"
+
+
+def _facts(data: ReportData) -> list[str]:
+    facts = []
+    if data.num_steps:
+        model = f"{data.meta['model']}: " if data.meta.get("model") else ""
+        parameters = int(data.index.numel[data.index.is_parameter].sum())
+        what = f"{int(data.index.is_parameter.sum()):,} parameter tensors with {parameters:,} numbers"
+        facts.append(f"{model}{data.num_steps:,} steps recorded, {data.first_step:,} to {data.last_step:,}; {what}.")
+    for t in data.treatments:
+        behind = f" behind the rule {t.rule}" if t.rule else ""
+        least = f"; at the strongest {100 * t.least_share:.3g} % of the norm were left" if t.least_share < 1 else ""
+        facts.append(
+            f"{t.name}{behind} changed {_times(t.count)} (first {t.first_step:,}, last {t.last_step:,}){least}."
+        )
+    if not data.treatments and data.num_steps:
+        facts.append("No gradient was changed: gradwatch only watched.")
+    if data.num_skipped:
+        facts.append(f"At {_times(data.num_skipped)} the optimizer was kept from moving anything.")
+    if math.isfinite(data.overhead_seconds):
+        share = ""
+        if data.total_seconds > 0:
+            share = (
+                f", {100 * data.overhead_seconds / data.total_seconds:.2g} % of the run's {data.total_seconds:.3g} s"
+            )
+        facts.append(f"gradwatch itself took {data.overhead_seconds:.3g} s{share}.")
+    return facts
+
+
+def _times(count: int) -> str:
+    return f"{count:,} {'step' if count == 1 else 'steps'}"
+
+
+def _join(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

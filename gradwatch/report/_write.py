@@ -1,0 +1,67 @@
+"""Writing a report in the form asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import UnknownNameError
+from ..runs import Run, read_run
+from ._data import ReportData
+from ._html import to_html
+from ._json import to_json
+from ._markdown import to_markdown
+from ._png import write_png
+
+__all__ = ["FORMATS", "report_text", "write_report"]
+
+FORMATS = ("html", "md", "json", "png")
+TEXTS: dict[str, Callable[[ReportData], str]] = {"html": to_html, "md": to_markdown, "json": to_json}
+ENDINGS = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".json": "json", ".png": "png"}
+
+
+def write_report(
+    run: Run | ReportData | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    format: str | None = None,  # noqa: A002
+) -> Path:
+    """Write a report and return its path.
+
+    Args:
+        run: a run folder (its path, or as read), or what was gathered from live objects.
+        path: the file; folders above it are made.
+        format: one of `FORMATS`; None: by the file's ending, else HTML.
+
+    Raises:
+        UnknownNameError: there is no such format.
+        ConfigError: a PNG is asked for without matplotlib.
+    """
+    target = Path(path)
+    chosen = format if format is not None else ENDINGS.get(target.suffix.lower(), "html")
+    if chosen not in FORMATS:
+        raise UnknownNameError("report format", chosen, FORMATS)
+    data = _gather(run)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if chosen == "png":
+        write_png(data, target)
+    else:
+        target.write_text(TEXTS[chosen](data), encoding="utf-8")
+    return target
+
+
+def report_text(run: Run | ReportData | str | os.PathLike[str], format: str = "md") -> str:  # noqa: A002
+    """Return a report as text: HTML, markdown or JSON.
+
+    Raises:
+        UnknownNameError: there is no such format.
+    """
+    if format not in TEXTS:
+        raise UnknownNameError("report format", format, TEXTS)
+    return TEXTS[format](_gather(run))
+
+
+def _gather(run: Run | ReportData | str | os.PathLike[str]) -> ReportData:
+    if isinstance(run, ReportData):
+        return run
+    return ReportData.from_run(run if isinstance(run, Run) else read_run(run))

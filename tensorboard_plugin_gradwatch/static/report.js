@@ -1,0 +1,102 @@
+// The report: the same page over data that lie in the file itself.
+
+import {App} from './app.js';
+import {columnAt} from './matrix.js';
+import {format, parse} from './state.js';
+
+const FIRST = 4; // codes below it: not measured, zero, NaN, infinite
+
+async function inflate(text) {
+  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'));
+  return new Response(stream).arrayBuffer();
+}
+
+async function decodeTable(packed) {
+  const raw = await inflate(packed.data);
+  const codes = packed.bits === 8 ? new Uint8Array(raw) : new Uint16Array(raw);
+  const span = (packed.high - packed.low) / (2 ** packed.bits - 1 - FIRST), special = [-Infinity, 0, NaN, Infinity];
+  const values = Float32Array.from(codes, (c) => (c < FIRST ? special[c] : 10 ** (packed.low + (c - FIRST) * span)));
+  return {steps: Float64Array.from(packed.steps), count: packed.steps.length, rows: packed.rows, values,
+    last: packed.last, measured: packed.measured, left_out: 0};
+}
+
+/** Steps from `from` to `to`, and one row alone where a path is asked for. */
+function part(matrix, {from = '', to = ''}, row = null) {
+  const n = matrix.count;
+  const first = from === '' || !n ? 0 : columnAt(matrix.steps, from);
+  const last = to === '' || !n ? n : columnAt(matrix.steps, to) + 1;
+  const rows = row === null ? [...Array(matrix.rows).keys()] : [row], count = Math.max(0, last - first);
+  if (count === n && row === null) return matrix;
+  const values = new Float32Array(rows.length * count);
+  rows.forEach((r, i) => values.set(matrix.values.subarray(r * n + first, r * n + last), i * count));
+  const end = last < n ? matrix.steps[last] - 1 : matrix.last;
+  return {...matrix, steps: matrix.steps.slice(first, last), count, rows: rows.length, values, last: end};
+}
+
+function embedded(data) {
+  const held = {};
+  const once = (key, make) => (held[key] ??= make());
+  const pathsOver = (over) => data.index.paths.filter((p, i) => over === 'all' || data.index.kinds[i] === over);
+  return {
+    single: true,
+    runs: async () => ({runs: [{id: data.name, message: ''}]}),
+    run: async () => ({index: data.index, stamp: 0, meta: data.meta, notes: [], has_histograms: true,
+      statistics: Object.fromEntries(Object.entries(data.tables).map(([name, t]) => [name, {over: t.over}]))}),
+    incidents: async () => ({incidents: data.incidents}),
+    scalars: () => once('/scalars', async () => {
+      const {names, steps} = data.scalars;
+      return {names, steps: Float64Array.from(steps), count: steps.length, rows: names.length, values: new Float32Array(await inflate(data.scalars.data))};
+    }),
+    matrix: async (run, statistic, query) => {
+      const packed = data.tables[statistic];
+      const matrix = await once(statistic, () => decodeTable(packed));
+      return part(matrix, query, query.path === undefined ? null : pathsOver(packed.over).indexOf(query.path));
+    },
+    histograms: async (run, path) => {
+      const entry = data.histograms.paths[path];
+      if (!entry) return {count: 0, rows: 0, steps: new Float64Array(0), values: new Float32Array(0), left: 0, width: 1};
+      const [offset, left, rows, steps] = entry;
+      const codes = new Uint8Array(await once('/histograms', () => inflate(data.histograms.data)), offset, rows * steps.length);
+      return {count: steps.length, rows, steps: Float64Array.from(steps), values: Float32Array.from(codes, (c) => (c / 255) ** 2), left, width: data.histograms.width};
+    },
+  };
+}
+
+async function start() {
+  const system = window.matchMedia('(prefers-color-scheme: dark)'), button = document.getElementById('theme');
+  let chosen = null;
+  const view = {
+    read: () => parse(location.hash),
+    write: (state) => {
+      try {
+        history.replaceState(null, '', format(state));
+      } catch {
+        // Some browsers keep a file's address as it is; the page works without a link to its state.
+      }
+    },
+    dark: () => chosen ?? system.matches,
+  };
+  document.body.classList.toggle('gw-dark', view.dark());
+  const data = JSON.parse(document.getElementById('data').textContent);
+  const app = new App(document.getElementById('app'), embedded(data), view);
+  button.hidden = false;
+  button.addEventListener('click', () => {
+    chosen = !view.dark();
+    app.draw();
+  });
+  system.addEventListener('change', () => app.draw());
+  await app.reload();
+  for (const story of document.querySelectorAll('[data-incident]')) {
+    const incident = data.incidents.find((i) => i.id === Number(story.dataset.incident) && i.rule === story.dataset.rule);
+    if (!incident) continue;
+    const show = document.createElement('button');
+    show.type = 'button';
+    show.textContent = 'Show it in the picture';
+    show.addEventListener('click', () => app.goTo(incident));
+    story.append(show);
+  }
+  document.body.dataset.ready = String(Math.round(performance.now()));
+}
+
+start();
