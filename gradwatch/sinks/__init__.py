@@ -8,15 +8,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ._csv import CsvSink
+from ._duck import DuckSink
+from ._headline import SCALARS
 from ._incident_lines import IncidentKey, incident_key
+from ._loggers import sinks_for_loggers
 from ._memory import MemorySink
+from ._mlflow import MlflowSink
+from ._notify import NotifySink
 from ._run_folder import RUN_FORMAT, RunFolder
 from ._safe import SafeSinks
+from ._wandb import WandbSink
 
 if TYPE_CHECKING:
     from .tensorboard import TensorBoardSink
 
-__all__ = ["RUN_FORMAT", "IncidentKey", "MemorySink", "RunFolder", "SafeSinks", "TensorBoardSink", "incident_key"]
+__all__ = [
+    "RUN_FORMAT",
+    "SCALARS",
+    "CsvSink",
+    "DuckSink",
+    "IncidentKey",
+    "MemorySink",
+    "MlflowSink",
+    "NotifySink",
+    "RunFolder",
+    "SafeSinks",
+    "TensorBoardSink",
+    "WandbSink",
+    "incident_key",
+    "sinks_for_loggers",
+]
 
 
 def __getattr__(name: str) -> Any:

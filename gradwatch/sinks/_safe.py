@@ -96,6 +96,12 @@ class SafeSinks:
             if hasattr(sink, "annotate"):
                 self._guard(sink, "writing an annotation", lambda s: s.annotate(**annotation))
 
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Hand a file, such as the HTML report, to the sinks that keep files."""
+        for sink in self.sinks:
+            if hasattr(sink, "report"):
+                self._guard(sink, "keeping the report", lambda s: s.report(path))
+
     def flush(self) -> None:
         for sink in self.sinks:
             self._drain(sink)

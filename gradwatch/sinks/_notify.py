@@ -1,0 +1,169 @@
+"""Incidents to a callable or a webhook, out of the training's way."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import Full, Queue
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..errors import ConfigError, GradwatchError
+from ..protocols import RunMeta
+from ..records import SEVERITIES, Incident, StepRecord
+from ._incident_lines import IncidentKey, incident_key
+from ._plain import dumps
+
+__all__ = ["NotifySink"]
+
+
+class NotifySink:
+    """Tells a Python callable or a webhook of each incident that begins, from a thread of its own.
+
+    The training only ever puts an incident into a bounded queue. What comes too fast, or while the target hangs, is
+    dropped and counted. A target that fails three times running is given up.
+
+    Args:
+        target: `f(incident)`, or a URL that takes a POST of JSON: the fields of the incident, a sentence as `text`,
+            the `run`'s name, and how many were `dropped` before it.
+        severity: the least that is told: "info", "warning", "critical".
+        resolved: tell when an incident is over, too.
+        max_per_minute: more are dropped.
+        timeout: seconds for one POST, and for `close` to wait for what is still in the queue.
+        queue_size: incidents that may wait.
+
+    Attributes:
+        dropped: incidents not told so far.
+        sent: incidents told so far.
+    """
+
+    every: int | None = None
+
+    def __init__(
+        self,
+        target: Callable[[Incident], Any] | str,
+        *,
+        severity: str = "warning",
+        resolved: bool = False,
+        max_per_minute: int = 10,
+        timeout: float = 5.0,
+        queue_size: int = 100,
+    ) -> None:
+        if not callable(target) and urlsplit(str(target)).scheme not in ("http", "https"):
+            raise ConfigError(f"NotifySink tells a callable or an http(s) URL. Got {target!r}.")
+        if severity not in SEVERITIES:
+            raise ConfigError(f"NotifySink: `severity` must be one of {', '.join(SEVERITIES)}. Got {severity!r}.")
+        for name, value in (("max_per_minute", max_per_minute), ("timeout", timeout), ("queue_size", queue_size)):
+            if not value > 0:
+                raise ConfigError(f"NotifySink: `{name}` must be above 0. Got {value}.")
+        self.target = target
+        self._settings: dict[str, Any] = {
+            "severity": severity,
+            "resolved": resolved,
+            "max_per_minute": max_per_minute,
+            "timeout": timeout,
+            "queue_size": queue_size,
+        }
+        self.dropped = 0
+        self.sent = 0
+        self._name = "gradwatch"
+        self._told: set[tuple[IncidentKey, str, bool]] = set()
+        self._recent: deque[float] = deque()
+        self._queue: Queue[tuple[Incident, int] | None] = Queue(queue_size)
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+        self._failures = 0
+        self._error: Exception | None = None
+
+    def __reduce__(self) -> Any:
+        return partial(type(self), **self._settings), (self.target,)
+
+    def open(self, meta: RunMeta) -> None:
+        self._name, self._failures = meta.name, 0
+
+    def write(self, record: StepRecord, window: Sequence[StepRecord] = ()) -> None:
+        """Records are no news."""
+
+    def incident(self, incident: Incident) -> None:
+        """Queue what is news: an incident that began, became more severe, or (if asked for) is over.
+
+        Raises:
+            GradwatchError: the target failed three times running; said once.
+        """
+        self._complain()
+        news = (incident_key(incident), incident.severity, incident.resolved)
+        least = SEVERITIES.index(self._settings["severity"])
+        if SEVERITIES.index(incident.severity) < least or news in self._told:
+            return
+        self._told.add(news)
+        if incident.resolved and not self._settings["resolved"]:
+            return
+        now = time.monotonic()
+        while self._recent and now - self._recent[0] > 60:
+            self._recent.popleft()
+        if len(self._recent) >= self._settings["max_per_minute"] or os.getpid() != self._pid:
+            self.dropped += 1
+            return
+        try:
+            self._queue.put_nowait((incident, self.dropped))
+        except Full:
+            self.dropped += 1
+            return
+        self._recent.append(now)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="gradwatch-notify", daemon=True)
+            self._thread.start()
+
+    def flush(self) -> None:
+        """Nothing to wait for: the thread delivers."""
+
+    def close(self) -> None:
+        """Wait, no longer than the timeout, until what is queued was told."""
+        thread, self._thread = self._thread, None
+        if thread is None or os.getpid() != self._pid:
+            return
+        try:
+            self._queue.put(None, timeout=self._settings["timeout"])
+            thread.join(self._settings["timeout"])
+        except Full:
+            pass  # it hangs: a daemon thread, which ends with the process
+        self._complain()
+
+    def _complain(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            where = urlsplit(self.target).hostname if isinstance(self.target, str) else self.target
+            raise GradwatchError(f"telling {where} of incidents failed three times running: {error!r}") from error
+
+    def _work(self) -> None:
+        while True:
+            job = self._queue.get()
+            if job is None:
+                return
+            try:
+                self._tell(*job)
+            except Exception as error:
+                self._failures += 1
+                self.dropped += 1
+                if self._failures == 3:
+                    self._error = error
+                    return
+            else:
+                self._failures = 0
+                self.sent += 1
+
+    def _tell(self, incident: Incident, dropped: int) -> None:
+        if not isinstance(self.target, str):
+            self.target(incident)
+            return
+        words = {**incident.to_json(), "text": str(incident), "run": self._name, "dropped": dropped}
+        request = urllib.request.Request(
+            self.target, dumps(words).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=self._settings["timeout"]):
+            pass
