@@ -144,10 +144,11 @@ class GradwatchTab(base_plugin.TBPlugin):
     def _incidents(self, request: Request) -> Response:
         """Incidents as they stand now, in order of their first step."""
         source, read = self._chosen(request)
-        newest: dict[Any, dict[str, Any]] = {}
+        newest: dict[tuple[Any, ...], dict[str, Any]] = {}
         for _, incident in read_json(read, source.by_kind.get("incidents")):
             if isinstance(incident, dict) and "rule" in incident:
-                newest[incident.get("id", len(newest))] = incident
+                key = (incident.get("id"), incident.get("name") or incident["rule"], incident.get("first_step"))
+                newest[key] = incident
         return _json({"incidents": sorted(newest.values(), key=lambda i: (i.get("first_step") or 0, i.get("id") or 0))})
 
     @_route

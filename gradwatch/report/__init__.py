@@ -9,7 +9,7 @@ from ._markdown import to_markdown
 from ._png import write_png
 from ._summary import Story, Summary, summarise
 from ._words import EXPLANATIONS
-from ._write import FORMATS, report_text, write_report
+from ._write import FORMATS, report_text, write_report, write_session
 
 __all__ = [
     "EXPLANATIONS",
@@ -26,4 +26,5 @@ __all__ = [
     "to_markdown",
     "write_png",
     "write_report",
+    "write_session",
 ]

@@ -185,7 +185,8 @@ def _story(story: Story) -> str:
     first = story.incidents[0]
     return (
         f'<section class="gw-story gw-{escape(story.severity)}" data-incident="{int(first.id)}"'
-        f' data-rule="{escape(story.rule)}"><h2><span class="gw-part">{PARTS[story.part]}</span>'
+        f' data-rule="{escape(story.rule)}" data-step="{int(first.first_step)}">'
+        f'<h2><span class="gw-part">{PARTS[story.part]}</span>'
         f" {escape(story.title)} <code>{escape(story.name)}</code></h2>"
         f"{''.join(lines)}</section>"
     )

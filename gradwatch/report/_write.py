@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import UnknownNameError
+from ..errors import RunFormatError, UnknownNameError
 from ..runs import Run, read_run
 from ._data import ReportData
 from ._html import to_html
@@ -14,7 +16,10 @@ from ._json import to_json
 from ._markdown import to_markdown
 from ._png import write_png
 
-__all__ = ["FORMATS", "report_text", "write_report"]
+if TYPE_CHECKING:
+    from ..watch import Session
+
+__all__ = ["FORMATS", "report_text", "write_report", "write_session"]
 
 FORMATS = ("html", "md", "json", "png")
 TEXTS: dict[str, Callable[[ReportData], str]] = {"html": to_html, "md": to_markdown, "json": to_json}
@@ -48,6 +53,22 @@ def write_report(
     else:
         target.write_text(TEXTS[chosen](data), encoding="utf-8")
     return target
+
+
+def write_session(session: Session, path: str | os.PathLike[str], format: str | None = None) -> Path:  # noqa: A002
+    """Write the report of a run that is still in memory: from its run folder where it has one, else from the records
+    kept (the recent ones alone). May be called while it trains."""
+    data = None
+    if session.run_dir is not None:
+        session.sinks.flush()
+        try:
+            data = ReportData.from_run(read_run(session.run_dir), notes=session.notes)
+        except RunFormatError:
+            data = None  # not the writing process, or a sink that was switched off
+    if data is None or not data.num_steps:
+        data = ReportData.from_records(session.history, name=session.settings.name, notes=session.notes)
+    model = {"model": type(session.model).__name__}
+    return write_report(replace(data, incidents=tuple(session.incidents), meta={**model, **data.meta}), path, format)
 
 
 def report_text(run: Run | ReportData | str | os.PathLike[str], format: str = "md") -> str:  # noqa: A002

@@ -35,7 +35,7 @@ function line(entry, {several, chosen, onChoose}) {
     },
   });
   const where = incident.first_path || 'whole model';
-  const more = (incident.paths || []).length - 1;
+  const more = (incident.num_paths ?? (incident.paths || []).length) - 1;
   const cells = [
     el('td', {className: 'gw-num'}, span(incident), el('small', {}, incident.resolved ? 'over' : 'still on')),
     el('td', {className: 'gw-rule'}, el('span', {className: 'gw-dot'}), incident.name || incident.rule),

@@ -88,7 +88,8 @@ async function start() {
   system.addEventListener('change', () => app.draw());
   await app.reload();
   for (const story of document.querySelectorAll('[data-incident]')) {
-    const incident = data.incidents.find((i) => i.id === Number(story.dataset.incident) && i.rule === story.dataset.rule);
+    const incident = data.incidents.find((i) => i.id === Number(story.dataset.incident) && i.rule === story.dataset.rule
+      && i.first_step === Number(story.dataset.step));
     if (!incident) continue;
     const show = document.createElement('button');
     show.type = 'button';
