@@ -36,8 +36,12 @@ def scale_(tensors: Sequence[Tensor], coefficient: float | Tensor) -> None:
             members, factors = groups.setdefault((piece.device, piece.dtype), ([], []))
             members.append(piece)
             factors.append(factor)
-    for members, factors in groups.values():
-        if len(set(factors)) == 1:
+    for (_, dtype), (members, factors) in groups.items():
+        if dtype in (torch.float16, torch.bfloat16):
+            # The foreach kernel rounds the factor to the tensors' dtype first: a small one to 0.
+            for member, factor in zip(members, factors, strict=True):
+                member.mul_(factor)
+        elif len(set(factors)) == 1:
             torch._foreach_mul_(members, factors[0])
         else:
             torch._foreach_mul_(members, factors)

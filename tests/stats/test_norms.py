@@ -44,7 +44,7 @@ def test_norms_keep_their_digits_at_every_scale(dtype: torch.dtype, exponent: in
     torch.testing.assert_close(tensor_norms(tensors), reference(tensors), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("size", [1000, 8000, 8193, 1_000_000])
+@pytest.mark.parametrize("size", [1000, 8000, 8193, 100_000])
 def test_equal_elements_whose_rounding_errors_add_up_are_within_1e_5(size: int) -> None:
     tensors = [torch.full((size,), value) for value in torch.linspace(0.1, 1, 40).tolist()]
     torch.testing.assert_close(tensor_norms(tensors), reference(tensors), rtol=1e-5, atol=0)
