@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,7 @@ def twin_of(key: Key) -> object:
 
 def train_one(rules: str, key: Key) -> Run:
     torch.set_num_threads(1)
+    logging.getLogger("gradwatch").setLevel(logging.ERROR)
     name, seed, faulty = key
     return run(PROGRAMS[name], seed, faulty=faulty, make_watch=partial(Watch, rules=rules))
 

@@ -8,5 +8,7 @@ from __future__ import annotations
 from ._lightning import check_lightning
 from ._preflight import CHECKS, preflight
 from ._report import PreflightFinding, PreflightReport
+from ._snapshot import unchanged
+from ._task import Task
 
-__all__ = ["CHECKS", "PreflightFinding", "PreflightReport", "check_lightning", "preflight"]
+__all__ = ["CHECKS", "PreflightFinding", "PreflightReport", "Task", "check_lightning", "preflight", "unchanged"]

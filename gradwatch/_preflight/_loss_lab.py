@@ -200,7 +200,7 @@ def _ideals(trial: Trial, wanted: Tensor) -> Iterator[tuple[str, Tensor]]:
         if isinstance(last, nn.LogSoftmax):
             yield "log", (wanted + 1e-12).log()
         return
-    for scale in (10.0, 50.0):
+    for scale in (1.0, 2.0, 4.0, 10.0, 50.0):
         yield f"logits {scale:g}", scale * (2 * wanted - 1)
 
 

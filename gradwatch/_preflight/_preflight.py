@@ -109,6 +109,7 @@ def preflight(
         skipped=skipped,
         measures={"loss": trial.trace.loss, **trial.measures},
         seconds=time.perf_counter() - begun,
+        can_learn=trial.trace.can_learn,
     )
 
 

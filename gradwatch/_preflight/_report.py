@@ -48,6 +48,7 @@ class PreflightReport:
         skipped: check -> why it could not be made.
         measures: numbers that were taken on the way (`loss`, `loss_eval`, `loss_after_overfit`, `signal_gain`, ...).
         seconds: how long it took.
+        can_learn: the loss depends on some parameter.
     """
 
     findings: tuple[PreflightFinding, ...] = ()
@@ -55,6 +56,7 @@ class PreflightReport:
     skipped: Mapping[str, str] = field(default_factory=dict)
     measures: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    can_learn: bool = True
 
     def __post_init__(self) -> None:
         worst_first = sorted(self.findings, key=lambda f: -SEVERITIES.index(f.severity))

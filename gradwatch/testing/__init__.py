@@ -1,0 +1,41 @@
+"""For tests: of a model that shall train (`assert_healthy`), and of rules, treatments and sinks of one's own.
+
+The names load on first use (PEP 562): a test run that uses none of them does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..errors import suggest
+
+if TYPE_CHECKING:
+    from ..sinks import MemorySink
+    from ._healthy import assert_healthy
+    from ._rule_laws import check_rule, odd_records
+    from ._sink_laws import check_sink
+    from ._treatment_laws import check_treatment
+
+__all__ = ["MemorySink", "assert_healthy", "check_rule", "check_sink", "check_treatment", "odd_records"]
+
+_DOORS = {
+    "MemorySink": "..sinks",
+    "assert_healthy": "._healthy",
+    "check_rule": "._rule_laws",
+    "check_sink": "._sink_laws",
+    "check_treatment": "._treatment_laws",
+    "odd_records": "._rule_laws",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DOORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}. {suggest(name, __all__)}")
+    value = getattr(import_module(_DOORS[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
