@@ -29,7 +29,7 @@ LADDER = (
 
 
 def squeeze(data: bytes) -> str:
-    return base64.b64encode(zlib.compress(data, 9)).decode("ascii")
+    return base64.b64encode(zlib.compress(data, 7)).decode("ascii")
 
 
 def encode_table(table: Table, rows: NDArray[np.int64], columns: int, bits: int) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def encode_tables(tables: Iterable[tuple[str, Table, NDArray[np.int64]]], budget
         left = len(waiting) - place
         share = budget if left == 1 else int(budget * (0.4 if place == 0 else 1.0 / left))
         for columns, bits in LADDER:
-            if len(rows) * min(columns, len(table.steps)) * bits // 8 > 8 * share:
-                continue  # even the best compression would not do
+            if len(rows) * min(columns, len(table.steps)) * bits // 8 > 3 * share:
+                continue  # far too large, however well it compresses
             packed[name] = encode_table(table, rows, columns, bits)
             if len(packed[name]["data"]) <= share:
                 break

@@ -44,6 +44,7 @@ def make_records(
     seed: int = 0,
     tasks: bool = True,
     ill: bool = True,
+    sampled_every: int = 10,
 ) -> Iterator[StepRecord]:
     """Yield records: a spike in h.2 (clipped), from step 300 on nothing reaches h.0, one nan in h.4 at 330."""
     index, rng = make_index(blocks), np.random.default_rng(seed)
@@ -61,7 +62,7 @@ def make_records(
         limit = 0.5
         clipped = norm > limit
         columns, masks = {"grad_norm": grad}, {"grad_norm": is_parameter}
-        sampled = step % (10 * every) == 0
+        sampled = step % (sampled_every * every) == 0
         if sampled:
             columns |= {
                 "update_ratio": 1e-3 * np.exp(0.3 * rng.standard_normal(n)),
@@ -90,7 +91,7 @@ def make_records(
             columns=columns,
             masks=masks,
             scalars=scalars,
-            histograms=make_histograms(index, grad, rng) if step % (20 * every) == 0 else {},
+            histograms=make_histograms(index, grad, rng) if step % (2 * sampled_every * every) == 0 else {},
             treatments=(
                 TreatmentReport(
                     name="clip_to_limit", rule="exploding", before=norm, after=min(norm, limit), values={"limit": limit}
@@ -148,7 +149,7 @@ def make_incidents(spike: int = 240) -> list[Incident]:
             limit=1e-8,
             count=100,
             message="the gradient has been exactly zero for 20 steps",
-            advice="Nothing flows back to this block: look for a detach(), a dead activation in front of it, or a branch "
+            advice="Nothing flows back to this block: look for a detach(), a dead activation, or a branch "
             "that is no longer used.",
         ),
         Incident(
