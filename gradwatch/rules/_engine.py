@@ -120,7 +120,17 @@ class RuleEngine:
         self._on_error = on_error
         self._slots = [Slot(rule) for rule in book.rules]
         by_name = {slot.rule.name: slot for slot in self._slots}
-        self._sources = {s.rule.name: [by_name[r.name] for r in book.sources(s.rule)] for s in self._slots}
+        sources = {s.rule.name: [by_name[r.name] for r in book.sources(s.rule)] for s in self._slots}
+        # Of two rules that inhibit each other the first in the book speaks.
+        places = {slot.rule.name: i for i, slot in enumerate(self._slots)}
+        self._sources = {
+            slot.rule.name: [
+                s
+                for s in sources[slot.rule.name]
+                if slot not in sources[s.rule.name] or places[s.rule.name] < places[slot.rule.name]
+            ]
+            for slot in self._slots
+        }
         self._silences: list[Silence] = list(book.silences)
         self._annotations: list[tuple[int, str]] = []
         self._cases: list[Case] = []
@@ -206,7 +216,7 @@ class RuleEngine:
             )
 
     def _is_muted(self, slot: Slot, known: dict[str, bool], step: int, above: tuple[str, ...]) -> bool:
-        """Return whether a rule that fires, and is not itself muted, inhibits this one. A cycle mutes nobody."""
+        """Return whether a rule that fires, and is not itself muted, inhibits this one."""
         name = slot.rule.name
         if name not in known:
             sources = [s for s in self._sources[name] if s.inhibits_at(step) and s.rule.name not in (*above, name)]

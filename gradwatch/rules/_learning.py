@@ -16,8 +16,9 @@ __all__ = ["ConstantOutput", "NotLearning"]
 class NotLearning(Rule):
     """Flags a loss that has not fallen: first level minus the median of the last fifth is below `share` of the first.
 
-    Judged when `start` losses were seen, then every `every`, and at the end of the run. Works for negative losses. Of
-    all single rules the one with the best record on published faulty programs: no false alarm.
+    Judged when `start` losses were seen, then every `every`, and at the end of a run of 100 losses or more: deep nets
+    may lie on a plateau for their first hundreds of steps. Works for negative losses. Of all single rules the one with
+    the best record on published faulty programs.
 
     Args:
         share: of the first level by which the loss must have fallen.
@@ -26,7 +27,7 @@ class NotLearning(Rule):
     """
 
     share: float = 0.02
-    start: int = 150
+    start: int = 300
     every: int = 500
     severity: str = "critical"
     keep_firing_for: int = 0
@@ -54,7 +55,8 @@ class NotLearning(Rule):
             return self.unjudged(record, "no finite loss was given"), state
         state = remember(record.loss, state)
         loss = Progress(*state["loss"])
-        if loss.seen < self.start or not (ending or (loss.seen - self.start) % self.every == 0):
+        due = loss.seen >= self.start and (loss.seen - self.start) % self.every == 0
+        if not (due or (ending and loss.seen >= 100)):
             return self.unjudged(record, f"judged at {self.start} losses and every {self.every} after"), state
         kept = state["kept"]
         now = median(kept[-max(5, len(kept) // 5) :])
