@@ -1,7 +1,7 @@
 """About forty awkward modules, over which everything that hooks or measures a model has to hold.
 
-`zoo()` gives the cases. `case.make()` builds one from a fixed seed: model, args, kwargs; `case.loss(output)` is a scalar
-to call backward on. The global random state is left as it was found.
+`zoo()` gives the cases. `case.make()` builds one from a fixed seed: model, args, kwargs; `case.loss(output)` is a
+scalar to call backward on. The global random state is left as it was found.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_norms_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(module, "tensor_norms", lambda ts: (calls.append(len(ts)), tensor_norms(ts))[1])
     grads = Gradients.collect(parameters(1.0, 2.0))
-    grads.norms, grads.global_norm, grads.select("layer1*").norms, grads.mul_(0.5).norms  # noqa: B018
+    grads.norms, grads.global_norm, grads.select("layer1*").norms, grads.mul_(0.5).norms
     assert calls == [2]
     grads.touch()
     assert grads.norms.tolist() == [1.0, 2.0]
@@ -146,5 +146,5 @@ def test_sparse_gradients_are_scaled_in_place() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan])
 def test_loss_scale_must_be_positive(scale: float) -> None:
-    with pytest.raises(ConfigError, match="`grad_scale` must be above 0. Got"):
+    with pytest.raises(ConfigError, match=r"`grad_scale` must be above 0\. Got"):
         Gradients.collect([], grad_scale=scale)

@@ -71,7 +71,7 @@ def test_no_room_at_all_measures_nothing() -> None:
     meter = UpdateMeter(params(10), 0)
     meter.before()
     assert meter.after().positions == []
-    with pytest.raises(ConfigError, match="`memory_limit_bytes` must be at least 0. Got -1."):
+    with pytest.raises(ConfigError, match=r"`memory_limit_bytes` must be at least 0\. Got -1\."):
         UpdateMeter([], -1)
 
 
