@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from ...errors import ConfigError
 from ...protocols import Context, Request
 from ...records import Incident
 from ._weights import resolve_method
+
+if TYPE_CHECKING:
+    from ._controller import SurgeryController
 
 __all__ = ["Surgery"]
 
@@ -97,6 +102,12 @@ class Surgery:
     def act(self, incident: Incident, context: Context) -> None:
         """Ask the engine to switch this surgery on."""
         context.request(Request(kind="surgery", reason=incident.rule, values={"surgery": self}))
+
+    def controller(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> SurgeryController:
+        """Return what does this surgery during one run, for the (path, parameter) pairs of a model."""
+        from ._controller import SurgeryController
+
+        return SurgeryController(self, parameters)
 
     def __repr__(self) -> str:
         return f"Surgery({self.method!r}, when={self.when!r}, gramian={self.gramian!r}, keep_length={self.keep_length})"
