@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ..records import SCHEMA_VERSION, Bools, Incident, Index
 from ..sinks import RUN_FORMAT, IncidentKey, incident_key
 from ..sinks.blocks import Block, scan, segment_files
 
-__all__ = ["BlockFile", "Live", "read_incidents", "read_index", "read_meta", "record_files"]
+__all__ = ["BlockFile", "Live", "read_annotations", "read_incidents", "read_index", "read_meta", "record_files"]
 
 
 @dataclass
@@ -106,24 +107,35 @@ def read_incidents(folder: Path, starts: dict[int, float]) -> list[Incident]:
         folder: of the run.
         starts: first step recorded after each session; what a session said from there on is superseded.
     """
-    file = folder / "incidents.jsonl"
-    if not file.exists():
-        return []
-    text = file.read_text(encoding="utf-8", errors="replace")
     found: dict[IncidentKey, Incident] = {}
-    # A last line without its end was cut short.
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-        try:
-            data = json.loads(line)
-            incident = Incident.from_json(data)
-        except (ValueError, TypeError):
-            if line.strip():
-                warnings.warn(f"{file}, line {number} can't be read and is left out.", GradwatchWarning, stacklevel=2)
-            continue
+    for data in _lines(folder / "incidents.jsonl"):
+        incident = Incident.from_json(data)
         said_at = max(incident.first_step, incident.last_step, incident.resolved_step or 0)
         if said_at < starts.get(data.get("session", 0), float("inf")):
             found[incident_key(incident)] = incident
     return sorted(found.values(), key=lambda i: (i.first_step, i.id))
+
+
+def read_annotations(folder: Path, starts: dict[int, float]) -> list[dict[str, Any]]:
+    """Return what rules were told, in order; see `read_incidents` for `starts`."""
+    lines = _lines(folder / "annotations.jsonl")
+    return [line for line in lines if line["after_step"] < starts.get(line.get("session", 0), float("inf"))]
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.exists():
+        return
+    text = file.read_text(encoding="utf-8", errors="replace")
+    # A last line without its end was cut short.
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            data = json.loads(line)
+        except ValueError:
+            data = None
+        if isinstance(data, dict):
+            yield data
+        elif line.strip():
+            warnings.warn(f"{file}, line {number} can't be read and is left out.", GradwatchWarning, stacklevel=3)
 
 
 def _load(file: Path) -> Any:

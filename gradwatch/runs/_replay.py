@@ -1,0 +1,128 @@
+"""A logged run, judged again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..records import Finding, Incident, StepRecord
+from ..rules import RuleBook, RuleCoverage, RuleEngine
+from ._recorded import Recorded
+
+__all__ = ["Replay", "replay"]
+
+MAX_FINDINGS = 100_000
+
+COMPARED = (
+    "rule", "name", "severity", "paths", "first_path", "first_step", "last_step", "value", "limit", "message",
+    "resolved", "resolved_step", "count", "treatments",
+)  # fmt: skip
+"""What must be equal in a live incident and a replayed one; an autopsy's details can't be had from a log."""
+
+
+@dataclass(kw_only=True)
+class Replay:
+    """What rules say of a logged run. Iterates over its incidents.
+
+    Attributes:
+        incidents: in the order they began.
+        findings: of all steps, at most 100,000.
+        coverage: how often each rule was judged, and why not, by rule.
+        num_records: records judged.
+        notes: what should be known when reading it (a folder that was thinned).
+    """
+
+    incidents: list[Incident] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    coverage: list[RuleCoverage] = field(default_factory=list)
+    num_records: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Incident]:
+        return iter(self.incidents)
+
+    def __len__(self) -> int:
+        return len(self.incidents)
+
+    def differences(self, incidents: Sequence[Incident]) -> list[str]:
+        """Return how the incidents of a live run differ from the replayed ones, in sentences; [] where they don't.
+
+        Incidents that no rule reported (a treatment that failed) are passed over.
+        """
+        rules = {c.name for c in self.coverage}
+        live = [i for i in incidents if (i.name or i.rule) in rules]
+        mine = {(i.name or i.rule, i.first_step, i.first_path): i for i in self.incidents}
+        said = []
+        for incident in live:
+            other = mine.pop((incident.name or incident.rule, incident.first_step, incident.first_path), None)
+            if other is None:
+                said.append(f"only live: {incident}")
+                continue
+            for name in COMPARED:
+                a, b = getattr(incident, name), getattr(other, name)
+                if a != b and not (a != a and b != b):  # nan equals nan here  # noqa: PLR0124
+                    said.append(f"{incident}: `{name}` was {a!r} live and is {b!r} in the replay")
+        return said + [f"only in the replay: {incident}" for incident in mine.values()]
+
+
+def replay(run: Recorded, book: Any, *, on_error: str = "warn") -> Replay:
+    """Judge a run, or a log of another program, by rules; with the rules it ran under, it says what was said live.
+
+    Args:
+        run: from `read_run` or `read_log`.
+        book: a RuleBook, or what `gradwatch.load_rules` takes: a preset's name, a file, a list of rules.
+        on_error: "warn": a rule that raises gives one warning and is disabled; "raise": it raises.
+
+    Raises:
+        ConfigError: there are no such rules.
+    """
+    if not isinstance(book, RuleBook):
+        from ..book import load_rules
+
+        book = load_rules(book)
+    engines: dict[int, RuleEngine] = {}
+    result, waiting = Replay(), list(run.annotations)
+    last_step = -1
+    for record in run.records():
+        # Optimizers that step on their own (a GAN's) are judged apart, as they were live.
+        number = int(record.scalars.get("optimizer", 0))
+        if number not in engines:
+            engines[number] = RuleEngine(book, on_error=on_error)
+        while waiting and waiting[0]["after_step"] < record.step:
+            _annotate(engines, waiting.pop(0))
+        _judge(engines[number], record, result)
+        last_step = max(last_step, record.step)
+    for engine in engines.values():
+        if run.complete:
+            engine.finish(last_step)
+        result.coverage += engine.coverage()
+    result.incidents = sorted((i for e in engines.values() for i in e.incidents), key=lambda i: i.first_step)
+    if run.thinned:
+        result.notes.append(
+            "Columns of some early steps were dropped to keep the folder small; rules did not see them."
+        )
+    return result
+
+
+def _judge(engine: RuleEngine, record: StepRecord, result: Replay) -> None:
+    early = engine.judge(record, "early")
+    for report in record.treatments:
+        if report.rule and report.applied:
+            engine.note_treatments(report.rule, (report.name,))
+    late = engine.judge(record, "late")
+    result.num_records += 1
+    room = MAX_FINDINGS - len(result.findings)
+    for findings in (early.findings, late.findings):
+        if len(findings) and room > 0:
+            result.findings += list(findings)[:room]
+
+
+def _annotate(engines: dict[int, RuleEngine], told: dict[str, Any]) -> None:
+    for engine in engines.values():
+        engine.annotate(
+            told.get("text", ""),
+            silence=int(told.get("silence", 0)),
+            paths=told.get("paths", "*"),
+            rules=told.get("rules", "*"),
+        )

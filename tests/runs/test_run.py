@@ -1,0 +1,172 @@
+import numpy as np
+import pytest
+
+from gradwatch.errors import GradwatchWarning, RunFormatError, UnknownNameError, UnknownPathError
+from gradwatch.protocols import RunMeta
+from gradwatch.records import Histogram
+from gradwatch.runs import find_runs, read_run
+from gradwatch.sinks import RunFolder
+
+from ..sinks.made import INDEX, mixed_index, record
+
+
+def written(path, records, **options):
+    folder = RunFolder(path, **options)
+    folder.open(RunMeta(model="Net"))
+    for r in records:
+        folder.write(r)
+    folder.close()
+    return read_run(path)
+
+
+def test_matrix_of_a_column_tells_nan_from_not_measured(tmp_path):
+    values = np.array([np.nan, 2.0, 3.0, 0, 0])
+    mask = np.array([True, True, False, False, False])
+    run = written(
+        tmp_path,
+        [
+            record(0),
+            record(1, columns={}, masks={}),
+            record(2, columns={"grad_norm": values}, masks={"grad_norm": mask}),
+        ],
+    )
+    steps, matrix = run.matrix("grad_norm")
+    assert steps.tolist() == run.steps("grad_norm").tolist() == [0, 2]
+    np.testing.assert_array_equal(matrix, [[1, 2, 3, np.nan, np.nan], [np.nan, 2, np.nan, np.nan, np.nan]])
+    assert run.measured("grad_norm").tolist() == [[True] * 3 + [False] * 2, [True, True, False, False, False]]
+    assert run.steps().tolist() == [0, 1, 2]
+
+
+def test_matrix_runs_over_the_newest_index_by_path(tmp_path):
+    fewer, more = mixed_index(2, 1), mixed_index(3, 0)
+    run = written(tmp_path, [record(0, fewer), record(1, more, norm=2.0)])
+    np.testing.assert_array_equal(run.matrix("grad_norm")[1], [[1, 2, np.nan], [2, 4, 6]])
+    assert run.index.paths == more.paths
+
+
+def test_scalars_are_read_where_they_were_measured(tmp_path):
+    run = written(tmp_path, [record(0, scalars={"val_loss": 5.0}), record(1, has_loss=False), record(2, skipped=True)])
+    assert [a.tolist() for a in run.scalar("val_loss")] == [[0], [5.0]]
+    assert [a.tolist() for a in run.scalar("loss")] == [[0, 2], [1.0, pytest.approx(1 / 3)]]
+    assert run.scalar("skipped")[1].tolist() == [0, 0, 1]
+    assert run.scalar("global_norm")[1].tolist() == [1.0] * 3
+    assert run.scalars[-1] == "val_loss"
+
+
+def test_histograms_of_a_path_are_read_as_counts(tmp_path):
+    counts = [Histogram(np.arange(512) * k) for k in (1, 2)]
+    run = written(
+        tmp_path,
+        [
+            record(0, histograms={"blocks.1.weight": counts[0]}),
+            record(1),
+            record(2, histograms={"blocks.1.weight": counts[1]}),
+        ],
+    )
+    steps, found = run.histograms("blocks.1.weight")
+    assert steps.tolist() == [0, 2]
+    assert (found == np.array([c.counts for c in counts])).all()
+    assert run.histograms("blocks.0.weight")[1].shape == (0, 512)
+
+
+def test_empty_run_is_read(tmp_path):
+    run = written(tmp_path, [])
+    assert len(run) == 0
+    assert list(run.records()) == []
+    assert run.index.paths == ()
+    assert run.incidents == []
+    assert run.scalar("loss")[0].shape == (0,)
+    assert run.summary == ""
+
+
+def test_unknown_names_are_errors_that_name_the_nearest(tmp_path):
+    run = written(tmp_path, [record(0)])
+    with pytest.raises(UnknownNameError, match=r"there is no column 'grad_norms'\. Did you mean 'grad_norm'"):
+        run.matrix("grad_norms")
+    with pytest.raises(UnknownNameError, match=r"there is no scalar 'los'\. Did you mean 'loss'"):
+        run.scalar("los")
+    with pytest.raises(UnknownPathError, match=r"Did you mean 'blocks\.1\.weight'"):
+        run.histograms("blocks.1.weigh")
+
+
+def test_growing_run_is_read_on_from_where_it_was(tmp_path):
+    folder = RunFolder(tmp_path, flush_records=1)
+    folder.open(RunMeta())
+    folder.write(record(0))
+    run = read_run(tmp_path)
+    assert len(run) == 1
+    (file,) = run._files.values()
+    before = file.blocks[0]
+    folder.write(record(1))
+    assert run.refresh()
+    assert len(run) == 2
+    assert run._files[file.path].blocks[0] is before
+    folder.close()
+
+
+def test_run_that_is_thinned_while_it_is_read_is_read_again(tmp_path):
+    index = mixed_index(400, 0)
+    folder = RunFolder(tmp_path, limit_mb=0.6, flush_records=4)
+    folder.open(RunMeta())
+    run = read_run(tmp_path)
+    for t in range(300):
+        folder.write(record(t, index, norm=0.1))
+        if t % 50 == 49:
+            folder.flush()
+            run.refresh()
+            assert run.steps().tolist() == list(range(t + 1))
+    assert run.thinned
+    folder.close()
+
+
+def test_damaged_block_is_one_warning_and_the_rest_is_read(tmp_path):
+    written(tmp_path, [record(t) for t in range(6)], flush_records=2)
+    (file,) = tmp_path.glob("records*")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    run = read_run(tmp_path)
+    with pytest.warns(GradwatchWarning, match="are damaged and left out; the rest is read"):
+        steps = run.steps().tolist()
+    assert len(steps) in (3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(None, "is not a run folder: it has no meta.json", id="none"),
+        pytest.param("{", "is not JSON", id="no-json"),
+        pytest.param('{"format": "x"}', "is not of a gradwatch run", id="other-format"),
+        pytest.param(
+            '{"format": "gradwatch-run", "schema": 9}', "has schema 9; this gradwatch reads up to 1", id="schema"
+        ),
+        pytest.param('{"format": "gradwatch-run"}', "has schema None", id="no-schema"),
+    ],
+)
+def test_what_is_no_run_folder_is_an_error_that_says_why(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(RunFormatError, match=message):
+        read_run(tmp_path)
+
+
+def test_index_that_is_missing_or_broken_is_named(tmp_path):
+    written(tmp_path, [record(0)])
+    (tmp_path / "index-000.json").write_text("{}")
+    with pytest.raises(RunFormatError, match=r"index-000\.json has schema None"):
+        list(read_run(tmp_path).records())
+    (tmp_path / "index-000.json").unlink()
+    with pytest.raises(RunFormatError, match=r"index-000\.json is missing: records refer to it"):
+        list(read_run(tmp_path).records())
+
+
+def test_runs_are_found_below_a_folder_and_others_passed_over(tmp_path):
+    for name in ("b/version_0/gradwatch", "a"):
+        written(tmp_path / name, [record(0)])
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "meta.json").write_text("[]")
+    assert [str(p.relative_to(tmp_path)) for p in find_runs(tmp_path)] == ["a", "b/version_0/gradwatch"]
+
+
+def test_index_comes_back_whole(tmp_path):
+    assert written(tmp_path, [record(0)]).index.to_json() == INDEX.to_json()
