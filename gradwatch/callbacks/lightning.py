@@ -265,7 +265,7 @@ class GradWatch(_Callback):
 
     def _show(self, trainer: Any, pl_module: Any) -> None:
         assert self._session is not None
-        history = self._session.engine.history
+        history = self._session.engine.completion.history
         every = self.settings.log_every or trainer.log_every_n_steps
         if history and trainer.progress_bar_callback is not None and trainer.global_step % max(1, every) == 0:
             # `log` of one value costs 0.3 ms (T2): not at every step.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from ..records import Finding, Incident, StepRecord
 from ..rules import Fired, RuleBook
 from ..stats import Gradients
 from ..treatments import BufferKeeper, LearningRates, SkipStep
-from ._context import Decision, StepContext
+from ._completion import Completion, stop_request
+from ._context import Decision
 from ._draft import Draft, StepInputs
-from ._driver import Applied, Job, run_actions, run_treatments
+from ._driver import Applied, Job, run_treatments
 from ._gate import StepGate
 from ._guard import Guard
 from ._judge import Judge
@@ -85,10 +85,8 @@ class Engine:
         self.rates = LearningRates(optimizers)
         size = 3 * 8 * max(len(self.meter.watched.index), 1)
         fits = max(16, min(options.history, options.memory_limit_bytes // 4 // size))
-        self.history: deque[StepRecord] = deque(maxlen=fits)
+        self.completion = Completion(self.judge, self.optimizers, self.guard, on_record, history=fits)
         self.num_skipped = 0
-        self.num_overflows = 0
-        self._on_record = on_record
         self._gates: dict[int, StepGate] = {}
         for o in optimizers:
             self._gate(o)
@@ -102,7 +100,6 @@ class Engine:
         self._begun = -1
         self._measured: tuple[int, int | None] | None = None
         self._current: Draft | None = None
-        self._pending: deque[Draft] = deque()
         self._failures = 0
         self._observer = Observer(self.meter, self.guard)
 
@@ -197,19 +194,19 @@ class Engine:
         limits = self.judge.limits(draft.optimizer)
         if waits:
             norms = self.meter.look_again(grads, draft.numbers.result()["norms"])
-            record = self._count_overflow(draft.build(norms))
+            record = self.completion.build(draft, norms)
             judgement = self.judge.judge(record, "early")
             findings = judgement.findings
             for fired in judgement.fired:
                 jobs += _jobs(fired, limits.get(fired.rule.name))
                 actions += [(a, fired.incident) for a in fired.then if isinstance(a, Action)]
                 if fired.stop:
-                    decision.requests.append(_stop(fired))
+                    decision.requests.append(stop_request(fired))
         else:
             jobs += self._limit_jobs(grads, limits)
         applied = run_treatments(jobs, grads, step=draft.step, optimizers=optimizers, decision=decision, can_read=waits)
         self._report_failures(applied, draft.step)
-        self._ask(actions, draft.step, optimizers, decision)
+        self.completion.ask(actions, draft.step, optimizers, decision)
         draft.applied = applied
         draft.treated = Transfer({**applied.parts(), "global_norm_after": grads.global_norm})
         outcome = self._decide(draft, decision, optimizers, findings)
@@ -217,16 +214,6 @@ class Engine:
             with self.guard("update ratios", self.meter.drop_update):
                 self.meter.before_update(draft.step, grads)
         return outcome
-
-    def _ask(
-        self,
-        actions: Sequence[tuple[Action, Incident]],
-        step: int,
-        optimizers: Sequence[Optimizer],
-        decision: Decision,
-    ) -> None:
-        for action, error in run_actions(actions, step=step, optimizers=optimizers, decision=decision):
-            self.guard.report(f"action {action.name!r}", error)
 
     def _limit_jobs(self, grads: Gradients, limits: Mapping[str, float]) -> list[Job]:
         """Return jobs whose trigger falls on the device, against limits that come from the past."""
@@ -239,13 +226,6 @@ class Engine:
                 trigger = ~(grads.global_norm <= bound)
                 jobs += [Job(t, rule.name, trigger, limit) for t in rule.then if isinstance(t, Treatment)]
         return jobs
-
-    def _count_overflow(self, record: StepRecord) -> StepRecord:
-        if "amp_overflow" in record.scalars:
-            self.num_overflows += int(record.scalars["amp_overflow"])
-            assert isinstance(record.scalars, dict)
-            record.scalars["num_overflows"] = float(self.num_overflows)
-        return record
 
     def _decide(
         self, draft: Draft | None, decision: Decision, optimizers: Sequence[Optimizer], findings: Sequence[Finding]
@@ -262,20 +242,8 @@ class Engine:
         record = None
         if draft is not None:
             draft.vetoed = veto
-            record = draft.record and self._note(draft)
+            record = draft.record and self.completion.note(draft, waited=True)
         return StepOutcome(skip=veto, record=record, findings=findings, requests=tuple(decision.requests))
-
-    def _note(self, draft: Draft) -> StepRecord:
-        record = draft.add_treatments()
-        if draft.applied is not None and not self.waits:
-            decision = Decision()
-            context = StepContext(draft.step, self.optimizers, decision, is_treatment=True)
-            record = draft.record = replace(record, treatments=draft.applied.settle(record.treatments, context))
-            self.late_requests.extend(decision.requests)
-        for report in record.treatments:
-            if report.rule and report.applied:
-                self.judge.engine(draft.optimizer).note_treatments(report.rule, (report.name,))
-        return record
 
     def _report_failures(self, applied: Applied, step: int) -> None:
         for job, error in applied.failures:
@@ -298,45 +266,13 @@ class Engine:
         draft, self._current = self._current, None
         self.meter.drop_update()
         if draft is not None:
-            self._pending.append(draft)
-        self._drain(wait=self.waits)
-
-    def _drain(self, *, wait: bool) -> None:
-        """Judge and hand on every step whose numbers have arrived."""
-        while self._pending and (wait or self._pending[0].ready):
-            draft = self._pending.popleft()
-            with self.guard("records", self._pending.clear):
-                self._complete(draft)
-
-    def _complete(self, draft: Draft) -> None:
-        judged = draft.record is not None
-        if not judged:
-            self._count_overflow(draft.build())
-            self._note(draft)
-        record = draft.add_updates()
-        judgement = self.judge.judge(record, "late" if judged else "all")
-        self.history.append(record)
-        self._late(judgement.fired, draft)
-        self._on_record(record)
-
-    def _late(self, fired: Sequence[Fired], draft: Draft) -> None:
-        """Let the actions of rules that were judged after the step ask what they ask; treatments come too late."""
-        actions = [(a, f.incident) for f in fired for a in f.then if isinstance(a, Action)]
-        stops = [_stop(f) for f in fired if f.stop]
-        if actions or stops:
-            decision = Decision(requests=stops)
-            self._ask(actions, draft.step, self.optimizers, decision)
-            self.late_requests.extend(decision.requests)
-
-    @property
-    def late_requests(self) -> list[Request]:
-        """Requests of rules judged after their step; the adapter takes and clears them."""
-        return self.__dict__.setdefault("_late_requests", [])
+            self.completion.push(draft)
+        self.completion.drain(wait=self.waits)
 
     def finish(self) -> None:
         """End the run: complete every record, and let rules that judge a whole run speak."""
         self.finish_step()
-        self._drain(wait=True)
+        self.completion.drain(wait=True)
         with self.guard("rules at the end of the run"):
             self.judge.finish(self._step)
 
@@ -344,7 +280,7 @@ class Engine:
         """Take everything off the model and the optimizers. May be called twice."""
         with self.guard("closing"):
             self.finish_step()
-            self._drain(wait=True)
+            self.completion.drain(wait=True)
         self.meter.close()
         self.rates.close()
         for handle in self._installed:
@@ -354,19 +290,6 @@ class Engine:
             gate.close()
         self._gates = {}
 
-    def unseen(self) -> list[str]:
-        """Return what could not be watched, in sentences."""
-        watched, notes = self.meter.watched, []
-        if watched.missing:
-            notes.append(f"in no optimizer although trainable: {_listed(watched.missing)}")
-        if self.meter.tap is not None:
-            reasons: dict[str, list[str]] = {}
-            for path, reason in self.meter.tap.coverage().items():
-                reasons.setdefault(reason, []).append(path)
-            notes += [f"not seen ({reason}): {_listed(paths)}" for reason, paths in reasons.items() if reason]
-        notes += [f"rule {c.name} never judged: {c.reason}" for c in self.judge.coverage if not c.judged and c.reason]
-        return notes
-
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as plain values and tensors (loads with `weights_only=True`, L4)."""
         return {
@@ -375,7 +298,7 @@ class Engine:
             "treatments": [t.state_dict() for t in (*self.treatments, *self._rule_treatments)],
             "rates": self.rates.state_dict(),
             "num_skipped": self.num_skipped,
-            "num_overflows": self.num_overflows,
+            "num_overflows": self.completion.num_overflows,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -391,12 +314,7 @@ class Engine:
             )
         self.rates.load_state_dict(state.get("rates", {}))
         self.num_skipped = int(state.get("num_skipped", 0))
-        self.num_overflows = int(state.get("num_overflows", 0))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+        self.completion.num_overflows = int(state.get("num_overflows", 0))
 
 
 def _install(treatment: Any, model: nn.Module) -> Any:
@@ -405,10 +323,6 @@ def _install(treatment: Any, model: nn.Module) -> Any:
 
 def _jobs(fired: Fired, limit: float | None) -> list[Job]:
     return [Job(t, fired.rule.name, True, limit, fired.findings) for t in fired.then if isinstance(t, Treatment)]
-
-
-def _stop(fired: Fired) -> Request:
-    return Request(kind="stop", reason=f"stop: {fired.incident}", values={"error": True})
 
 
 def _own(rule: str, step: int, message: str, treatments: tuple[str, ...] = ()) -> Incident:

@@ -25,6 +25,7 @@ from ._paths import clean_path, unwrap
 from ._ranks import is_writer, world_size
 from ._settings import Settings
 from ._summary import summarize
+from ._unseen import unseen
 
 __all__ = ["MAX_LINES", "Session"]
 
@@ -116,14 +117,14 @@ class Session:
     @property
     def history(self) -> list[StepRecord]:
         """The recent records, oldest first; bounded."""
-        return list(self.engine.history)
+        return list(self.engine.completion.history)
 
     @property
     def notes(self) -> list[str]:
         """What gradwatch could not see, or has switched off."""
         notes = [f"{part} was switched off: {why}" for part, why in self.engine.guard.failed.items()]
         notes += [f"sink {name} was switched off: {error}" for name, error in self.sinks.failed.items()]
-        notes += self.engine.unseen()
+        notes += unseen(self.engine.meter, self.engine.judge)
         return notes
 
     def summary(self) -> str:
@@ -225,8 +226,8 @@ class Session:
 
     def take_requests(self) -> list[Request]:
         """Return what rules asked for that were judged after their step, once."""
-        requests = list(self.engine.late_requests)
-        self.engine.late_requests.clear()
+        requests = list(self.engine.completion.late_requests)
+        self.engine.completion.late_requests.clear()
         return requests
 
     def annotate(
