@@ -12,8 +12,8 @@ __all__ = ["Roles", "assign"]
 
 NAMES = {
     "loss": ("loss", "gradwatch/loss", "train_loss", "train/loss", "training_loss", "training/loss", "loss/train",
-             "train_loss_step", "train/loss_step", "loss_step", "train_loss_epoch", "train/loss_epoch", "loss/train_step",
-             "lm loss", "lm-loss-training/lm loss", "train/total_loss", "total_loss"),
+             "train_loss_step", "train/loss_step", "loss_step", "train_loss_epoch", "train/loss_epoch",
+             "loss/train_step", "lm loss", "lm-loss-training/lm loss", "train/total_loss", "total_loss"),
     "lr": ("lr", "learning_rate", "train/learning_rate", "train/lr", "learning-rate", "learning rate", "optim/lr"),
     "global_norm": ("global_norm", "gradwatch/global_norm", "grad_norm", "train/grad_norm", "grad-norm",
                     "gradient_norm", "train/gradient_norm", "total_norm", "grad_norm_total", "grad_2.0_norm_total",
