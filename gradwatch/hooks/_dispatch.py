@@ -7,12 +7,14 @@ so that a copied model holds `Inert` ones: silent, and free of locks, writers an
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._hook import Entry, look
+from ._fast import FastGradient, FastOutput
+from ._hook import Entry
 from ._points import Point, RawCall
 from ._pytree import map_tensors, tensors_of
 from ._runs import Inert, Runs, graph_task_id
@@ -54,7 +56,8 @@ def run_raw(entry: Entry, raw: RawCall, call: int, step: int, recompute: bool) -
     try:
         result = None
         if hook.options.when is None or hook.options.when(point):
-            result = hook.fn(raw, point)
+            with torch.no_grad() if hook.observes else nullcontext():
+                result = hook.fn(raw, point)
             finish(entry, True, recompute)
         return None if hook.observes else result
     except Exception as cause:
@@ -113,6 +116,7 @@ class Site:
         self.leaf_handles: dict[tuple[str, str], Any] = {}
         self.is_root = path == ""
         self.begins = False
+        self.quick: FastOutput | FastGradient | None = None
         self._full_before: Any = None
 
     def refresh(self) -> None:
@@ -120,21 +124,26 @@ class Site:
         by_port = {port: sorted_entries(self.entries, port) for port in FORWARD_PORTS}
         self.inputs, self.input_gradients = by_port["input"], by_port["grad_at_input"]
         self.outputs, self.gradients, self.full_hooks = by_port["output"], by_port["grad_output"], by_port["grad_input"]
-        self.only = self.outputs[0] if self._is_simple() else None
-        self.only_hook = self.only.hook if self.only else None
         after: Callable[..., Any] | None = None
         if self.outputs or self.gradients or self.full_hooks:
-            after = self.after_root if self.begins else self.after_one if self.only else self.after
+            after = self.after_root if self.begins else self._fast() or self.after
         self._fit("before", self.before if self.inputs or self.input_gradients else None)
         self._fit("after", after)
         self._fit("full", self.full if self.full_hooks else None)
 
-    def _is_simple(self) -> bool:
-        if len(self.outputs) != 1 or self.gradients or self.full_hooks:
-            return False
-        entry = self.outputs[0]
-        spot = entry.spot
-        return entry.hook.plain and entry.leaf is None and spot.view is None and spot.writing == "replace"
+    def _fast(self) -> Callable[..., Any] | None:
+        """Return the quick way for the usual case, one hook without conditions, where this is one."""
+        entries = self.outputs + self.gradients + self.full_hooks
+        if len(entries) != 1 or not entries[0].hook.plain or self.runs.threaded:
+            return None
+        entry = entries[0]
+        if entry.leaf is not None or entry.spot.view is not None or entry.spot.writing != "replace":
+            return None
+        if entry.spot.port not in ("output", "grad_output"):
+            return None
+        if self.quick is None or self.quick.entry is not entry:
+            self.quick = FastOutput(self, entry) if entry.spot.port == "output" else FastGradient(self, entry)
+        return self.quick.quick
 
     def _fit(self, kind: str, wanted: Callable[..., Any] | None) -> None:
         old, handle = self.handles.get(kind, (None, None))
@@ -151,14 +160,14 @@ class Site:
         if kind == "before":
             handle = self.module.register_forward_pre_hook(wanted, with_kwargs=True)
         elif kind == "after":
-            handle = self.module.register_forward_hook(wanted, with_kwargs=wanted != self.after_one)
+            handle = self.module.register_forward_hook(wanted, with_kwargs=wanted in (self.after, self.after_root))
         else:
             self._full_before = self.module._is_full_backward_hook
             handle = self.module.register_full_backward_hook(wanted)
         self.handles[kind] = (wanted, handle)
 
     def take_off(self) -> None:
-        self.entries = []
+        self.entries, self.quick = [], None
         self.refresh()
         for handle in self.leaf_handles.values():
             handle.remove()
@@ -223,29 +232,6 @@ class Site:
             return None
         self.runs.begin()
         return self.after(module, args, kwargs, output)
-
-    def after_one(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """The usual case, fast: one hook without conditions, one tensor."""
-        entry, hook = self.only, self.only_hook
-        recompute = graph_task_id() != -1
-        if type(output) is not Tensor or recompute or entry is None or hook is None:
-            return self.after(module, args, {}, output)
-        local = self.runs.local
-        calls = local.calls
-        key = self.key
-        calls[key] = call = calls.get(key, -1) + 1
-        entry.seen += 1
-        entry.fired += 1
-        point = Point(entry.spot, hook, call, local.step, False, "")
-        try:
-            if hook.observes:
-                look(hook.fn, output, point)
-                return None
-            new = hook.fn(output, point)
-        except Exception as cause:
-            hook.fail_or_break(cause, point)
-            return None
-        return None if new is None else hook.checked(new, output, point)
 
     def _place(self, entries: tuple[Entry, ...], tree: Any, call: int, step: int) -> None:
         """Put a hook on the gradient of each tensor of an output (or input)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, GradwatchWarning, HookBreak, HookError
-from ._functions import HookFunction, Observer, _Function
+from ..errors import GradwatchWarning, HookBreak, HookError
+from ._functions import HookFunction, Intervention, Observer, _Function
+from ._options import HookOptions
 from ._points import HookPoint, Point, check_replacement
 
 if TYPE_CHECKING:
@@ -24,35 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Entry", "Hook", "HookContext", "HookOptions"]
 
-POLICIES = ("raise", "disable", "close")
 # `torch.no_grad()` does the same and costs as much as a whole hook.
-_set_grad_enabled: Callable[[bool], Any] = getattr(torch._C, "_set_grad_enabled", torch.set_grad_enabled)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HookOptions:
-    """How a hook behaves. See `HookManager.add`."""
-
-    priority: int = 0
-    prepend: bool = False
-    permanent: bool = False
-    every: int = 1
-    when: Callable[[Point], Any] | None = None
-    once: bool = False
-    on_error: str = "raise"
-    raw: bool = False
-    recompute: bool | None = None
-    leaf: str | None = None
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.every, int) and self.every >= 1):
-            raise ConfigError(f"`every` is a whole number of steps from 1 up. Got {self.every!r}.")
-        if not math.isfinite(self.priority):
-            raise ConfigError(f"`priority` is a finite number; the highest runs first. Got {self.priority!r}.")
-        if self.on_error not in POLICIES:
-            raise ConfigError(f"`on_error` is one of {', '.join(map(repr, POLICIES))}. Got {self.on_error!r}.")
-        if self.when is not None and not callable(self.when):
-            raise ConfigError(f"`when` is a function of the point. Got {self.when!r}.")
+set_grad_enabled: Callable[[bool], Any] = getattr(torch._C, "_set_grad_enabled", torch.set_grad_enabled)
 
 
 @dataclass(frozen=True)
@@ -120,6 +93,7 @@ class Hook:
         self.order = 0
         self.thread: int | None = None
         self.observes = isinstance(fn, Observer)
+        self.function = _innermost(fn)
         self.skips_recompute = self.observes if options.recompute is None else not options.recompute
         self._enabled = True
         self.alive = True
@@ -231,7 +205,7 @@ class Hook:
             if self.options.when is not None and not self.options.when(point):
                 return None
             if self.observes:
-                look(self.fn, tensor if point.spot.view is None else point.spot.view.read(tensor), point)
+                look(self.function, tensor if point.spot.view is None else point.spot.view.read(tensor), point)
                 return None
             return self._intervene(tensor, point, guarded)
         except HookBreak:
@@ -259,7 +233,7 @@ class Hook:
         shown = tensor.clone() if spot.writing == "in_place" else tensor
         shown = shown if spot.view is None else spot.view.read(shown)
         version = _version(shown) if guarded else None
-        result = self.fn(shown, point)
+        result = self.function(shown, point)
         if version is not None and _version(shown) != version:
             raise RuntimeError("it changed the gradient in place, which other branches may share: return a new tensor")
         if result is None:
@@ -279,6 +253,17 @@ class Hook:
         return f"Hook({self.id!r}, at {at}, {state}, fired {self.calls} times)"
 
 
+def _innermost(fn: HookFunction) -> HookFunction:
+    """Return what an observer or intervention would end up calling, where its class adds nothing of its own."""
+    for kind, name in ((Observer, "observe"), (Intervention, "intervene")):
+        if isinstance(fn, kind) and type(fn).__call__ is kind.__call__:
+            if getattr(type(fn), name) is not getattr(kind, name):
+                return getattr(fn, name)
+            if fn.fn is not None and type(fn)._apply is _Function._apply:
+                return fn.fn
+    return fn
+
+
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
@@ -287,10 +272,10 @@ def look(fn: HookFunction, tensor: Tensor, point: Point) -> None:
     """Run an observer: without recording a graph, and with an error where it changes the tensor in place."""
     version = _version(tensor)
     recording = torch.is_grad_enabled()
-    _set_grad_enabled(False)
+    set_grad_enabled(False)
     try:
         fn(tensor, point)
     finally:
-        _set_grad_enabled(recording)
+        set_grad_enabled(recording)
     if _version(tensor) != version:
         raise RuntimeError("an observer changed the tensor in place: use an Intervention, or work on a copy")

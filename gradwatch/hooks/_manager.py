@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
-from ..errors import ConfigError, UnknownNameError
-from ._aliases import expand_aliases
-from ._functions import HookFunction, Observer
-from ._hook import Hook, HookOptions
-from ._names import ModelNames
-from ._patterns import Resolver
-from ._points import PORTS, HookPoint
-from ._registry import Registry
-from ._runs import Runs
+from ..errors import ConfigError
+from ._base import BaseManager
+from ._cache import Cache
+from ._run import CacheOptions, run_with_cache, run_with_hooks
+
+if TYPE_CHECKING:
+    from ._capture import Capture
+    from ._coverage import Coverage
+    from ._hook import Hook
+    from ._monitor import Monitor
+    from ._profile import Profile
+    from ._sweep import Sweep
 
 __all__ = ["HookManager"]
 
 
-class HookManager:
+class HookManager(BaseManager):
     """Hooks on one model: look into it, change what flows through it, and leave no trace.
 
     Args:
@@ -42,240 +45,178 @@ class HookManager:
         ...     model(x)
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        aliases: Mapping[str, Any] | None = None,
-        research_names: bool = True,
-        layers: str | None = None,
-    ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"HookManager takes a torch.nn.Module. Got {type(model).__name__}.")
-        self.model = model
-        self.store: dict[str, Any] = {}
-        self._aliases, self._research_names, self._layers = dict(aliases or {}), research_names, layers
-        self._runs = Runs()
-        self._registry = Registry(model, self._runs)
-        self._known: tuple[list[int], Resolver] | None = None
-        self._closed = False
-        self._on_close: list[Callable[[], None]] = []
-        self._resolver  # noqa: B018 - an alias that matches nothing is an error here, not later
+    def run_with_hooks(self, *args: Any, hooks: Sequence[Any] = (), stop_at: Any = None, **kwargs: Any) -> Any:
+        """Run the model once with hooks for this run only: `hooks=[("blocks.5.attn:output", fn), ...]`.
 
-    @property
-    def _resolver(self) -> Resolver:
-        """The names, looked up afresh when modules or parameters have come or gone."""
-        present = [*map(id, self.model.modules()), *map(id, self.model.parameters())]
-        if self._known is None or self._known[0] != present:
-            names = ModelNames(self.model, layers=self._layers)
-            aliases = expand_aliases(names, self._aliases, research_names=self._research_names)
-            self._known = (present, Resolver(names, aliases))
-        return self._known[1]
-
-    def points(self, pattern: Any = "*", *, port: str | None = None) -> list[HookPoint]:
-        """Return the hook points that a pattern means: all ports unless one is named.
-
-        Each is its name, with `aliases` and `other_names`. Aliases that the pattern matches come last, also those that
-        this model can't offer (`available` is False, and `reason` says why).
-        """
-        resolver = self._resolver
-        if isinstance(pattern, str) and ":" not in pattern and port is None:
-            found = [p for one in PORTS for p in resolver.matching(pattern, one)]
-            found += resolver.matching_aliases(pattern)
-            return found or resolver.resolve(pattern)
-        return resolver.resolve(pattern, port=port or "output")
-
-    @property
-    def layers(self) -> list[str]:
-        """Paths of what "layer 0", "layer 1", ... mean."""
-        return ModelNames(self.model, layers=self._layers).layer_paths()
-
-    @property
-    def hooks(self) -> list[Hook]:
-        """The hooks on the model, in the order they were added."""
-        return list(self._registry.hooks.values())
-
-    def __getitem__(self, hook_id: str) -> Hook:
-        if hook_id not in self._registry.hooks:
-            raise UnknownNameError("hook", hook_id, self._registry.hooks)
-        return self._registry.hooks[hook_id]
-
-    def __contains__(self, hook_id: str) -> bool:
-        return hook_id in self._registry.hooks
-
-    def __len__(self) -> int:
-        return len(self._registry.hooks)
-
-    def add(
-        self,
-        points: Any,
-        fn: HookFunction,
-        *,
-        port: str = "output",
-        id: str | None = None,
-        **options: Any,  # noqa: A002
-    ) -> Hook:
-        """Attach a function at every point that `points` means, or, when anything is wrong, at none.
+        Hooks on gradients act when backward runs through this run's graph, also after this call. They fire in the
+        calling thread alone, and whatever happens the model is left as it was.
 
         Args:
-            points: `"PATH:PORT"` with globs (`*` crosses dots), `"re:..."`, an index or `"layer 4"`, a class, a module
-                or parameter, a predicate over hook points, `(target, port)`, or a list of these.
-            fn: `fn(tensor, point)`. None leaves the tensor; a tensor of the same shape, dtype and device replaces it.
-                An `Observer` can't change anything; an `Intervention` may.
-            port: where `points` names none.
-            id: unique name; else one is made up.
-            **options: `prepend` (before hooks of its priority that are there already), `priority` (the highest runs
-                first), `permanent` (`remove_all` spares it), `every` (steps), `when` (a function of the point), `once`
-                (at each point), `on_error` (`"raise"`, `"disable"`, `"close"`), `raw` (the function gets torch's own
-                arguments, a `RawCall`), `recompute` (also on recomputation by checkpointing), `leaf` (one tensor of a
-                nested output).
-
-        Returns:
-            The hook; `hook.remove()` takes it off.
-
-        Raises:
-            UnknownPathError: nothing matches.
-            UnavailablePointError: the model can't offer the point.
-            ConfigError: an option that can't be.
+            *args: of the model.
+            hooks: (points, fn) pairs, as for `add`.
+            stop_at: end the run at this point, and return what is there.
+            **kwargs: of the model.
         """
-        hook = self._make(points, fn, port=port, id=id, **options)
-        self._registry.attach(hook)
-        if hasattr(fn, "context"):
-            fn.context = hook.context
-        return hook
+        return run_with_hooks(self, args, kwargs, hooks=hooks, stop_at=stop_at)
 
-    def _make(
+    def run_with_cache(  # noqa: PLR0913
         self,
-        points: Any,
-        fn: HookFunction,
-        *,
-        port: str = "output",
-        id: str | None = None,
-        **options: Any,  # noqa: A002
-    ) -> Hook:
-        if self._closed:
-            raise ConfigError("this HookManager is closed: make a new one.")
-        if not callable(fn):
-            raise ConfigError(f"a hook function is called with (tensor, point). Got {fn!r}.")
-        checked = HookOptions(**options)
-        found = self._resolver.resolve(points, port=port)
-        frozen = [p for p in found if p.is_parameter and not p.target.requires_grad]
-        if frozen and len(frozen) == len(found):
-            raise ConfigError(
-                f"{frozen[0].path!r} does not require a gradient: no hook at {frozen[0].place!r} can fire."
-            )
-        if checked.raw and any(p.port in ("grad_output", "grad_at_input", "grad", "accumulated_grad") for p in found):
-            raise ConfigError(
-                "`raw=True` hands over a module's arguments: it is for the ports input, output, grad_input."
-            )
-        return Hook(self, self._registry.new_id(id), fn, found, checked)
-
-    def observe(self, points: Any, fn: HookFunction, **options: Any) -> Hook:
-        """Attach a function that only looks, whatever it returns. As `add` with an `Observer`."""
-        return self.add(points, fn if isinstance(fn, Observer) else Observer(fn), **options)
-
-    @contextmanager
-    def temporary(self, *specs: Any, every_thread: bool = False, **options: Any) -> Iterator[list[Hook]]:
-        """Hooks for the time of a `with` block: `with hooks.temporary(("blocks.5:output", fn)): ...`.
-
-        Contexts nest. Leaving one, by whatever way, removes exactly its own hooks; others are not touched. Its hooks
-        fire in the thread that opened it, so that two threads may each have theirs (`every_thread=True`: in all).
+        *args: Any,
+        points: Any = None,
+        gradients: bool | Callable[[Any], Tensor] = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        clone: bool = True,
+        detach: bool = True,
+        stop_at: Any = None,
+        hooks: Sequence[Any] = (),
+        model_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Cache]:
+        """Run the model once and bring back its activations: `(output, cache)`.
 
         Args:
-            *specs: (points, fn) pairs, as for `add`.
-            every_thread: fire in all threads.
-            **options: as for `add`, for all of them.
-        """
-        added = self._add_all(specs, every_thread=every_thread, **options)
-        try:
-            yield added
-        finally:
-            self._registry.detach(added)
-
-    def _add_all(self, specs: Sequence[Any], *, every_thread: bool, **options: Any) -> list[Hook]:
-        added: list[Hook] = []
-        try:
-            for points, fn in specs:
-                hook = self._make(points, fn, **options)
-                if not every_thread:
-                    hook.bind_to_thread()
-                self._registry.attach(hook)
-                added.append(hook)
-        except BaseException:
-            self._registry.detach(added)
-            raise
-        return added
-
-    @contextmanager
-    def disabled(self, *ids: str) -> Iterator[None]:
-        """Some hooks off (all, when none is named) within the context; afterwards each as it was."""
-        chosen = [self[i] for i in ids] if ids else self.hooks
-        were_on = [hook for hook in chosen if hook.is_enabled]
-        for hook in were_on:
-            hook.disable()
-        try:
-            yield
-        finally:
-            for hook in were_on:
-                hook.enable()
-
-    def enable(self, *ids: str) -> None:
-        """Enable the hooks named, or all."""
-        for hook in [self[i] for i in ids] if ids else self.hooks:
-            hook.enable()
-
-    def disable(self, *ids: str) -> None:
-        """Disable the hooks named, or all."""
-        for hook in [self[i] for i in ids] if ids else self.hooks:
-            hook.disable()
-
-    def remove(self, hook: Hook | str) -> None:
-        """Take one hook off, given itself or its id."""
-        (self[hook] if isinstance(hook, str) else hook).remove()
-
-    def remove_all(self, *, including_permanent: bool = False) -> int:
-        """Take this manager's hooks off, and nobody else's; permanent ones stay unless included.
+            *args: of the model.
+            points: what to keep; by default all outputs and all that has an alias.
+            gradients: also the gradients of a loss with respect to what is kept: True where the model returns the loss,
+                else a function of its output. Parameters' `.grad` is not touched, and frozen models work.
+            device: move what is kept there.
+            dtype: convert floating tensors.
+            clone: copy, so that a later in-place operation does not change what is kept.
+            detach: keep no graph.
+            stop_at: end the run at this point, and return what is there.
+            hooks: (points, fn) pairs that act in this run; what is kept is what they leave.
+            model_kwargs: keyword arguments of the model whose names are taken here.
+            **kwargs: other keyword arguments of the model.
 
         Returns:
-            How many were taken off.
+            The output, and a `Cache`.
         """
-        going = [hook for hook in self.hooks if including_permanent or not hook.options.permanent]
-        self._registry.detach(going)
-        return len(going)
+        options = CacheOptions(gradients=gradients, device=device, dtype=dtype, clone=clone, detach=detach)
+        kwargs = {**kwargs, **(model_kwargs or {})}
+        return run_with_cache(self, args, kwargs, points=points, stop_at=stop_at, hooks=hooks, options=options)
 
-    @property
-    def step(self) -> int:
-        """Forward passes of the model begun, less one; or what it was set to, for those who count otherwise."""
-        return self._runs.last_step
+    def capture(  # noqa: PLR0913
+        self,
+        points: Any,
+        *,
+        inputs: bool = False,
+        outputs: bool = True,
+        max_states: int | None = None,
+        memory_limit_mb: float | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        clone: bool = True,
+        cleanup_interval: int | None = None,
+        store: Any = None,
+        id: str | None = None,  # noqa: A002
+    ) -> Capture:
+        """Keep what modules take and give, call by call, within bounds: `hooks.capture(4, inputs=True, max_states=16)`.
 
-    @step.setter
-    def step(self, step: int) -> None:
-        self._runs.set_step(step)
+        Args:
+            points: modules, as for `add`; a port named here (`"encoder.*:input"`) counts unless both are asked for.
+            inputs: keep what goes in.
+            outputs: keep what comes out.
+            max_states: most states held, over all modules together; then the oldest goes.
+            memory_limit_mb: most MiB held.
+            device: move states there.
+            dtype: convert floating tensors.
+            clone: copy, so that a later in-place operation does not change a state.
+            cleanup_interval: after this many dropped states, give freed device memory back to the driver.
+            store: folder, or `ActivationStore`: write states to disk, one file for each forward pass.
+            id: of the hook.
+        """
+        from ._capture import CaptureOptions, capture
 
-    @property
-    def is_closed(self) -> bool:
-        return self._closed
+        options = CaptureOptions(
+            max_states=max_states,
+            memory_limit_mb=memory_limit_mb,
+            device=device,
+            dtype=dtype,
+            clone=clone,
+            cleanup_interval=cleanup_interval,
+        )
+        return capture(self, points, inputs=inputs, outputs=outputs, options=options, store=store, hook_id=id)
 
-    def close(self) -> None:
-        """Take everything off, permanent hooks too, and silence what lives on in old graphs. Twice is harmless."""
-        self._closed = True
-        while self._on_close:
-            self._on_close.pop()()
-        self.remove_all(including_permanent=True)
-        for listener in tuple(self._runs.listeners):
-            self._registry.listen(listener, on=False)
+    def monitor(self, points: Any = "*:output", **options: Any) -> Monitor:
+        """Keep running statistics: mean, std, rms, absmax, share of zeros, non-finite count by point. See `Monitor`."""
+        from ._monitor import Monitor
 
-    def __enter__(self) -> HookManager:
-        return self
+        monitor = Monitor()
+        monitor.hook = self.add(points, monitor, **options)
+        return monitor
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def break_when(self, points: Any, condition: Any, *, action: Any = "raise", **options: Any) -> Hook:
+        """Stop the first time that `condition(tensor, point)` holds.
 
-    def _refresh(self, hook: Hook) -> None:
-        self._registry.refresh(hook)
+        Args:
+            points: as for `add`.
+            condition: a function, or ready-made: `non_finite`, `exceeds(x)`, `dead`.
+            action: `"raise"` a `HookBreak` with the tensor, point and step; `"debugger"`; or a function of the
+                `HookBreak`.
+            **options: as for `add`.
 
-    def _remove(self, hooks: list[Hook]) -> None:
-        self._registry.detach(hooks)
+        Returns:
+            The hook; `hook.fn.hit` is what was found, and `hook.reset()` arms it again.
+        """
+        from ._breakpoints import Break
 
-    def __repr__(self) -> str:
-        return f"HookManager({type(self.model).__name__}, {len(self)} hooks{', closed' if self._closed else ''})"
+        return self.add(points, Break(condition, action), **options)
+
+    def sweep(  # noqa: PLR0913
+        self,
+        points: Any,
+        positions: Sequence[int] | None = None,
+        metric: Callable[[Any], Any] | None = None,
+        *,
+        inputs: Any,
+        source: Any = None,
+        heads: Sequence[int] | None = None,
+        intervention: Callable[..., Any] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> Sweep:
+        """Intervene at one point and position (or head) at a time, and measure: activation patching.
+
+        Args:
+            points: the rows, as for `add`.
+            positions: the columns.
+            metric: of the model's output, a number.
+            inputs: of the run that is patched (a tensor, or a tuple of arguments).
+            source: a `Cache` of the other run, patched in.
+            heads: the columns, instead of positions.
+            intervention: instead of patching, called with `positions=` or `heads=`: `zero`, for ablations.
+            model_kwargs: keyword arguments of the model.
+            progress: show a bar on stderr.
+
+        Returns:
+            A `Sweep`: `.values` of shape (points, positions), `.plot(path)`.
+        """
+        from ._sweep import sweep
+
+        if metric is None:
+            raise ConfigError("a sweep needs a `metric`: a function of the model's output that gives a number.")
+        return sweep(
+            self,
+            points,
+            positions,
+            metric,
+            inputs=inputs,
+            source=source,
+            heads=heads,
+            intervention=intervention,
+            model_kwargs=model_kwargs,
+            progress=progress,
+        )
+
+    def profile(self, points: Any = "*") -> Profile:
+        """Time every module, forward and backward: `with hooks.profile() as profile: ...`. See `Profile`."""
+        from ._profile import Profile
+
+        return Profile(self, points)
+
+    def coverage(self) -> Coverage:
+        """Tell for each hook and point whether it fired and, if not, why."""
+        from ._coverage import coverage
+
+        return coverage(self)

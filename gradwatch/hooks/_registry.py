@@ -40,6 +40,7 @@ class Registry:
         self._order = 0
         self._last_number = 0
         self._warned = False
+        runs.on_threaded = self.refresh_all
 
     def new_id(self, wanted: str | None) -> str:
         if wanted is None:
@@ -103,6 +104,11 @@ class Registry:
                 if site is not None:
                     site.refresh()
             self._fit_root()
+
+    def refresh_all(self) -> None:
+        with self.lock:
+            for site in self.sites.values():
+                site.refresh()
 
     @staticmethod
     def _key(point: HookPoint) -> tuple[bool, int]:

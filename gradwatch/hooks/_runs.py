@@ -25,11 +25,22 @@ class _Local(threading.local):
         self.step = 0
 
 
+class Run:
+    """One forward pass. Compared by identity."""
+
+    __slots__ = ("step",)
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+
 class Runs:
     """Counts forward passes of one manager's model.
 
     Attributes:
         local: this thread's counts.
+        run: the present pass, for those who need no thread of their own.
+        threaded: more than one thread has run the model; `on_threaded` is called when that is found.
         listeners: called with the step when a pass begins.
         last_step: of the pass that began last, in any thread; -1 before the first.
     """
@@ -39,6 +50,10 @@ class Runs:
     def __init__(self) -> None:
         self.local = _Local()
         self.listeners: list[Callable[[int], None]] = []
+        self.run = Run(0)
+        self.threaded = False
+        self.on_threaded: Callable[[], None] = lambda: None
+        self._owner: int | None = None
         self.last_step = -1
         self.fixed: int | None = None
         self._steps = itertools.count()
@@ -55,6 +70,12 @@ class Runs:
         local.calls.clear()
         local.recalls.clear()
         local.step = self.last_step = next(self._steps) if self.fixed is None else self.fixed
+        self.run = Run(local.step)
+        if not self.threaded and threading.get_ident() != self._owner:
+            self.threaded = self._owner is not None
+            self._owner = threading.get_ident()
+            if self.threaded:
+                self.on_threaded()
         for listener in tuple(self.listeners):
             listener(local.step)
 
@@ -65,6 +86,7 @@ class Runs:
         local.calls.clear()
         local.recalls.clear()
         local.step = step
+        self.run = Run(step)
 
     def count(self, key: int, recompute: bool) -> int:
         """Return the number of this call, and count it."""
@@ -89,10 +111,14 @@ class Inert:
     """
 
     is_copy = True
-    only = only_hook = None
+    site: Any = None
+    tensor_type = None
 
     def _nothing(self, *_: Any, **__: Any) -> None:
         return None
 
-    begin = before = after = after_one = after_root = full = on_accumulated = _nothing
-    __call__ = _nothing
+    begin = before = after = after_root = full = on_accumulated = on_output = on_output_look = on_placing = _nothing
+    __call__ = enter = leave = _nothing
+
+
+Inert.site = Inert()

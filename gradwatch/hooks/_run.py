@@ -1,0 +1,213 @@
+"""One run of the model with hooks for its time only, and with what it brought back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from ..errors import ConfigError
+from ._cache import Cache, Leaves
+from ._points import HookPoint, Point, RawCall
+from ._pytree import tensors_of
+
+if TYPE_CHECKING:
+    from ._hook import Hook
+    from ._manager import HookManager
+
+__all__ = ["CacheOptions", "run_with_cache", "run_with_hooks"]
+
+LAST = -(10**9)
+
+
+class _StopForward(BaseException):
+    """Ends a forward pass early. No `Exception`, so that a model's own `except Exception` does not catch it."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+def _stop(raw: RawCall, point: Point) -> None:
+    if point.port == "output":
+        raise _StopForward(raw.output)
+    raise _StopForward(raw.args[0] if len(raw.args) == 1 and not raw.kwargs else raw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What `run_with_cache` keeps, and how. See there."""
+
+    gradients: bool | Callable[[Any], Tensor] = False
+    device: Any = None
+    dtype: torch.dtype | None = None
+    clone: bool = True
+    detach: bool = True
+
+
+class Recorder:
+    """Keeps the tensors it is shown.
+
+    A tensor that is shown at several points (a module's output, the next one's input) is copied once, as long as
+    nothing has changed it in between.
+    """
+
+    def __init__(self, options: CacheOptions) -> None:
+        self.options = options
+        self.values: dict[str, dict[int, Leaves]] = {}
+        self.edges: dict[tuple[str, int, str], Any] = {}
+        self._copies: dict[int, tuple[Any, int, Tensor]] = {}
+
+    def __call__(self, tensor: Tensor, point: Point) -> Tensor | None:
+        replaced = None
+        if self.options.gradients and not tensor.requires_grad and tensor.is_floating_point():
+            # A frozen model: from here on autograd follows. The clone is no leaf, so that it may be changed in place.
+            tensor = replaced = tensor.detach().requires_grad_().clone()
+        if self.options.gradients and tensor.requires_grad:
+            edge = tensor if tensor.is_leaf else get_gradient_edge(tensor)
+            self.edges[point.spot.name, point.call, point.leaf] = edge
+        self.values.setdefault(point.spot.name, {}).setdefault(point.call, {})[point.leaf] = self.kept(tensor)
+        return replaced
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """Return what is kept of a tensor: by default a detached copy."""
+        o = self.options
+        dtype = o.dtype if tensor.is_floating_point() else None
+        if not o.clone:
+            return (tensor.detach() if o.detach else tensor).to(device=o.device, dtype=dtype)
+        version = -1 if tensor.is_inference() else tensor._version
+        found = self._copies.get(id(tensor))
+        if found is not None and found[0]() is tensor and found[1] == version >= 0:
+            return found[2]
+        source = tensor.detach() if o.detach else tensor
+        if o.device is None and dtype is None:
+            copied = source.clone()
+        else:
+            copied = source.to(o.device or source.device, dtype or source.dtype, copy=True)
+        self._copies[id(tensor)] = (weakref.ref(tensor), version, copied)
+        return copied
+
+    def gathered(self) -> dict[str, list[Leaves]]:
+        return {name: [calls[i] for i in sorted(calls)] for name, calls in self.values.items()}
+
+
+def run_with_hooks(
+    manager: HookManager, args: Sequence[Any], kwargs: Mapping[str, Any], *, hooks: Sequence[Any], stop_at: Any
+) -> Any:
+    """Run the model with hooks that are gone afterwards, but still act in the graph of this run."""
+    _refuse_parameters(manager, hooks)
+    added: list[Hook] = []
+    try:
+        added += manager._add_all(hooks, every_thread=False)
+        if stop_at is not None:
+            added += manager._add_all([(stop_at, _stop)], every_thread=False, raw=True, priority=LAST - 1)
+        output = _call(manager, args, kwargs, stop_at)
+    except BaseException:
+        manager._registry.detach(added)
+        raise
+    manager._registry.release(added)
+    return output
+
+
+def run_with_cache(
+    manager: HookManager,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    points: Any,
+    stop_at: Any,
+    hooks: Sequence[Any],
+    options: CacheOptions,
+) -> tuple[Any, Cache]:
+    """Run the model once and bring back what was asked for."""
+    _refuse_parameters(manager, hooks)
+    resolver = manager._resolver
+    spots = _activations(manager, points, bool(options.gradients))
+    recorder = Recorder(options)
+    added: list[Hook] = []
+    try:
+        added += manager._add_all(hooks, every_thread=False)
+        added += manager._add_all([(spots, recorder)], every_thread=False, priority=LAST, recompute=False)
+        if stop_at is not None:
+            added += manager._add_all([(stop_at, _stop)], every_thread=False, raw=True, priority=LAST - 1)
+        with torch.enable_grad() if options.gradients else nullcontext():
+            output = _call(manager, args, kwargs, stop_at)
+            gradients = _gradients(recorder, output, options) if options.gradients else {}
+    except BaseException:
+        manager._registry.detach(added)
+        raise
+    manager._registry.release(added)
+    cache = Cache(recorder.gathered(), resolver)
+    cache.gradients = Cache(gradients, resolver, kind="gradients")
+    return output, cache
+
+
+def _call(manager: HookManager, args: Sequence[Any], kwargs: Mapping[str, Any], stop_at: Any) -> Any:
+    try:
+        output = manager.model(*args, **kwargs)
+    except _StopForward as stop:
+        return stop.value
+    if stop_at is not None:
+        raise ConfigError(f"the run never came to stop_at={stop_at!r}: its module was not called.")
+    return output
+
+
+def _activations(manager: HookManager, points: Any, with_gradients: bool) -> list[HookPoint]:
+    """Return the points to record: real ones, each once; of aliases and gradients the tensor that is meant."""
+    resolver = manager._resolver
+    found = resolver.resolve("*:output") if points is None else resolver.resolve(points)
+    if points is None:
+        found = [*found, *(p for p in resolver.aliases.values() if p.available)]
+    places: dict[str, HookPoint] = {}
+    for point in found:
+        port = {"grad_output": "output", "grad_at_input": "input"}.get(point.port, point.port)
+        if port != point.port and not with_gradients:
+            raise ConfigError(f"{point.name!r} is a gradient: ask with gradients=True or gradients=loss_function.")
+        if port not in ("input", "output"):
+            raise ConfigError(f"a cache keeps inputs and outputs, and their gradients. Got {point.name!r}.")
+        real = resolver.point(point.path, port)
+        places.setdefault(real.place, real)
+    return list(places.values())
+
+
+def _refuse_parameters(manager: HookManager, hooks: Sequence[Any]) -> None:
+    for points, _ in hooks:
+        for point in manager._resolver.resolve(points):
+            if point.is_parameter:
+                raise ConfigError(
+                    f"{point.name!r} fires in backward, after the run: use `with hooks.temporary(...)` around both."
+                )
+
+
+def _gradients(recorder: Recorder, output: Any, options: CacheOptions) -> dict[str, list[Leaves]]:
+    """Return d loss / d activation; parameters' `.grad` is not touched."""
+    loss = options.gradients(output) if callable(options.gradients) else _loss_of(output)
+    if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+        shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ConfigError(
+            f"gradients need one number that depends on the activations. Got {shown}. "
+            "Give a function of the model's output: gradients=lambda output: output.sum()."
+        )
+    keys = list(recorder.edges)
+    grads = torch.autograd.grad(loss.reshape(()), [recorder.edges[k] for k in keys], allow_unused=True) if keys else ()
+    found: dict[str, dict[int, Leaves]] = {}
+    for (name, call, leaf), grad in zip(keys, grads, strict=True):
+        if grad is not None:
+            found.setdefault(name, {}).setdefault(call, {})[leaf] = grad.detach().to(
+                device=options.device, dtype=options.dtype
+            )
+    recorder.edges.clear()
+    return {name: [calls[i] for i in sorted(calls)] for name, calls in found.items()}
+
+
+def _loss_of(output: Any) -> Any:
+    if getattr(output, "loss", None) is not None:
+        return output.loss
+    tensors = [tensor for _, tensor in tensors_of(output)]
+    return tensors[0] if len(tensors) == 1 else output
