@@ -7,7 +7,7 @@ import math
 from ..records import StepRecord
 from ._findings import Findings
 from ._rule import Rule, State
-from ._windows import Progress, level, median, progress, push
+from ._windows import TAIL, Progress, level, median, progress, push
 
 __all__ = ["BadInitialLoss", "Diverging", "LossSpike", "Undertrained"]
 
@@ -16,8 +16,9 @@ class LossSpike(Rule):
     """Flags a loss that jumps again and again: `spikes` of the last `of` losses have z > `z`.
 
     z is robust and not on the log, so that negative losses work: (loss - median) / (1.4826 MAD) over the last `window`
-    losses that were no spikes, with a floor of 2 % of the median and 1 % of the first level under the deviation. One
-    outlier among the batches is no alarm; `spikes=1` reports each.
+    losses that were no spikes, with a floor of 2 % of the median and 1 % of the first level under the deviation. A
+    spike is also larger than all losses of the 500 steps before the last `of`: batches with label outliers come back
+    with the same height. One outlier among the batches is no alarm; `spikes=1` reports each.
 
     Source: OLMo's and llm.c's z-scores, with flagged values left out of the window (theirs raise their own bar).
 
@@ -47,47 +48,56 @@ class LossSpike(Rule):
         self._require("min_samples", 4 <= self.min_samples <= self.window, f"{self.window} (`window`)", "4 to")
 
     def init(self) -> State:
-        return {"window": (), "start": (), "flags": (), "rejected": ()}
+        return {"window": (), "start": (), "flags": (), "rejected": (), "tail": (), "highest": ()}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         loss, window = record.loss, state["window"]
         if not math.isfinite(loss):
             return self.unjudged(record, "no finite loss was given"), state
         start = state["start"] if len(state["start"]) >= 5 else (*state["start"], loss)
+        before = max(state["highest"], default=-math.inf)
+        state = {**state, "start": start, **self._heights(loss, state)}
         if len(window) < self.min_samples:
-            return self.unjudged(record, "too few losses seen"), {
-                **state,
-                "window": push(window, loss, self.window),
-                "start": start,
-            }
+            return self.unjudged(record, "too few losses seen"), {**state, "window": push(window, loss, self.window)}
         center, sigma, _ = level(window, max(0.02 * abs(median(window)), 0.01 * abs(median(start)), 1e-12))
-        limit = center + self.z * sigma
+        outlier = loss > center + self.z * sigma
+        limit = max(center + self.z * sigma, before)
         spike = loss > limit
         flags = (*state["flags"], spike)[-self.of :]
-        rejected = (*state["rejected"], loss) if spike else ()
-        if not spike:
+        rejected = (*state["rejected"], loss) if outlier else ()
+        if not outlier:
             window = push(window, loss, self.window)
         elif len(rejected) >= self.min_samples:
             window, rejected = rejected, ()
-        state = {"window": window, "start": start, "flags": flags, "rejected": rejected}
+        state = {**state, "window": window, "flags": flags, "rejected": rejected}
         fires = spike and sum(flags) >= self.spikes
         text = f"loss {{value:.4g}}, {sum(flags)} of {len(flags)} above {{limit:.4g}}"
         return self.whole(record, fires, loss, limit, text), state
+
+    def _heights(self, loss: float, state: State) -> State:
+        """Return the last `of` losses, and the maxima of eight blocks of 64 before them, the last one growing."""
+        tail, highest = (*state["tail"], loss), state["highest"]
+        if len(tail) <= self.of:
+            return {"tail": tail, "highest": highest}
+        seen = state.get("seen", 0)
+        highest = (*highest[-7:], tail[0]) if seen % 64 == 0 else (*highest[:-1], max(highest[-1], tail[0]))
+        return {"tail": tail[1:], "highest": highest, "seen": seen + 1}
 
 
 class Diverging(Rule):
     """Flags a loss on its way up, or down without bound.
 
-    Up: its running mean (EMA over `span` steps) lies above its own minimum by more than that minimum's size, and
-    above the first level by more than half of that. Both are differences, so negative losses work. Down: a loss whose
+    Up: the median of its last `span` values lies above that median's own minimum by more than the minimum's size, and
+    above the first level by more than half of that. Both are differences, so negative losses work, and a median, so
+    that single outliers don't count. Down: a loss whose
     targets are classes (indices, or rows that sum to 1) has fallen below -10 times its first level or -10: no
     cross-entropy does that, so its sign is wrong.
 
     Args:
-        span: steps of the running mean.
+        span: losses the median is of.
     """
 
-    span: int = 10
+    span: int = 15
     severity: str = "critical"
     for_steps: int = 20
     advice: str = (
@@ -99,29 +109,28 @@ class Diverging(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("span", self.span >= 1, 1)
+        self._require("span", 1 <= self.span <= TAIL, TAIL, "1 to")
 
     def init(self) -> State:
-        return {"loss": Progress(), "mean": None, "least": None, "classes": False}
+        return {"loss": Progress(), "least": math.inf, "classes": False}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         if not math.isfinite(record.loss):
             return self.unjudged(record, "no finite loss was given"), state
         loss = progress(Progress(*state["loss"]), record.loss)
-        decay = 1 - 1 / self.span
-        mean = record.loss if state["mean"] is None else decay * state["mean"] + (1 - decay) * record.loss
-        # The mean begins with one noisy loss: its minimum counts from `span` losses on.
-        least = mean if state["least"] is None or loss.seen <= self.span else min(state["least"], mean)
+        now = median(loss.recent[-self.span :])
+        least = min(state["least"], now) if loss.seen >= self.span else math.inf
         classes = state["classes"] or _has_class_targets(record)
-        state = {"loss": tuple(loss), "mean": mean, "least": least, "classes": classes}
+        state = {"loss": tuple(loss), "least": least, "classes": classes}
         if loss.seen < 30:
             return self.unjudged(record, "fewer than 30 losses"), state
         start = loss.start
-        if classes and mean < -10 * max(1.0, abs(start)):
-            return self.whole(record, True, mean, -10 * max(1.0, abs(start)), "loss {value:.4g}, below zero"), state
+        lowest = -10 * max(1.0, abs(start))
+        if classes and now < lowest:
+            return self.whole(record, True, now, lowest, "loss {value:.4g}, far below zero"), state
         limit = max(least + abs(least), start + 0.5 * abs(start))
-        text = f"mean loss {{value:.4g}}, it began at {start:.4g} and was {least:.4g}"
-        return self.whole(record, mean > limit, mean, limit, text), state
+        text = f"loss {{value:.4g}}, it began at {start:.4g} and was {least:.4g}"
+        return self.whole(record, now > limit, now, limit, text), state
 
 
 def _has_class_targets(record: StepRecord) -> bool:
