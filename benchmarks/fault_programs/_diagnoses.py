@@ -24,7 +24,7 @@ DIAGNOSES: dict[str, frozenset[str]] = {
         "learning_rate_high": _TOO_FAR | {"dead_units", "saturated"},
         "learning_rate_low": {"update_too_small", "undertrained", "not_learning"},
         "oscillation": _TOO_FAR,
-        "regularisation": {"update_too_large", "bad_initial_loss", "constant_output", "loss_below_baseline"},
+        "regularisation": {"update_too_large", "bad_initial_loss", "constant_output"},
         "epsilon": _TOO_FAR,
         # What the loss makes of outputs and targets.
         "output_activation": _MISREAD | {"constant_output", "dead", "dead_units", "saturated"},

@@ -81,6 +81,7 @@ def _apply(treatment: Treatment, model: nn.Module, step: int = 0, **settings: An
     grads = Gradients.collect(list(model.named_parameters()))
     context: Any = TestContext(step=step, **settings)
     with torch.no_grad():
+        _ = grads.norms  # measured before: what is changed behind their back must be told with `touch`
         report = treatment.apply_(grads, context)
     _law(report is None or isinstance(report, Mapping), f"{treatment.name}: apply_ returns a mapping or None")
     for key, value in (report or {}).items():
