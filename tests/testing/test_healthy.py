@@ -54,7 +54,9 @@ def test_missing_parameters_fail_with_cause_and_advice(net, batch):
 
 def test_dead_layer_fails(net, batch):
     nn.init.constant_(net[0].bias, -100.0)
-    with pytest.raises(AssertionError, match=r"\[critical\] dead at 2\.weight: 2 of 4 parameters have a gradient of exactly 0"):
+    with pytest.raises(
+        AssertionError, match=r"\[critical\] dead at 2\.weight: 2 of 4 parameters have a gradient of exactly 0"
+    ):
         assert_healthy(net, batch, LOSS, SGD(net.parameters(), 0.1))
 
 
