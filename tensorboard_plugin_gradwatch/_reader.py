@@ -138,7 +138,8 @@ def read_statistic(read: Read, source: Source, statistic: str) -> Table:
     if not windows:
         raise Unreadable(f"{source.id} has no statistic {statistic!r}. It has {', '.join(sorted(source.statistics))}.")
     indexes = read_index(read, source)
-    rows: dict[int, NDArray[np.float32]] = {}
+    begins = [step for step, _ in indexes]
+    rows: dict[int, tuple[int, NDArray[Any]]] = {}
     left_out, kind = 0, "parameter"
     for window in ("last", "max"):  # the maximum last: it replaces the newest value where it has the step
         series = windows.get(window)
@@ -146,42 +147,38 @@ def read_statistic(read: Read, source: Source, statistic: str) -> Table:
             continue
         kind = str(series.content.get("over", "parameter"))
         sizes = [len(over(index, kind)) for _, index in indexes]
-        for point in read(series):
-            at = max(0, bisect_right([s for s, _ in indexes], point.step) - 1)
-            if np.size(point.value) != sizes[at] or not np.issubdtype(point.value.dtype, np.floating):
+        for step, value in read(series):
+            at = max(0, bisect_right(begins, step) - 1)
+            if value.size == sizes[at] and value.dtype.kind == "f":
+                rows[step] = at, value.ravel()
+            else:
                 left_out += 1
-                continue
-            rows[point.step] = _carry_over(_decode(point.value), indexes, at, kind)
     names = tuple(over(indexes[-1][1], kind))
     steps = sorted(rows)
-    matrix = np.stack([rows[s] for s in steps]) if steps else np.zeros((0, len(names)), np.float32)
+    matrix = np.full((len(steps), len(names)), MISSING, np.float32)
+    for at in {at for at, _ in rows.values()}:
+        places = [i for i, step in enumerate(steps) if rows[step][0] == at]
+        values = _decode(np.stack([rows[steps[i]][1] for i in places]))
+        old = {path: i for i, path in enumerate(over(indexes[at][1], kind))}
+        there = [j for j, path in enumerate(names) if path in old]
+        matrix[np.ix_(places, there)] = values[:, [old[names[j]] for j in there]]
     if statistic in SIGNED:
         matrix = np.where(matrix == MISSING, matrix, np.abs(matrix))
     return Table(np.asarray(steps, np.float64), matrix, names, left_out)
 
 
-def _decode(value: NDArray[Any]) -> NDArray[np.float32]:
+def _decode(values: NDArray[Any]) -> NDArray[np.float32]:
     """Return float32 with `MISSING` for negative zero. What float32 can't hold stays finite, and not zero."""
-    flat = np.ravel(value)
-    missing = (flat == 0) & np.signbit(flat)
-    if flat.dtype != np.float32:
-        with np.errstate(over="ignore", under="ignore"):
-            small = flat.astype(np.float32)
+    missing = (values == 0) & np.signbit(values)
+    if values.dtype != np.float32:
         limits = np.finfo(np.float32)
-        small = np.where(np.isfinite(flat) & np.isinf(small), np.copysign(limits.max, small), small)
-        flat = np.where((flat != 0) & (small == 0), np.copysign(limits.smallest_subnormal, flat), small)
-    return np.where(missing, np.float32(MISSING), np.where(np.isneginf(flat), np.float32(np.inf), flat))
-
-
-def _carry_over(
-    row: NDArray[np.float32], indexes: Sequence[tuple[int, Mapping[str, Any]]], at: int, kind: str
-) -> NDArray[np.float32]:
-    """Return a row of an older index in the order of the newest one."""
-    if at == len(indexes) - 1:
-        return row
-    place = {path: i for i, path in enumerate(over(indexes[at][1], kind))}
-    newest = [place.get(path, -1) for path in over(indexes[-1][1], kind)]
-    return np.append(row, np.float32(MISSING))[newest]
+        with np.errstate(over="ignore", under="ignore"):
+            small = values.astype(np.float32)
+        small = np.where(np.isfinite(values) & np.isinf(small), np.copysign(limits.max, small), small)
+        values = np.where((values != 0) & (small == 0), np.copysign(limits.smallest_subnormal, values), small)
+    decoded = np.where(np.isneginf(values), np.float32(np.inf), values)
+    decoded[missing] = MISSING
+    return decoded
 
 
 def read_scalars(read: Read, source: Source) -> Table:
@@ -191,13 +188,15 @@ def read_scalars(read: Read, source: Source) -> Table:
     headline = source.by_kind.get("headline")
     if headline is not None:
         fields = [str(f) for f in headline.content.get("fields") or ()]
-        for point in read(headline):
-            if np.size(point.value) != len(fields):
-                left_out += 1
-                continue
-            for name, value in zip(fields, np.ravel(point.value).tolist(), strict=True):
-                if name in MEASURED_AS_NAN or not math.isnan(value):  # elsewhere nan says: not measured
-                    columns.setdefault(name, {})[point.step] = value
+        points = read(headline)
+        fitting = [p for p in points if p.value.size == len(fields)]
+        left_out += len(points) - len(fitting)
+        for name, values in zip(fields, np.array([p.value.ravel() for p in fitting]).T, strict=False):
+            columns[name] = {
+                p.step: v
+                for p, v in zip(fitting, values.tolist(), strict=True)
+                if name in MEASURED_AS_NAN or not math.isnan(v)  # elsewhere nan says: not measured
+            }
     for step, scalars in read_json(read, source.by_kind.get("scalars")):
         for name, value in scalars.items() if isinstance(scalars, dict) else ():
             if isinstance(value, (int, float, str)) and _is_number(value):

@@ -202,7 +202,7 @@ export class App {
   }
 
   #said() {
-    const entries = this.entries(), said = verdict(entries.map((e) => e.incident));
+    const entries = this.entries(), said = verdict(entries.map((e) => e.incident), this.panels.every((p) => !p.data.error));
     const unread = this.panels.length && this.panels.every((p) => !p.data.info);
     this.verdict.className = `gw-verdict ${unread ? 'gw-info' : said.className}`;
     clear(this.verdict, unread ? 'This run can’t be shown; the reason is below.' : said.text,

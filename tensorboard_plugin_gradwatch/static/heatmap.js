@@ -125,7 +125,7 @@ export class Heatmap {
       const roomy = block.y >= free && block.height >= 7;
       if (roomy) free = block.y + 12;
       nodes.push(el('button', {
-        className: 'gw-block' + (block.folded ? ' gw-folded' : ''), type: 'button', data: {block: block.name},
+        className: 'gw-block' + (block.folded ? ' gw-folded' : '') + (roomy ? '' : ' gw-tight'), type: 'button', data: {block: block.name},
         title: `${block.name}: ${block.count} paths. Click to ${block.folded ? 'unfold' : 'fold'}.`,
         'aria-expanded': String(!block.folded), style: {top: `${block.y}px`, height: `${block.height}px`},
       }, roomy ? el('span', {}, (block.folded ? '▸ ' : '▾ ') + block.name) : ''));
@@ -138,7 +138,7 @@ export class Heatmap {
       free = row.y + 11;
       nodes.push(el('div', {
         className: 'gw-label' + (alone ? ' gw-alone' : ''), title: row.path, data: {row: String(i)},
-        style: {top: `${row.y + (row.height - 12) / 2}px`, width: `${alone ? gutter - 8 : gutter - 8 - Math.min(96, gutter * 0.4)}px`},
+        style: {top: `${Math.max(0, row.y + (row.height - 12) / 2)}px`, width: `${alone ? gutter - 8 : gutter - 8 - Math.min(96, gutter * 0.4)}px`},
       }, el('bdi', {}, row.label)));
     });
     clear(this.gutter, ...nodes);

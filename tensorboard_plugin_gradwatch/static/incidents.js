@@ -64,8 +64,9 @@ function limited(value, meant = false) {
 
 const WORST = {critical: 0, warning: 1, info: 2};
 
-/** One line above the pictures: how many, how bad, what came first. */
-export function verdict(incidents) {
+/** One line above the pictures: how many, how bad, what came first. `whole`: everything could be read. */
+export function verdict(incidents, whole) {
+  if (!incidents.length && !whole) return {className: 'gw-info', text: 'No incident is on record, but parts of this log can’t be read.'};
   if (!incidents.length) return {className: 'gw-healthy', text: 'Healthy: no rule has fired.'};
   const count = (severity) => incidents.filter((i) => i.severity === severity).length;
   const parts = ['critical', 'warning', 'info'].filter(count).map((s) => `${count(s)} ${s}`);

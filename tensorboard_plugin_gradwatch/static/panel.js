@@ -18,8 +18,9 @@ export class Panel {
     this.heat = new Heatmap(on);
     this.flow = new Flow(on);
     this.note = el('p', {className: 'gw-quiet'});
+    this.problem = el('p', {className: 'gw-problem', role: 'alert'});
     this.picture = el('div', {className: 'gw-picture'});
-    this.root = el('section', {className: 'gw-panel'}, this.title, this.normBox, this.note, this.picture);
+    this.root = el('section', {className: 'gw-panel'}, this.title, this.problem, this.normBox, this.note, this.picture);
   }
 
   /** `data`: {info, matrix, scalars, incidents, over, error}. */
@@ -34,11 +35,11 @@ export class Panel {
     clear(this.title, titled ? data.id : '');
     this.title.hidden = !titled;
     const said = [];
-    if (data.error) said.push(data.error);
-    if (data.matrix?.left_out) said.push(`${data.matrix.left_out} damaged or foreign points were left out.`);
+    this.problem.textContent = [data.error, data.matrix?.left_out ? `${data.matrix.left_out} damaged or foreign points were left out.` : '']
+      .filter(Boolean).join(' ');
     this.#norm({state, width, gutter});
     if (!data.matrix || !this.paths.length) {
-      this.note.textContent = said.join(' ') || `This run has no “${stat.label}”.`;
+      this.note.textContent = data.error ? '' : `This run has no “${stat.label}”.`;
       this.picture.replaceChildren();
       this.layout = {rows: [], blocks: [], height: 0};
       return;

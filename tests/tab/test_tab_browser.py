@@ -71,6 +71,11 @@ def text(driver, selector: str) -> str:
     return driver.execute_script("return document.querySelector(arguments[0])?.textContent || ''", selector)
 
 
+def fetch(address: str):
+    with urllib.request.urlopen(address, timeout=60) as response:
+        return json.load(response)
+
+
 def keys(driver, *pressed: str) -> None:
     for key in pressed:
         driver.execute_script(
@@ -112,12 +117,22 @@ def test_click_on_an_incident_moves_the_view(page):
     assert link(page)["path"] == "h.4.mlp.c_fc.weight"
 
 
+def pointer(driver, *moves: tuple[str, float]) -> None:
+    """Send pointer events to the heatmap's first row, each at a share of its width."""
+    driver.execute_script(
+        """
+        const plot = document.querySelector('.gw-plot'), box = plot.getBoundingClientRect();
+        for (const [type, share] of arguments[0]) {
+          const place = {clientX: box.left + share * box.width, clientY: box.top + 3};
+          plot.dispatchEvent(new PointerEvent(type, {...place, button: 0, pointerId: 1, bubbles: true}));
+        }
+        """,
+        [list(m) for m in moves],
+    )
+
+
 def test_click_on_a_cell_shows_its_layer(page):
-    page.execute_script("""
-      const plot = document.querySelector('.gw-plot'), box = plot.getBoundingClientRect();
-      for (const type of ['pointermove', 'pointerdown', 'pointerup'])
-        plot.dispatchEvent(new PointerEvent(type, {clientX: box.left + box.width / 2, clientY: box.top + 3, button: 0, pointerId: 1, bubbles: true}));
-    """)
+    pointer(page, ("pointermove", 0.5), ("pointerdown", 0.5), ("pointerup", 0.5))
     wait_until(lambda: text(page, ".gw-detail h2") == "wte.weight", "the layer's being shown")
     assert abs(int(link(page)["step"]) - 200) <= 1
 
@@ -186,11 +201,7 @@ def test_keys_move_by_steps_layers_and_incidents(page):
 
 
 def test_zoom_asks_for_these_steps_alone_and_comes_back(page):
-    page.execute_script("""
-      const plot = document.querySelector('.gw-plot'), box = plot.getBoundingClientRect();
-      const at = (type, x) => plot.dispatchEvent(new PointerEvent(type, {clientX: box.left + x, clientY: box.top + 3, button: 0, pointerId: 1, bubbles: true}));
-      at('pointerdown', box.width * 0.5); at('pointermove', box.width * 0.6); at('pointermove', box.width * 0.75); at('pointerup', box.width * 0.75);
-    """)
+    pointer(page, ("pointerdown", 0.5), ("pointermove", 0.6), ("pointermove", 0.75), ("pointerup", 0.75))
     wait_until(lambda: link(page).get("to") == "300", "the zoom")
     wait_until(
         lambda: int(page.execute_script("return document.querySelector('.gw-step input').max")) < 110, "fewer steps"
@@ -293,7 +304,7 @@ def test_data_that_cannot_be_shown_are_told_in_the_tab(driver, tmp_path, story, 
         open_tab(driver, address)
         assert said in text(driver, "body")
         shoot(driver, f"tab-{story}")
-        listing = json.load(urllib.request.urlopen(f"{address}data/plugins_listing", timeout=30))
+        listing = fetch(f"{address}data/plugins_listing")
         assert listing["scalars"]["enabled"]
 
 
@@ -345,12 +356,13 @@ def test_tensorboard_starts_where_torch_cannot_be_imported(logdir, tmp_path):
     (tmp_path / "gradwatch.py").write_text("raise ImportError('no gradwatch here')")
     paths = {"PYTHONPATH": str(tmp_path)}
     with tensorboard(logdir, environment=paths) as address:
-        runs = json.load(urllib.request.urlopen(f"{address}data/plugin/gradwatch/runs", timeout=60))["runs"]
+        runs = fetch(f"{address}data/plugin/gradwatch/runs")["runs"]
         assert {r["id"] for r in runs} == {"healthy", "spike"}
 
 
 def test_server_answers_what_is_wrong_with_a_request_and_goes_on(server):
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"{server}data/plugin/gradwatch/matrix?run=x", timeout=60)
+    caught.value.close()
     assert caught.value.code == 422
-    assert urllib.request.urlopen(server, timeout=60).status == 200
+    assert fetch(f"{server}data/plugins_listing")["gradwatch"]["enabled"]
