@@ -8,12 +8,17 @@ from collections.abc import Sequence
 from ..records import SEVERITIES, Incident
 from ._headline import Headline
 
-__all__ = ["closing_words", "escape", "incident_line"]
+__all__ = ["closing_words", "escape", "fenced", "incident_line"]
 
 
 def escape(words: str) -> str:
     """Return the words with what markdown or HTML would take for its own made harmless."""
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", words.replace("\n", " "))
+
+
+def fenced(words: str) -> str:
+    """Return the words as a block of code, which shows columns under each other and interprets nothing."""
+    return "```\n" + words.replace("```", "'''") + "\n```"
 
 
 def incident_line(incident: Incident) -> str:

@@ -260,14 +260,16 @@ def test_text_dashboard_tells_incidents_and_a_summary_with_hostile_names_inert(t
     assert "1 steps up to step 0" in said
 
 
-def test_summary_given_by_the_trainer_replaces_our_own(tmp_path):
+def test_summary_given_by_the_trainer_is_shown_once_column_under_column(tmp_path):
     with SummaryWriter(str(tmp_path)) as writer:
         sinks = SafeSinks([TensorBoardSink(writer)])
         sinks.open(RunMeta())
         sinks.push(record(0))
-        sinks.summary("all is well")
+        sinks.summary("layer   norm\na.b      1.0```")
         sinks.close()
-    assert [v.item() for v in Log(tmp_path).tensors("gradwatch/summary").values()] == [b"all is well"]
+    (said,) = (v.item().decode() for v in Log(tmp_path).tensors("gradwatch/summary").values())
+    assert said.startswith("### gradwatch")
+    assert said.endswith("\n\n```\nlayer   norm\na.b      1.0'''\n```")
 
 
 # Histograms and bands

@@ -13,7 +13,7 @@ from ...protocols import RunMeta
 from ...records import Incident, StepRecord
 from .._headline import SCALARS, Headline, whole_window
 from .._incident_lines import IncidentKey, incident_key
-from .._text import closing_words, incident_line
+from .._text import closing_words, fenced, incident_line
 from ._layout import band_values, write_layout
 from ._tensors import BUCKETS, PluginTensors
 from ._values import histogram, scalar, signed_buckets, text
@@ -122,9 +122,14 @@ class TensorBoardSink:
             self._unsaid.lines.append(incident_line(incident))
 
     def summary(self, text: str) -> None:
-        """Write the words said at the end into the text dashboard."""
+        """Write the words said at the end into the text dashboard, below a table of the incidents.
+
+        The words are shown as they are, column under column, unless they begin with a heading: then as markdown.
+        """
         self._text = text
-        self._write_text(f"{self.name}/summary", text)
+        if not text.startswith("#"):
+            text = fenced(text)
+        self._write_text(f"{self.name}/summary", f"{self._closing_words()}\n\n{text}")
 
     def flush(self) -> None:
         if self._unsaid.incidents:
@@ -138,11 +143,14 @@ class TensorBoardSink:
         if self._meta is None:
             return
         if self._headline.count and not self._text and not self._closed():
-            self.summary(closing_words(self._headline, list(self._incidents.values()), self._step))
+            self._write_text(f"{self.name}/summary", self._closing_words())
         self.flush()
         self._meta = None
 
     # Inside
+
+    def _closing_words(self) -> str:
+        return closing_words(self._headline, list(self._incidents.values()), self._step)
 
     def _incident_values(self, step: int) -> list[Any]:
         """Return what is new of incidents; and, where the step was written before, what that event said of them too."""
