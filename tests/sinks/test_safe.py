@@ -190,3 +190,19 @@ def test_it_is_a_sink(sink):
 def test_importing_sinks_and_runs_pulls_in_neither_torch_nor_tensorboard():
     program = "import sys, gradwatch.sinks, gradwatch.runs; print({'torch', 'tensorboard', 'wandb'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "set()"
+
+
+def test_annotations_and_reports_go_to_the_sinks_that_keep_them(tmp_path):
+    class Keeper(MemorySink):
+        def annotate(self, **annotation):
+            self.told = annotation
+
+        def report(self, path):
+            self.kept = path
+
+    keeper = Keeper()
+    sinks = SafeSinks([MemorySink(), keeper])
+    sinks.annotate(text="data switch", silence=5)
+    sinks.report(tmp_path)
+    assert keeper.told == {"text": "data switch", "silence": 5}
+    assert keeper.kept == tmp_path
