@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...stats import gramian
 from ._checks import check_losses, check_separate
 from ._decide import Decider, Decision
 from ._diagnosis import describe, merge
 from ._direct import direct_sum
-from ._gramian import mean_over_ranks
+from ._gramian import mean_over_ranks, quick_gramian
 from ._probe import Prober, Probes
 from ._settings import Surgery
 from ._split import plain_sum
@@ -205,7 +204,7 @@ class SurgeryController:
     def _decide(self, found: Probes, names: tuple[str, ...]) -> Decision | None:
         """Measure the Gramian of the probes, note what it says, and return what to do about it."""
         # The one host read of surgery: k x k numbers.
-        matrix = mean_over_ranks(gramian(found.grads)).to("cpu", torch.float64) / self._grad_scale**2
+        matrix = mean_over_ranks(quick_gramian(found.grads)).to("cpu", torch.float64) / self._grad_scale**2
         scalars = describe(matrix, names)
         decision = None
         if self._due and self._decider is not None:

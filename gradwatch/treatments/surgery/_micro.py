@@ -10,9 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...stats import gramian
 from ._decide import Decider
-from ._gramian import mean_over_ranks, num_ranks
+from ._gramian import mean_over_ranks, num_ranks, quick_gramian
 from ._noise import agreement_filter, micro_agreement, noise_moments
 from ._probe import Grads, Probes
 from ._settings import Surgery
@@ -108,9 +107,9 @@ class MicroBatchController:
             return
         held, self._held = self._held, []
         if self.settings.only_diagnoses:
-            self._note(_of_differences(gramian(held)), grad_scale, batch_size)
+            self._note(_of_differences(quick_gramian(held)), grad_scale, batch_size)
             return
-        matrix = self._note(gramian(held), grad_scale, batch_size)
+        matrix = self._note(quick_gramian(held), grad_scale, batch_size)
         weights = self._weights(matrix, tuple(str(i) for i in range(len(held))))
         combined = Probes((), held).combine(weights.tolist())
         if self.settings.agreement == "signs":

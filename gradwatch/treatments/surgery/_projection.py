@@ -15,6 +15,8 @@ __all__ = ["GradVac", "pcgrad"]
 
 def _orders(k: int, step: int) -> list[list[int]]:
     """Return for each task the order in which it meets the others: the same for a step on every rank."""
+    if k < 3:
+        return [[j for j in range(k) if j != i] for i in range(k)]
     generator = torch.Generator().manual_seed(0x5EED + int(step))
     return [[j for j in torch.randperm(k, generator=generator).tolist() if j != i] for i in range(k)]
 
@@ -27,17 +29,18 @@ def pcgrad(gramian: Tensor, *, step: int = 0) -> Tensor:
 
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, arXiv 2001.06782, algorithm 1.
     """
-    k = len(gramian)
-    total = torch.zeros(k, dtype=gramian.dtype)
+    G = gramian.tolist()
+    k = len(G)
+    total = [0.0] * k
     for i, others in enumerate(_orders(k, step)):
-        mix = torch.zeros(k, dtype=gramian.dtype)
-        mix[i] = 1
+        mix = [0.0] * k
+        mix[i] = 1.0
         for j in others:
-            dot = float(gramian[j] @ mix)
-            if dot < 0 and float(gramian[j, j]) > 0:
-                mix[j] -= dot / gramian[j, j]
-        total += mix
-    return total
+            dot = sum(product * share for product, share in zip(G[j], mix, strict=True))
+            if dot < 0 and G[j][j] > 0:
+                mix[j] -= dot / G[j][j]
+        total = [t + share for t, share in zip(total, mix, strict=True)]
+    return torch.tensor(total, dtype=gramian.dtype)
 
 
 class GradVac:

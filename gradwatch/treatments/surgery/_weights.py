@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from inspect import signature
 from types import MappingProxyType
 from typing import Any
@@ -77,7 +78,7 @@ def weights(method: str | Callable[..., Any], gramian: Tensor, *, step: int = 0,
     G = _checked(gramian)
     if not float(G.diagonal().sum()) > 0:
         return mean(G)
-    if isinstance(method, str) and "step" in signature(function).parameters:
+    if isinstance(method, str) and "step" in _settings_of(method):
         options = {**options, "step": step}
     result = torch.as_tensor(function(G, **options)).detach().to("cpu", torch.float64)
     if result.shape != (len(G),):
@@ -93,7 +94,7 @@ def resolve_method(method: str | Callable[..., Any], options: Mapping[str, Any])
     if isinstance(method, str):
         if method not in METHODS:
             raise UnknownNameError("surgery method", method, METHODS)
-        known = [name for name in signature(METHODS[method]).parameters if name not in {"gramian", "step", "targets"}]
+        known = [name for name in _settings_of(method) if name not in {"gramian", "step", "targets"}]
         for name in options:
             if name not in known and not (method == "gradvac" and name == "targets"):
                 raise UnknownNameError(f"option of {method}", name, known)
@@ -105,6 +106,11 @@ def resolve_method(method: str | Callable[..., Any], options: Mapping[str, Any])
             f"Names: {', '.join(METHODS)}."
         )
     return function
+
+
+@cache
+def _settings_of(method: str) -> tuple[str, ...]:
+    return tuple(signature(METHODS[method]).parameters)
 
 
 def _checked(gramian: Tensor) -> Tensor:
