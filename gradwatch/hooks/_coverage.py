@@ -100,7 +100,7 @@ def _why_not(manager: HookManager, hook: Hook, entry: Entry, compiled: list[str]
         return _parameter_reason(entry)
     if not entry.seen:
         return _uncalled_reason(manager, entry, compiled)
-    if entry.note:
+    if entry.note and spot.port != "grad_input":
         return "output type", entry.note
     if spot.port in ("grad_output", "grad_at_input", "grad_input"):
         return _gradient_reason(entry)

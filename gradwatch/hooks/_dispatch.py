@@ -17,7 +17,7 @@ from ._fast import FastGradient, FastOutput
 from ._hook import Entry
 from ._points import Point, RawCall
 from ._pytree import map_tensors, tensors_of
-from ._runs import Inert, Runs, graph_task_id
+from ._runs import Inert, Runs, graph_task_id, untraced
 
 __all__ = ["GradientCall", "Site"]
 
@@ -88,6 +88,7 @@ class GradientCall:
     def __init__(self, entries: tuple[Entry, ...], call: int, step: int, leaf: str) -> None:
         self.entries, self.call, self.step, self.leaf = entries, call, step, leaf
 
+    @untraced
     def __call__(self, grad: Tensor | None) -> Tensor | None:
         if grad is None:
             return None
@@ -173,6 +174,7 @@ class Site:
             handle.remove()
         self.leaf_handles.clear()
 
+    @untraced
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.is_copy:
             return None
@@ -204,6 +206,7 @@ class Site:
             self._place(self.input_gradients, [*args, *kwargs.values()], call, step)
         return args, kwargs
 
+    @untraced
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.is_copy:
             return None
@@ -226,6 +229,7 @@ class Site:
             entry.seen += not recompute
         return None if new is output else new
 
+    @untraced
     def after_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Where only the root's output is hooked, the pass may as well begin here: one torch hook instead of two."""
         if self.is_copy:
@@ -255,6 +259,7 @@ class Site:
                     previous.remove()
                 self.leaf_handles[leaf, here[0].spot.port] = handle
 
+    @untraced
     def full(self, module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
         """Torch's full backward hook. Calls of one forward pass come back last first."""
         if self.is_copy:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._hook import Entry, set_grad_enabled
 from ._points import Point
-from ._runs import Inert, graph_task_id
+from ._runs import Inert, graph_task_id, untraced
 
 if TYPE_CHECKING:
     from ._dispatch import Site
@@ -56,6 +56,7 @@ class FastOutput(_Fast):
     def quick(self) -> Callable[..., Any]:
         return self.on_output_look if self.hook.observes else self.on_output
 
+    @untraced
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if type(output) is not self.tensor_type or graph_task_id() != -1:
             return self.site.after(module, args, {}, output)
@@ -80,6 +81,7 @@ class FastOutput(_Fast):
             return None
         return None if new is None else self.hook.checked(new, output, point)
 
+    @untraced
     def on_output_look(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if type(output) is not self.tensor_type or graph_task_id() != -1 or output.is_inference():
             return self.site.after(module, args, {}, output)
@@ -121,6 +123,7 @@ class FastGradient(_Fast):
     def quick(self) -> Callable[..., Any]:
         return self.on_placing
 
+    @untraced
     def on_placing(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if type(output) is not self.tensor_type or graph_task_id() != -1 or (output.requires_grad and output.is_leaf):
             self.site.after(module, args, {}, output)
@@ -147,6 +150,7 @@ class OneGradient:
     def __init__(self, entry: Entry, call: int, step: int) -> None:
         self.entry, self.call, self.step = entry, call, step
 
+    @untraced
     def __call__(self, grad: Tensor | None) -> Tensor | None:
         entry = self.entry
         hook = entry.hook

@@ -5,15 +5,30 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Runs", "graph_task_id"]
+__all__ = ["Inert", "Run", "Runs", "graph_task_id", "untraced"]
 
 # Not -1 while a backward pass runs in this thread: a module that is called then is being recomputed. Private, so
 # where it is missing nothing counts as recomputed.
 graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def untraced(fn: Function) -> Function:
+    """Keep torch.compile from tracing into a function: the graph breaks there, and it runs as it always does.
+
+    `torch.compiler.disable` does the same by a wrapper, which would cost each call as much as a whole hook, and imports
+    the compiler. Both names are private; where they are missing, torch.compile traces what it can.
+    """
+    fn._torchdynamo_disable = True  # type: ignore[attr-defined]
+    skip = getattr(getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None), "skip_code", None)
+    if skip is not None:
+        skip(fn.__code__)
+    return fn
 
 
 class _Local(threading.local):
@@ -62,6 +77,7 @@ class Runs:
     def new_key(self) -> int:
         return next(self._keys)
 
+    @untraced
     def begin(self, *_: Any) -> None:
         """Begin a forward pass: a forward pre-hook on the root."""
         if self.is_copy or graph_task_id() != -1:

@@ -61,7 +61,7 @@ def test_a_pattern_that_matches_nothing_suggests():
     with pytest.raises(UnknownPathError) as caught:
         HookManager(Net(1)).add("blokcs.0:output", print)
     assert str(caught.value) == (
-        "Net has no hook point that matches 'blokcs.0:output' (25 known). "
+        "Net has no hook point that matches 'blokcs.0:output' (20 known). "
         "Did you mean 'blocks.0:output' or 'blocks:output' or 'blocks.0.mlp:output'?"
     )
 
