@@ -15,6 +15,7 @@ from ..report import write_session
 from ..sinks import sinks_for_loggers
 from ..watch import Session, StepInputs, StepOutcome, resolve, scale_left_in_gradients
 from ._lightning_base import callback_bases
+from ._quiet import run_quietly
 from ._run_dir import free_run_dir
 
 __all__ = ["GradWatch"]
@@ -208,6 +209,8 @@ class GradWatch(_Callback):
         if self._session is not None:
             self._batch, self._batch_idx = batch, batch_idx
             self._session.before_forward(trainer.global_step)
+            if self.settings.options.autopsy and pl_module.automatic_optimization:
+                self._session.engine.remember(lambda: run_quietly(pl_module, batch, batch_idx))
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         if self._session is None:

@@ -14,8 +14,8 @@ __all__ = ["INHIBITS", "RuleBook", "Silence"]
 
 INHIBITS: dict[str, tuple[str, ...]] = {
     "non_finite": ("*",),
-    "not_updating": ("not_learning", "dead", "update_too_small", "vanishing", "dead_signal"),
-    "constant_output": ("vanishing", "dead", "not_learning", "dead_units", "update_too_small"),
+    "not_updating": ("not_learning", "dead", "update_too_small", "dead_signal"),
+    "constant_output": ("dead", "not_learning", "dead_units", "update_too_small"),
     "diverging": ("update_too_large", "loss_spike", "not_learning"),
     "amp_overflow": ("non_finite",),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ..records import Bools, StepRecord
@@ -145,5 +147,9 @@ class NotUpdating(Rule):
         moved = moved | (measured & (updates != 0))
         grads = record.columns.get("grad_norm")
         has_grad = measured if grads is None else (grads > 0) & record.measured("grad_norm")
+        # A gradient so small that float32 rounds its update away has vanished; that is another rule's business.
+        norms = record.columns.get("param_norm")
+        if grads is not None and norms is not None and math.isfinite(record.lr):
+            has_grad &= ~(grads * record.lr < 1e-6 * norms)
         still = select(record.index, self.paths) & measured & has_grad & ~moved
         return still, {"per_path": {"moved": moved}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from ..protocols import Action, Treatment
 from ..records import Finding, Incident, TreatmentReport
+from ..rules import Fired, RuleBook
 from ..stats import Gradients
 from ._context import Decision, StepContext
 
-__all__ = ["Applied", "Job", "run_actions", "run_treatments"]
+__all__ = ["Applied", "Job", "fired_jobs", "limit_jobs", "run_actions", "run_treatments"]
 
 
 @dataclass
@@ -27,6 +28,24 @@ class Job:
     trigger: Any = True
     limit: float | None = None
     findings: Sequence[Finding] = ()
+
+
+def fired_jobs(fired: Fired, limit: float | None) -> list[Job]:
+    """Return the treatments of a rule that was seen to fire."""
+    return [Job(t, fired.rule.name, True, limit, fired.findings) for t in fired.then if isinstance(t, Treatment)]
+
+
+def limit_jobs(book: RuleBook, grads: Gradients, limits: Mapping[str, float]) -> list[Job]:
+    """Return the treatments of all rules that have a limit; whether they act falls on the device."""
+    jobs = []
+    for rule in book.rules:
+        if rule.name in limits:
+            limit = limits[rule.name]
+            # Written so that nan triggers too; a limit of inf stands for "finite".
+            bound = min(limit, torch.finfo(torch.float64).max)
+            trigger = ~(grads.global_norm <= bound)
+            jobs += [Job(t, rule.name, trigger, limit) for t in rule.then if isinstance(t, Treatment)]
+    return jobs
 
 
 @dataclass

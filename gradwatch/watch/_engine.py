@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from ..protocols import Action, Request, Treatment
 from ..records import Finding, Incident, StepRecord
-from ..rules import Fired, RuleBook
+from ..rules import RuleBook
 from ..stats import Gradients
 from ..treatments import BufferKeeper, LearningRates, SkipStep
+from ._autopsy import Autopsy, Replay, examine, rng_state
 from ._completion import Completion, stop_request
 from ._context import Decision
 from ._draft import Draft, StepInputs
-from ._driver import Applied, Job, run_treatments
+from ._driver import Applied, Job, fired_jobs, limit_jobs, run_treatments
 from ._gate import StepGate
 from ._guard import Guard
 from ._judge import Judge
@@ -31,6 +31,10 @@ __all__ = ["Engine", "StepInputs", "StepOutcome"]
 
 MAX_FAILURES = 10
 """Steps in a row that may be vetoed because measuring failed under treatments, before the training is stopped."""
+
+ALARMS = ("non_finite", "exploding")
+"""Rules whose incidents make gradwatch look closer."""
+ALERT_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class Engine:
         self._measured: tuple[int, int | None] | None = None
         self._current: Draft | None = None
         self._failures = 0
+        self._replays: list[Replay] = []
+        self.autopsy: Autopsy | None = None
         self._observer = Observer(self.meter, self.guard)
 
     @property
@@ -116,6 +122,8 @@ class Engine:
 
     def before_forward(self, step: int) -> None:
         """Say that the forward passes of a step begin. May be called once per micro-batch."""
+        if self._begun != step:
+            self._replays = []
         if self.meter.samples(step) and self.guard.ok("hooks on modules"):
             with self.guard("hooks on modules", self.meter.disarm):
                 self.meter.arm()
@@ -123,6 +131,11 @@ class Engine:
             with self.guard("copies of the buffers"):
                 self.buffers.keep()
         self._begun = step
+
+    def remember(self, run: Callable[[], Any]) -> None:
+        """Keep how to run the present micro-batch again, for an autopsy; call it before the forward pass."""
+        if self.options.autopsy:
+            self._replays.append(Replay(rng_state(), run))
 
     def after_backward(self, inputs: StepInputs, optimizers: Sequence[Optimizer] | None = None) -> StepOutcome:
         """Measure, judge and treat the gradients that lie complete in `.grad`, before the optimizer steps."""
@@ -139,13 +152,11 @@ class Engine:
             self._gate(o).arm(False)
         if not self.guard.ok("measuring"):
             return StepOutcome()
-        decision = Decision()
-        outcome = StepOutcome()
         try:
-            outcome = self._run(inputs, optimizers, decision)
-            self._failures = 0
+            outcome = self._run(inputs, optimizers, Decision())
         except Exception as error:
-            outcome = self._failed(error, optimizers)
+            return self._failed(error, optimizers)
+        self._failures = 0
         return outcome
 
     def _failed(self, error: Exception, optimizers: Sequence[Optimizer]) -> StepOutcome:
@@ -197,35 +208,40 @@ class Engine:
             record = self.completion.build(draft, norms)
             judgement = self.judge.judge(record, "early")
             findings = judgement.findings
+            self._alarm(judgement.opened, grads)
             for fired in judgement.fired:
-                jobs += _jobs(fired, limits.get(fired.rule.name))
+                jobs += fired_jobs(fired, limits.get(fired.rule.name))
                 actions += [(a, fired.incident) for a in fired.then if isinstance(a, Action)]
                 if fired.stop:
                     decision.requests.append(stop_request(fired))
         else:
-            jobs += self._limit_jobs(grads, limits)
+            jobs += limit_jobs(self.book, grads, limits)
         applied = run_treatments(jobs, grads, step=draft.step, optimizers=optimizers, decision=decision, can_read=waits)
         self._report_failures(applied, draft.step)
         self.completion.ask(actions, draft.step, optimizers, decision)
         draft.applied = applied
         draft.treated = Transfer({**applied.parts(), "global_norm_after": grads.global_norm})
         outcome = self._decide(draft, decision, optimizers, findings)
+        self.meter.note_gradients(grads)
         if not outcome.skip and not (draft.record is not None and draft.record.skipped):
             with self.guard("update ratios", self.meter.drop_update):
                 self.meter.before_update(draft.step, grads)
         return outcome
 
-    def _limit_jobs(self, grads: Gradients, limits: Mapping[str, float]) -> list[Job]:
-        """Return jobs whose trigger falls on the device, against limits that come from the past."""
-        jobs = []
-        for rule in self.book.rules:
-            if rule.name in limits:
-                limit = limits[rule.name]
-                # Written so that nan triggers too; a limit of inf stands for "finite".
-                bound = min(limit, torch.finfo(torch.float64).max)
-                trigger = ~(grads.global_norm <= bound)
-                jobs += [Job(t, rule.name, trigger, limit) for t in rule.then if isinstance(t, Treatment)]
-        return jobs
+    def _alarm(self, opened: Sequence[Incident], grads: Gradients) -> None:
+        """Look closer from here on where gradients explode or are not finite, and find out where it was born."""
+        alarms = [i for i in opened if i.rule in ALARMS]
+        if not alarms:
+            return
+        self.meter.alert_until = self._step + ALERT_STEPS
+        if not self._replays or not self.guard.ok("autopsy"):
+            return
+        with self.guard("autopsy"):
+            found = self.autopsy = examine(self.model, self._replays, grads.params)
+            if found.born:
+                details = {"born_in": found.born, "phase": found.phase}
+                for incident in alarms:
+                    self.judge.explain(incident, details, first_path=found.born)
 
     def _decide(
         self, draft: Draft | None, decision: Decision, optimizers: Sequence[Optimizer], findings: Sequence[Finding]
@@ -319,10 +335,6 @@ class Engine:
 
 def _install(treatment: Any, model: nn.Module) -> Any:
     return treatment.install(model)
-
-
-def _jobs(fired: Fired, limit: float | None) -> list[Job]:
-    return [Job(t, fired.rule.name, True, limit, fired.findings) for t in fired.then if isinstance(t, Treatment)]
 
 
 def _own(rule: str, step: int, message: str, treatments: tuple[str, ...] = ()) -> Incident:

@@ -59,6 +59,11 @@ class Judge:
         for i in {0, *self._engines}:
             self.engine(i).annotate(text, silence=silence, paths=paths, rules=rules)
 
+    def explain(self, incident: Incident, details: dict[str, Any], first_path: str | None = None) -> None:
+        """Add to a going incident what was found out about it."""
+        for engine in self._engines.values():
+            engine.note_details(incident.name or incident.rule, details, first_path)
+
     def report(self, incident: Incident) -> None:
         """Add an incident of gradwatch's own, such as a treatment that failed."""
         self._own.append(incident)

@@ -36,6 +36,8 @@ class Meter:
         self._last: Tensor | None = None
         self._probe_handles: list[Any] = []
         self._ordered = False
+        self.alert_until = -1
+        self._marks: dict[int, tuple[int, int] | None] = {}
         self.is_muted: Callable[[], bool] = lambda: False
 
     def _make_tap(self) -> ModuleTap | None:
@@ -66,7 +68,24 @@ class Meter:
 
     def samples(self, step: int) -> bool:
         """Whether modules are sampled at this step."""
-        return is_due(step, self.options.activations_every)
+        if self.options.activations_every is None:
+            return False
+        return step <= self.alert_until or is_due(step, self.options.activations_every)
+
+    def note_gradients(self, grads: Gradients) -> None:
+        """Remember a few gradients as the optimizer will find them."""
+        self._marks = {id(p): _mark(p) for p in grads.params[:3]}
+
+    def were_kept(self, grads: Gradients, num_parts: int) -> float | None:
+        """Return 1 if gradients were demonstrably not reset since the last step, 0 if they were, None if unknown.
+
+        A gradient that is the same memory, written to just once per micro-batch since, was only added to: `zero_grad`
+        would have given new memory or written once more.
+        """
+        found = [(self._marks[id(p)], _mark(p)) for p in grads.params[:3] if id(p) in self._marks]
+        if not found or any(old is None or new is None for old, new in found):
+            return None
+        return float(all(new == (old[0], old[1] + num_parts) for old, new in found if old is not None))
 
     def arm(self) -> None:
         """Begin to listen to forward and backward passes."""
@@ -193,3 +212,11 @@ def detach_scalar(value: Any, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to(torch.float64).mean()
     return torch.tensor(float(value), dtype=torch.float64, device=device)
+
+
+def _mark(p: Tensor) -> tuple[int, int] | None:
+    grad = p.grad
+    # Exactly torch.Tensor: sharded and sparse ones have no memory of their own to compare.
+    if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_inference():
+        return None
+    return grad.data_ptr(), grad._version

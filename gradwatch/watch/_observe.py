@@ -70,17 +70,20 @@ class Observer:
             scaler=inputs.scaler,
             positions=self.meter.positions(grads.params),
             numbers=Transfer(parts),
-            scalars=self._plain_scalars(inputs) | {k: v for k, v in batch.items() if not isinstance(v, Tensor)},
+            scalars=self._plain_scalars(inputs, grads) | {k: v for k, v in batch.items() if not isinstance(v, Tensor)},
             tap=tap,
             tap_positions=None if tap is None else self.meter.module_positions(),
             spread_positions=spread_positions,
         )
 
-    def _plain_scalars(self, inputs: StepInputs) -> dict[str, float]:
+    def _plain_scalars(self, inputs: StepInputs, grads: Gradients) -> dict[str, float]:
         index = self.meter.watched.index
         now = time.perf_counter()
         scalars = {"seconds": now - self._clock, "num_trainable": float((index.trainable & index.in_optimizer).sum())}
         self._clock = now
+        kept = self.meter.were_kept(grads, max(1, len(inputs.losses)))
+        if kept is not None:
+            scalars["grads_kept"] = kept
         if inputs.scale is not None:
             scalars["grad_scale"] = float(inputs.scale)
         if inputs.optimizer is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ..sinks import RunFolder, SafeSinks
 from ..treatments.surgery import SurgeryController, TrainingStepTap
 from ._batch import num_samples
 from ._draft import StepInputs
-from ._engine import Engine, StepOutcome
+from ._engine import ALARMS, Engine, StepOutcome
+from ._flight import write_flight
 from ._paths import clean_path, unwrap
 from ._ranks import is_writer, world_size
 from ._settings import Settings
@@ -145,6 +147,8 @@ class Session:
         now = {(i.id, i.rule): i for i in self.incidents}
         for key in news:
             incident = now.get(key, news[key])
+            if key not in self._said and incident.rule in ALARMS:
+                incident = self._record_flight(incident)
             self.sinks.incident(incident)
             if key in self._said and not incident.resolved:
                 continue
@@ -154,6 +158,17 @@ class Session:
             if key not in self._said and incident.severity != "info" and is_writer():
                 self._print(incident)
             self._said.add(key)
+
+    def _record_flight(self, incident: Incident) -> Incident:
+        if self.run_dir is None or not is_writer() or len(self._said) >= MAX_LINES:
+            return incident
+        with self.engine.guard("the flight recorder"):
+            autopsy = self.engine.autopsy
+            path = write_flight(self.run_dir, incident, self.history, autopsy.modules if autopsy else ())
+            details = {"flight_recorder": path.name}
+            self.engine.judge.explain(incident, details)
+            return replace(incident, details={**incident.details, **details})
+        return incident
 
     def _print(self, incident: Incident) -> None:
         if self._num_lines < MAX_LINES:

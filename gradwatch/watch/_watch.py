@@ -116,7 +116,26 @@ class Watch:
             on_incident=on_incident,
         )
         self.session.begin()
+        self._forward_handle = self._remember_forward(model) if settings.options.autopsy else None
         self.session.before_forward(0)
+
+    def _remember_forward(self, model: nn.Module) -> Any:
+        engine = self.session.engine
+
+        def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if module.training and torch.is_grad_enabled() and not examining:
+                engine.remember(lambda: again(module, args, kwargs))
+
+        examining: list[bool] = []
+
+        def again(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            examining.append(True)
+            try:
+                return module(*args, **kwargs)
+            finally:
+                examining.clear()
+
+        return model.register_forward_pre_hook(remember, with_kwargs=True)
 
     @property
     def num_steps(self) -> int:
@@ -269,6 +288,8 @@ class Watch:
 
     def close(self) -> None:
         """Take every hook off, write what is left. May be called twice."""
+        if self._forward_handle is not None:
+            self._forward_handle.remove()
         if not self.session.closed:
             self.session.finish()
         self.session.close()
