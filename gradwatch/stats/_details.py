@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from ._counting import num_nonzero
+from ._native import native
 from ._norms import wide_dtype
-from ._shards import Shards
+from ._shards import Shards, by_dtype
 
 __all__ = ["GradientDetails", "gradient_details", "local_details"]
+
+_WORTH_NATIVE = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +64,26 @@ def local_details(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     if not pieces:
         return torch.zeros(0, 2, dtype=torch.float64), torch.zeros(0, 1, dtype=torch.float64)
     if pieces[0].device.type == "cpu":
-        rows = [_on_cpu(piece) for piece in pieces]
-        table = torch.tensor(rows, dtype=torch.float64)
+        table = _on_cpu(pieces)
     else:
         wide = wide_dtype(pieces[0].device)
         table = torch.stack([_anywhere(piece, wide) for piece in pieces])
     return table[:, :2].contiguous(), table[:, 2:].contiguous()
 
 
-def _on_cpu(piece: Tensor) -> tuple[float, float, float]:
+def _on_cpu(pieces: Sequence[Tensor]) -> Tensor:
+    table = torch.zeros(len(pieces), 3, dtype=torch.float64)
+    for positions in by_dtype(pieces):
+        chosen = [pieces[p] for p in positions]
+        kernels = native(chosen, worth=_WORTH_NATIVE)
+        if kernels is not None:
+            table[positions] = torch.from_numpy(kernels.moments(chosen)[:, 2:])
+        else:
+            table[positions] = torch.tensor([_host_details(piece) for piece in chosen], dtype=torch.float64)
+    return table
+
+
+def _host_details(piece: Tensor) -> tuple[float, float, float]:
     """On the CPU reading is free, and the passes for non-finite elements are made only where there are any."""
     numel = piece.numel()
     if not numel:

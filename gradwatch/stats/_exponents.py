@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._shards import Shards
+from ._native import native
+from ._shards import Shards, by_dtype
 
 __all__ = ["NUM_BINS", "exponent_histograms", "local_histograms"]
 
 NUM_BINS = 512
 _CHUNK = 1 << 16
+_WORTH_NATIVE = 1 << 16
 _SHIFT = {torch.float32: (torch.int32, 23), torch.bfloat16: (torch.int16, 7)}
 
 
@@ -38,11 +40,24 @@ def local_histograms(pieces: Sequence[Tensor]) -> Tensor:
     if not pieces:
         return torch.zeros(0, NUM_BINS, dtype=torch.int64)
     counts = torch.zeros(len(pieces), NUM_BINS, dtype=torch.int64, device=pieces[0].device)
-    scratch = torch.empty(_CHUNK, dtype=torch.int32, device=pieces[0].device)
-    for row, piece in zip(counts, pieces, strict=True):
-        for chunk in piece.view(-1).split(_CHUNK) if piece.numel() else ():
-            _count_(row, chunk, scratch)
+    if pieces[0].device.type == "cpu":
+        for positions in by_dtype(pieces):
+            chosen = [pieces[p] for p in positions]
+            kernels = native(chosen, worth=_WORTH_NATIVE)
+            if kernels is not None:
+                counts[positions] = torch.from_numpy(kernels.histograms(chosen))
+            else:
+                _count_all_(counts, positions, chosen)
+        return counts
+    _count_all_(counts, list(range(len(pieces))), pieces)
     return counts
+
+
+def _count_all_(counts: Tensor, positions: list[int], pieces: Sequence[Tensor]) -> None:
+    scratch = torch.empty(_CHUNK, dtype=torch.int32, device=pieces[0].device)
+    for position, piece in zip(positions, pieces, strict=True):
+        for chunk in piece.view(-1).split(_CHUNK) if piece.numel() else ():
+            _count_(counts[position], chunk, scratch)
 
 
 def _count_(row: Tensor, chunk: Tensor, scratch: Tensor) -> None:

@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 from ._counting import num_nonzero
+from ._native import Native, native
 from ._norms import local_norms, wide_dtype
 
 __all__ = ["MOMENTS", "extent", "host_extent", "host_moments", "moments"]
+
+_WORTH_NATIVE = 1 << 13
+_WORTH_THREADS = 1 << 20
 
 MOMENTS = ("sum", "sumsq", "zeros", "nonfinite", "absmax")
 """What `moments` returns, in order; all but the last merge by addition, the last by maximum."""
@@ -61,6 +65,9 @@ def host_moments(piece: Tensor) -> tuple[float, float, float, float, float]:
     numel = piece.numel()
     if not numel:
         return 0.0, 0.0, 0.0, 0.0, 0.0
+    if kernels := _kernels(piece):
+        total, sumsq, nought, bad, most = kernels.moments([piece])[0].tolist()
+        return total, sumsq, nought, bad, most
     total = piece.sum(dtype=torch.promote_types(piece.dtype, torch.float32)).item()
     sumsq, nonfinite, absmax = host_extent(piece)
     zeros = numel - num_nonzero(piece)
@@ -73,6 +80,9 @@ def host_extent(piece: Tensor) -> tuple[float, float, float]:
     """Return `extent` of a CPU tensor as plain numbers."""
     if not piece.numel():
         return 0.0, 0.0, 0.0
+    if kernels := _kernels(piece):
+        _, sumsq, _, bad, most = kernels.moments([piece])[0].tolist()
+        return sumsq, bad, most
     norm = local_norms([piece]).item()
     low, high = torch.aminmax(piece)
     nonfinite, absmax = 0, max(high.item(), -low.item())
@@ -81,3 +91,10 @@ def host_extent(piece: Tensor) -> tuple[float, float, float]:
         nonfinite = piece.numel() - int(torch.isfinite(piece).sum())
         absmax = piece.abs().nan_to_num_(nan=0.0, posinf=torch.inf).max().item()
     return norm * norm, float(nonfinite), absmax
+
+
+def _kernels(piece: Tensor) -> Native | None:
+    # Large tensors are read faster by several threads of torch, if there are.
+    if piece.numel() > _WORTH_THREADS and torch.get_num_threads() > 1:
+        return None
+    return native([piece], worth=_WORTH_NATIVE)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._shards import Shards, index_on
+from ._native import native
+from ._shards import Shards, by_dtype, index_on
 
 __all__ = ["global_norm", "local_norms", "second_look", "tensor_norms", "wide_dtype"]
 
@@ -19,6 +20,7 @@ _WHOLE = 8192
 _ROW = 2048
 _TINY = 1024  # fewer elements are squared in float64 faster than one more kernel is called
 _HALF_CHUNK = 1 << 16
+_WORTH_NATIVE = 1 << 18
 _CHUNK = 1 << 20
 # Below this root mean square the squares come near float32's smallest normal number and lose digits.
 _TINY_RMS = {torch.float32: 1e-16, torch.float64: 1e-145}
@@ -78,10 +80,7 @@ def local_norms(pieces: Sequence[Tensor]) -> Tensor:
     if all(piece.dtype is first for piece in pieces):
         return _norms_of_one_dtype(pieces)
     norms = torch.empty(len(pieces), dtype=wide_dtype(pieces[0].device), device=pieces[0].device)
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for position, piece in enumerate(pieces):
-        by_dtype.setdefault(piece.dtype, []).append(position)
-    for positions in by_dtype.values():
+    for positions in by_dtype(pieces):
         part = _norms_of_one_dtype([pieces[p] for p in positions])
         norms.index_copy_(0, index_on(positions, norms.device), part)
     return norms
@@ -96,6 +95,11 @@ def _norms_of_one_dtype(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def _cpu_norms(pieces: Sequence[Tensor]) -> Tensor:
+    # Sums in float64 hold the squares of every float32, so there is nothing to look at twice. Torch has more threads.
+    if pieces[0].dtype is not torch.float64 and torch.get_num_threads() == 1:
+        kernels = native(pieces, worth=_WORTH_NATIVE)
+        if kernels is not None:
+            return torch.from_numpy(np.sqrt(kernels.squares(pieces)))
     plan = _plan(tuple([piece.numel() for piece in pieces]), pieces[0].dtype)
     norms = np.zeros(len(pieces))
     if plan.order:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Shards", "dense_local", "flat_local", "reduce_max_", "reduce_sum_"]
+__all__ = ["Shards", "by_dtype", "dense_local", "flat_local", "index_on", "reduce_max_", "reduce_sum_"]
 
 _WIDE_ENOUGH = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -84,7 +84,7 @@ def dense_local(tensor: Tensor) -> Tensor:
     if tensor.layout is not torch.strided:
         tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
     if tensor.dtype not in _WIDE_ENOUGH:
-        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor.float()
+        tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.float()
     if tensor.is_contiguous():
         return tensor
     # channels_last, transposed: the memory has no holes, and a reduction may read it in any order.
@@ -100,6 +100,14 @@ def dense_local(tensor: Tensor) -> Tensor:
 def flat_local(tensor: Tensor) -> Tensor:
     """Return what `dense_local` does, in one row."""
     return dense_local(tensor).view(-1)
+
+
+def by_dtype(pieces: Sequence[Tensor]) -> list[list[int]]:
+    """Return positions grouped by dtype."""
+    groups: dict[torch.dtype, list[int]] = {}
+    for position, piece in enumerate(pieces):
+        groups.setdefault(piece.dtype, []).append(position)
+    return list(groups.values())
 
 
 def index_on(positions: Sequence[int], device: torch.device) -> Tensor:

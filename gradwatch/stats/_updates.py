@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ._native import native
 from ._norms import tensor_norms
 from ._shards import Shards
 
 __all__ = ["UpdateMeter", "UpdateStats"]
 
 _ALIGN = 64
+_WORTH_NATIVE = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +91,7 @@ class UpdateMeter:
         chosen, copies = self._chosen, self._copies
         params = [self._params[i] for i in chosen]
         shards = Shards(params)
-        param_norms = tensor_norms(copies)
-        for into, sources in _grouped(copies, [_local(p) for p in params]):
-            torch._foreach_sub_(into, sources)
-        update_norms = tensor_norms(copies)
+        update_norms, param_norms = _moved(copies, [_local(p) for p in params])
         if shards.groups:
             both = torch.stack([update_norms, param_norms], dim=1).square_()
             update_norms, param_norms = shards.sum_(both).sqrt_().unbind(dim=1)
@@ -139,6 +139,20 @@ class UpdateMeter:
             .view(piece.shape)
             for at, piece in zip(offsets, pieces, strict=True)
         ]
+
+
+def _moved(copies: list[Tensor], params: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return norms of (copy - parameter) and of the copy; the copies may be overwritten."""
+    if copies and all(t.device.type == "cpu" and t.dtype is copies[0].dtype for t in copies):
+        plain = all(param.is_contiguous() for param in params) and torch.get_num_threads() == 1
+        kernels = native([*copies, *params], worth=_WORTH_NATIVE) if plain else None
+        if kernels is not None and copies[0].dtype is not torch.float64:
+            update_norms, param_norms = torch.from_numpy(np.sqrt(kernels.moved(copies, params))).unbind(dim=1)
+            return update_norms, param_norms
+    param_norms = tensor_norms(copies)
+    for into, sources in _grouped(copies, params):
+        torch._foreach_sub_(into, sources)
+    return tensor_norms(copies), param_norms
 
 
 def _grouped(into: list[Tensor], sources: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:

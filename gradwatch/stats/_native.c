@@ -1,0 +1,167 @@
+/* One-pass statistics of float tensors on the CPU; compiled at first use by _native.py, which says what each returns.
+
+   Sums are in double, in lanes that the compiler turns into vectors. Types: 0 float, 1 bfloat16, 2 double. */
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+
+static inline float widen_float(const float *x) { return *x; }
+static inline float widen_half(const uint16_t *x) {
+    uint32_t bits = (uint32_t)*x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+static inline double widen_double(const double *x) { return *x; }
+
+#define SUM(NAME, TYPE, WIDEN, TERM)                                                   \
+    static double NAME(const TYPE *x, size_t n) {                                      \
+        double lanes[LANES] = {0}, total = 0;                                          \
+        size_t i = 0;                                                                  \
+        for (; i + LANES <= n; i += LANES)                                             \
+            for (int j = 0; j < LANES; j++) {                                          \
+                double value = WIDEN(x + i + j);                                       \
+                lanes[j] += TERM;                                                      \
+            }                                                                          \
+        for (; i < n; i++) {                                                           \
+            double value = WIDEN(x + i);                                               \
+            total += TERM;                                                             \
+        }                                                                              \
+        for (int j = 0; j < LANES; j++) total += lanes[j];                             \
+        return total;                                                                  \
+    }
+SUM(sum_float, float, widen_float, value)
+SUM(sum_half, uint16_t, widen_half, value)
+SUM(sum_double, double, widen_double, value)
+SUM(squares_float, float, widen_float, value *value)
+SUM(squares_half, uint16_t, widen_half, value *value)
+SUM(squares_double, double, widen_double, value *value)
+
+/* BITS, EXPONENT, SIGNLESS: the integer of WIDE's size, the mask of its exponent, all but its sign. A nan's bits are
+   above the exponent mask; magnitudes order as their bits do. A block stays in the first cache for all loops over it. */
+#define MOMENTS(KIND, TYPE, WIDE, BITS, EXPONENT, SIGNLESS)                            \
+    static inline BITS magnitude_##KIND(const TYPE *x) {                               \
+        WIDE value = widen_##KIND(x);                                                  \
+        BITS bits;                                                                     \
+        memcpy(&bits, &value, sizeof bits);                                            \
+        return bits & SIGNLESS;                                                        \
+    }                                                                                  \
+    static void moments_##KIND(const TYPE *x, size_t n, double *out) {                 \
+        double sum = 0, square = 0;                                                    \
+        int64_t zeros = 0, nonfinite = 0;                                              \
+        BITS largest = 0;                                                              \
+        for (size_t start = 0; start < n; start += 4096) {                             \
+            size_t size = n - start < 4096 ? n - start : 4096;                         \
+            const TYPE *block = x + start;                                             \
+            BITS zero = 0, bad = 0, most = 0;                                          \
+            sum += sum_##KIND(block, size);                                            \
+            square += squares_##KIND(block, size);                                     \
+            for (size_t i = 0; i < size; i++) {                                        \
+                BITS magnitude = magnitude_##KIND(block + i);                          \
+                BITS number = magnitude > EXPONENT ? 0 : magnitude;                    \
+                zero += magnitude == 0;                                                \
+                bad += magnitude >= EXPONENT;                                          \
+                most = number > most ? number : most;                                  \
+            }                                                                          \
+            zeros += zero, nonfinite += bad;                                           \
+            largest = most > largest ? most : largest;                                 \
+        }                                                                              \
+        WIDE absmax;                                                                   \
+        memcpy(&absmax, &largest, sizeof absmax);                                      \
+        out[0] = sum, out[1] = square, out[2] = (double)zeros;                         \
+        out[3] = (double)nonfinite, out[4] = (double)absmax;                           \
+    }
+MOMENTS(float, float, float, int32_t, 0x7f800000, 0x7fffffff)
+MOMENTS(half, uint16_t, float, int32_t, 0x7f800000, 0x7fffffff)
+MOMENTS(double, double, double, int64_t, 0x7ff0000000000000, 0x7fffffffffffffff)
+
+/* Squares of (old - new) and of old; a block of old is still in the first cache when it is read again. */
+#define MOVED(KIND, TYPE)                                                              \
+    static void moved_##KIND(const TYPE *old, const TYPE *now, size_t n, double *out) { \
+        out[0] = out[1] = 0;                                                           \
+        for (size_t start = 0; start < n; start += 2048) {                             \
+            size_t size = n - start < 2048 ? n - start : 2048, i = 0;                  \
+            const TYPE *a = old + start, *b = now + start;                             \
+            double lanes[LANES] = {0};                                                 \
+            for (; i + LANES <= size; i += LANES)                                      \
+                for (int j = 0; j < LANES; j++) {                                      \
+                    double by = (double)widen_##KIND(a + i + j) - widen_##KIND(b + i + j); \
+                    lanes[j] += by * by;                                               \
+                }                                                                      \
+            for (; i < size; i++) {                                                    \
+                double by = (double)widen_##KIND(a + i) - widen_##KIND(b + i);         \
+                lanes[0] += by * by;                                                   \
+            }                                                                          \
+            for (int j = 0; j < LANES; j++) out[0] += lanes[j];                        \
+            out[1] += squares_##KIND(a, size);                                         \
+        }                                                                              \
+    }
+MOVED(float, float)
+MOVED(half, uint16_t)
+MOVED(double, double)
+
+static inline uint32_t code_float(const float *x) {
+    uint32_t bits;
+    memcpy(&bits, x, sizeof bits);
+    return bits >> 23;
+}
+static inline uint32_t code_half(const uint16_t *x) { return *x >> 7; }
+static inline uint32_t code_double(const double *x) {
+    float value = (float)*x;
+    return code_float(&value);
+}
+
+/* Four tables in turn: neighbours mostly fall into one bin, and would wait for each other's store. */
+#define HISTOGRAM(NAME, TYPE, CODE)                                                    \
+    static void NAME(const TYPE *x, size_t n, int64_t *out) {                          \
+        for (size_t start = 0; start < n; start += 1u << 30) {                         \
+            size_t end = n - start < (1u << 30) ? n : start + (1u << 30), i = start;   \
+            uint32_t tables[4][512];                                                   \
+            memset(tables, 0, sizeof tables);                                          \
+            for (; i + 4 <= end; i += 4) {                                             \
+                uint32_t a = CODE(x + i), b = CODE(x + i + 1);                         \
+                uint32_t c = CODE(x + i + 2), d = CODE(x + i + 3);                     \
+                tables[0][a]++, tables[1][b]++, tables[2][c]++, tables[3][d]++;        \
+            }                                                                          \
+            for (; i < end; i++) tables[0][CODE(x + i)]++;                             \
+            for (int k = 0; k < 512; k++)                                              \
+                out[k] += (int64_t)tables[0][k] + tables[1][k] + tables[2][k] + tables[3][k]; \
+        }                                                                              \
+    }
+HISTOGRAM(histogram_float, float, code_float)
+HISTOGRAM(histogram_half, uint16_t, code_half)
+HISTOGRAM(histogram_double, double, code_double)
+
+void gradwatch_squares(int type, size_t count, const void **tensors, const int64_t *numels, double *out) {
+    for (size_t t = 0; t < count; t++)
+        out[t] = type == 0 ? squares_float(tensors[t], (size_t)numels[t])
+               : type == 1 ? squares_half(tensors[t], (size_t)numels[t])
+                           : squares_double(tensors[t], (size_t)numels[t]);
+}
+
+void gradwatch_moments(int type, size_t count, const void **tensors, const int64_t *numels, double *out) {
+    for (size_t t = 0; t < count; t++) {
+        if (type == 0) moments_float(tensors[t], (size_t)numels[t], out + 5 * t);
+        else if (type == 1) moments_half(tensors[t], (size_t)numels[t], out + 5 * t);
+        else moments_double(tensors[t], (size_t)numels[t], out + 5 * t);
+    }
+}
+
+void gradwatch_histograms(int type, size_t count, const void **tensors, const int64_t *numels, int64_t *out) {
+    for (size_t t = 0; t < count; t++) {
+        if (type == 0) histogram_float(tensors[t], (size_t)numels[t], out + 512 * t);
+        else if (type == 1) histogram_half(tensors[t], (size_t)numels[t], out + 512 * t);
+        else histogram_double(tensors[t], (size_t)numels[t], out + 512 * t);
+    }
+}
+
+void gradwatch_moved(int type, size_t count, const void **tensors, const int64_t *numels, double *out) {
+    /* The second half of `tensors` holds where the first half went. */
+    for (size_t t = 0; t < count; t++) {
+        if (type == 0) moved_float(tensors[t], tensors[count + t], (size_t)numels[t], out + 2 * t);
+        else if (type == 1) moved_half(tensors[t], tensors[count + t], (size_t)numels[t], out + 2 * t);
+        else moved_double(tensors[t], tensors[count + t], (size_t)numels[t], out + 2 * t);
+    }
+}
