@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,15 +15,14 @@ from ..records import select_paths
 from ..stats import tensor_norms
 from ._base import BaseTreatment, chosen, read_trigger, where_triggered
 from ._checks import check_number, check_patterns
-from ._tensors import local_part
-from ._units import UnitLayout, head_paths, unit_layouts, unit_norms, unit_view
+from ._clip import norm_coefficient
+from ._tensors import scale_
+from ._units import FIRST_AXIS, UnitLayout, head_paths, unit_layouts, unit_norms, unit_view
 
 if TYPE_CHECKING:
     from ..stats import Gradients
 
 __all__ = ["AdaptiveClip", "adaptive_clip_"]
-
-_FIRST_AXIS = UnitLayout()
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def adaptive_clip_(
     Brock et al., "High-performance large-scale image recognition without normalization", ICML 2021, arXiv 2102.06171:
     each unit's gradient g with weights w is multiplied by min(1, ratio max(|w|, floor) / |g|). Tensors of fewer than
     two dimensions are one unit; of sparse gradients each explicit row. The floor lets weights that begin at zero train
-    at all. A unit whose norm is not finite stays as it is.
+    at all. A tensor whose norm is not finite stays as it is.
 
     Args:
         params: weights.
@@ -56,41 +56,54 @@ def adaptive_clip_(
         How many units were clipped (0-dim int64) and how many there are, on this rank.
     """
     norms = tensor_norms(grads) if norms is None else norms
-    scale = torch.as_tensor(limit_scale, dtype=torch.float64, device=norms.device) * ratio
-    clipped, units = torch.zeros((), dtype=torch.int64, device=norms.device), 0
+    scale: float | Tensor = torch.as_tensor(limit_scale, dtype=norms.dtype, device=norms.device) * ratio
+    wholes: list[Any] = list(norms.unbind())
+    if norms.device.type == "cpu":
+        # Where reading is free, numbers are faster than tensors of one.
+        scale, wholes = float(scale), norms.tolist()
     small = [i for i, grad in enumerate(grads) if grad.ndim < 2]
-    small_weights = tensor_norms([params[i] for i in small])
-    for i, weight in zip(small, small_weights.unbind(), strict=True):
-        clipped += _clip_(local_part(grads[i]), norms[i], weight.clamp(min=floor) * scale, norms[i])
-        units += 1
+    counts, units = [_clip_small_([params[i] for i in small], [grads[i] for i in small], norms[small], floor, scale)], 0
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad.ndim < 2:
             continue
-        layout = _FIRST_AXIS if layouts is None else layouts[i]
+        layout = FIRST_AXIS if layouts is None else layouts[i]
         if grad.is_sparse:
             whole = grad.coalesce()
             view, found = whole.values(), unit_norms(whole.values())
-            weights = unit_norms(param.index_select(0, whole.indices()[0]))
+            weights = unit_norms(param.detach().index_select(0, whole.indices()[0]))
         else:
             view, found, weights = unit_view(grad, layout)[0], unit_norms(grad, layout), unit_norms(param, layout)
-        clipped += _clip_(view, found, weights.clamp_(min=floor).mul_(scale), norms[i])
         units += found.numel()
+        # One tensor after the other, so that its gradient is still in the cache when it is scaled.
+        counts.append(_clip_units_(view, found, weights.clamp_(min=floor).mul_(scale), wholes[i]))
         if grad.is_sparse and not grad.is_coalesced():
             grad.copy_(whole)
-    return clipped, units
+    return torch.stack(counts).sum(), units + len(small)
 
 
-def _clip_(view: Tensor, norms: Tensor, limits: Tensor, whole: Tensor) -> Tensor:
+def _clip_small_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], norms: Tensor, floor: float, scale: float | Tensor
+) -> Tensor:
+    """Scale gradients that are one unit each; return how many were above their limit."""
+    coefficients = norm_coefficient(norms, tensor_norms(params).clamp(min=floor) * scale) if grads else norms
+    scale_(grads, coefficients)
+    return (coefficients < 1).sum()
+
+
+def _clip_units_(view: Tensor, norms: Tensor, limits: Tensor, whole: float | Tensor) -> Tensor:
     """Scale the units of one gradient to their limits; return how many were above."""
-    # A unit's norm may leave float32 where the tensor's, in float64, doesn't: it is at most that.
-    norms = torch.minimum(norms, whole)
-    # fmin passes over the nan of a unit that is not finite.
-    coefficients = torch.fmin(limits / norms, torch.ones_like(norms))
-    coefficients = torch.where(torch.isfinite(norms), coefficients, 1.0)
-    count = (coefficients < 1).sum()
-    if count.device.type != "cpu" or int(count):
-        view.mul_(coefficients)
-    return count
+    largest = torch.finfo(norms.dtype).max
+    if not isinstance(whole, Tensor):
+        # A unit's norm may leave float32 where the tensor's, in float64, doesn't: it is at most that.
+        coefficients = limits.div_(norms.clamp_(max=min(whole, largest))) if math.isfinite(whole) else limits
+        if not math.isfinite(whole) or float(coefficients.min() if norms.numel() else 1.0) >= 1:
+            return torch.zeros((), dtype=torch.int64)
+        coefficients.clamp_(max=1.0)
+    else:
+        norms = torch.minimum(norms, whole.clamp(max=largest).to(norms.dtype))
+        coefficients = torch.where(torch.isfinite(whole), (limits / norms).clamp(max=1.0), 1.0)
+    view.mul_(coefficients)
+    return torch.count_nonzero(coefficients < 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +161,7 @@ class AdaptiveClip(BaseTreatment):
             [tensors[i] for i in kept],
             self.ratio,
             floor=self.floor,
-            layouts=[self._memory.layouts.get(paths[i], _FIRST_AXIS) for i in kept],
+            layouts=[self._memory.layouts.get(paths[i], FIRST_AXIS) for i in kept],
             norms=norms[kept] if len(kept) < len(paths) else norms,
             limit_scale=limit_scale,
         )

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from ..protocols import Context
 from ._base import BaseTreatment, chosen, read_trigger, where_triggered
 from ._checks import check_patterns
-from ._units import UnitLayout, num_unit_elements, unit_layouts, unit_sums, unit_view
+from ._units import FIRST_AXIS, UnitLayout, num_unit_elements, unit_layouts, unit_sums, unit_view
 
 if TYPE_CHECKING:
     from ..stats import Gradients
 
 __all__ = ["Centralize", "centralize_"]
-
-_FIRST_AXIS = UnitLayout()
 
 
 @torch.no_grad()
@@ -39,7 +37,7 @@ def centralize_(
     for i, grad in enumerate(grads):
         if grad.ndim < 2 or grad.is_sparse:
             continue
-        layout = _FIRST_AXIS if layouts is None else layouts[i]
+        layout = FIRST_AXIS if layouts is None else layouts[i]
         view = unit_view(grad, layout)[0]
         means = unit_sums(grad, layout) / num_unit_elements(grad, layout)
         view.sub_(where_triggered(applies, means, 0.0).to(view.dtype))
@@ -76,6 +74,6 @@ class Centralize(BaseTreatment):
         applies = where_triggered(trigger, applies, False)
         if applies.device.type == "cpu" and not bool(applies):
             return {"applied": 0.0}
-        centralize_(part.grads, layouts=[self._layouts.get(path, _FIRST_AXIS) for path in part.paths], applies=applies)
+        centralize_(part.grads, layouts=[self._layouts.get(path, FIRST_AXIS) for path in part.paths], applies=applies)
         part.touch()
         return {"applied": applies}

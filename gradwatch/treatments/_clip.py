@@ -15,7 +15,7 @@ from ..stats import global_norm, tensor_norms
 from ._base import BaseTreatment, chosen, read_trigger, where_triggered
 from ._checks import check_choice, check_number, check_patterns
 from ._grad_output import GradOutputHandle, at_grad_output
-from ._tensors import on_values_, scale_
+from ._tensors import Scratch, chunks, on_values_, scale_
 
 if TYPE_CHECKING:
     from ..stats import Gradients
@@ -70,10 +70,14 @@ def clip_by_value_(grads: Sequence[Tensor], max_value: float | Tensor) -> Tensor
     if not grads:
         return torch.zeros((), dtype=torch.int64)
     counts: list[Tensor] = []
+    scratch = Scratch()
 
     def clamp_(values: Tensor) -> None:
+        if values.device.type == "cpu":
+            counts.append(torch.tensor(_clamp_on_cpu_(values, float(max_value), scratch), dtype=torch.int64))
+            return
         limit = torch.as_tensor(max_value, dtype=values.dtype, device=values.device)
-        counts.append((values.abs() > limit).sum())
+        counts.append(torch.count_nonzero(values.abs() > limit))
         values.clamp_(min=-limit, max=limit)
 
     for grad in grads:
@@ -198,6 +202,17 @@ class ClipByValue(BaseTreatment):
         outside = clip_by_value_(tensors, limit)
         part.touch()
         return {"applied": outside > 0, "clipped_share": outside / whole, "limit": self.max_value}
+
+
+def _clamp_on_cpu_(values: Tensor, limit: float, scratch: Scratch) -> int:
+    """Clamp in place and return how many were outside: several times faster than with masks and tensors as bounds."""
+    count = 0
+    for chunk in chunks(values):
+        sizes = torch.abs(chunk, out=scratch.like(chunk))
+        if chunk.numel() and not float(sizes.max()) <= limit:
+            count += int(torch.gt(sizes, limit, out=sizes).sum(dtype=torch.float32))
+            chunk.clamp_(-limit, limit)
+    return count
 
 
 def clip_to_(grads: Gradients, context: Context, limit: float | Tensor) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from ..protocols import Context
 from ._base import BaseTreatment, chosen, read_trigger, where_triggered
 from ._checks import check_number, check_patterns
 from ._optimizer_state import second_moment
-from ._tensors import local_part
+from ._tensors import Scratch, chunks, local_part
 
 if TYPE_CHECKING:
     from ..stats import Gradients
@@ -42,18 +42,43 @@ def spike_clip_(
         threshold: from which a square is a spike.
         limit_scale: to multiply limits by: a loss scale that is still in `grads`; inf leaves them alone.
     """
-    counts = []
+    counts: list[Tensor] = []
+    scratch = Scratch()
     for grad, second in zip(grads, second_moments, strict=True):
-        values = local_part(grad)
-        wide = torch.promote_types(values.dtype, torch.float32)
-        limits = local_part(second).to(wide).mul(threshold).sqrt_()
-        limits = torch.where(limits > 0, limits * limit_scale, torch.inf).to(wide)
-        outside = values.abs() > limits
-        count = outside.sum()
-        counts.append(count)
-        if count.device.type != "cpu" or int(count):
-            values.copy_(torch.where(outside, torch.copysign(limits, values), values))
-    return torch.stack([count.to(counts[0].device) for count in counts]).sum() if counts else torch.zeros(())
+        values, moments = local_part(grad), local_part(second)
+        on_cpu = values.device.type == "cpu"
+        if on_cpu and values.stride() == moments.stride():
+            parts = list(zip(chunks(values), chunks(moments), strict=True))
+        else:
+            parts = [(values, moments)]
+        for value, moment in parts:
+            if not on_cpu or _may_have_spike(value, moment, threshold, float(limit_scale), scratch):
+                counts.append(_clip_(value, moment, threshold, limit_scale))
+    if not counts:
+        return torch.zeros((), dtype=torch.int64)
+    return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+
+
+def _may_have_spike(values: Tensor, moments: Tensor, threshold: float, scale: float, scratch: Scratch) -> bool:
+    """Return whether any element may be above its limit: three cheap passes, where `_clip_` takes many dear ones."""
+    if not values.numel() or values.dtype != moments.dtype or values.dtype.itemsize < 4:
+        return bool(values.numel())
+    squares = torch.mul(values, values, out=scratch.like(values))
+    # Not `> 0`: nan must not pass for "none".
+    return not float(squares.sub_(moments, alpha=threshold * scale**2).max()) <= 0
+
+
+def _clip_(values: Tensor, moments: Tensor, threshold: float, scale: float | Tensor) -> Tensor:
+    wide = _wide(values)
+    limits = moments.to(wide).mul(threshold).sqrt_()
+    limits = torch.where(limits > 0, limits * scale, torch.inf).to(wide)
+    outside = values.abs() > limits
+    values.copy_(torch.where(outside, torch.copysign(limits, values), values))
+    return torch.count_nonzero(outside)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,31 @@ from torch import Tensor
 from ..errors import GradwatchError
 from ..stats._scaling import scale_
 
-__all__ = ["as_dtensor", "local_part", "on_values_", "scale_"]
+__all__ = ["Scratch", "as_dtensor", "chunks", "local_part", "on_values_", "scale_"]
+
+
+_CHUNK = 1 << 17
+
+
+class Scratch:
+    """One buffer for the temporaries of many chunks: fresh memory costs more than the arithmetic in it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def like(self, chunk: Tensor) -> Tensor:
+        """Return a tensor of the chunk's shape and type, its contents undefined."""
+        buffer = self._buffers.get(chunk.dtype)
+        if buffer is None or len(buffer) < chunk.numel():
+            buffer = self._buffers[chunk.dtype] = torch.empty(max(_CHUNK, chunk.numel()), dtype=chunk.dtype)
+        return buffer[: chunk.numel()].view(chunk.shape)
+
+
+def chunks(values: Tensor) -> Sequence[Tensor]:
+    """Return views of CPU values so small that what is computed of them stays in the cache; else the values."""
+    if values.numel() <= _CHUNK or not values.is_contiguous():
+        return (values,)
+    return values.view(-1).split(_CHUNK)
 
 
 @torch.no_grad()

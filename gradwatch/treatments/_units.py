@@ -13,7 +13,16 @@ from ..errors import GradwatchError
 from ._base import clean_path
 from ._tensors import as_dtensor, local_part
 
-__all__ = ["UnitLayout", "head_paths", "num_unit_elements", "unit_layouts", "unit_norms", "unit_sums", "unit_view"]
+__all__ = [
+    "FIRST_AXIS",
+    "UnitLayout",
+    "head_paths",
+    "num_unit_elements",
+    "unit_layouts",
+    "unit_norms",
+    "unit_sums",
+    "unit_view",
+]
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,10 @@ class UnitLayout:
     groups: int = 1
 
 
-_FIRST_AXIS = UnitLayout()
+FIRST_AXIS = UnitLayout()
+"""Where they lie in all layers that come with torch but transposed convolutions."""
+# Dimensions inside a unit on the first axis, by the number of dimensions.
+_INSIDE = [tuple(range(1, ndim)) for ndim in range(65)]
 
 
 def unit_layouts(model: nn.Module) -> dict[str, UnitLayout]:
@@ -72,11 +84,13 @@ def unit_view(tensor: Tensor, layout: UnitLayout) -> tuple[Tensor, tuple[int, ..
 
 
 @torch.no_grad()
-def unit_norms(tensor: Tensor, layout: UnitLayout = _FIRST_AXIS) -> Tensor:
+def unit_norms(tensor: Tensor, layout: UnitLayout = FIRST_AXIS) -> Tensor:
     """Return the L2 norm of each output unit, whole also where ranks hold pieces of a unit.
 
     At least float32, in a shape that broadcasts against `unit_view`. Reads nothing back.
     """
+    if layout is FIRST_AXIS and as_dtensor(tensor) is None:
+        return torch.linalg.vector_norm(tensor, dim=_INSIDE[tensor.ndim], keepdim=True, dtype=_wide(tensor.dtype))
     view, inside = unit_view(tensor, layout)
     norms = torch.linalg.vector_norm(view, dim=inside, keepdim=True, dtype=_wide(view.dtype))
     groups = _groups_inside(tensor, layout)
@@ -89,7 +103,7 @@ def unit_norms(tensor: Tensor, layout: UnitLayout = _FIRST_AXIS) -> Tensor:
 
 
 @torch.no_grad()
-def unit_sums(tensor: Tensor, layout: UnitLayout = _FIRST_AXIS) -> Tensor:
+def unit_sums(tensor: Tensor, layout: UnitLayout = FIRST_AXIS) -> Tensor:
     """Return the sum of each output unit's elements, as `unit_norms` does norms."""
     view, inside = unit_view(tensor, layout)
     sums = view.sum(dim=inside, keepdim=True, dtype=_wide(view.dtype))
@@ -98,7 +112,7 @@ def unit_sums(tensor: Tensor, layout: UnitLayout = _FIRST_AXIS) -> Tensor:
     return sums
 
 
-def num_unit_elements(tensor: Tensor, layout: UnitLayout = _FIRST_AXIS) -> int:
+def num_unit_elements(tensor: Tensor, layout: UnitLayout = FIRST_AXIS) -> int:
     """Return the number of elements of each output unit, of the whole tensor."""
     return tensor.numel() // max(tensor.shape[layout.axis] * layout.groups, 1)
 
