@@ -21,8 +21,8 @@ class Exploding(Rule):
     z is robust and on the log: (log norm - median) / (1.4826 MAD) over the last `window` accepted norms. The present,
     a suspicious or a non-finite norm is never in the window. Both conditions must hold: z sees the noise of the run,
     the ratio the size of the jump; twice running each jump must be sqrt(`ratio`). In a run whose norm is noisy z
-    alone would let a thousandfold spike pass, so a norm `ceiling` times the level counts as `z`. A norm that is still
-    below the level of the run's first steps is not an explosion: late in training norms are small and jump about.
+    alone would let a thousandfold spike pass, so a norm `ceiling` times the level counts as `z`. A norm that the
+    run's first steps had as well is not an explosion: late in training norms are small and jump about.
 
     With `paths`, the norm of those parameters together. The incident names the paths that left their own level
     (running mean of the log), the first of them in backward order.
@@ -70,7 +70,7 @@ class Exploding(Rule):
         self._require("patience", self.patience >= 2, 2)
 
     def init(self) -> State:
-        return {"window": (), "rejected": (), "first": (), "suspicious": False, "per_path": {}}
+        return {"window": (), "rejected": (), "first": (), "suspicious": None, "again": False, "per_path": {}}
 
     def limit(self, state: State) -> float | None:
         """Return the norm above which one is not accepted as usual (and, a second time running, fires)."""
@@ -89,10 +89,10 @@ class Exploding(Rule):
         suspicious, alarm = self._bars(state)
         if not log_norm > suspicious:
             return self.clear(record), self._accept(record, state, log_norm)
-        fires = log_norm > alarm or state["suspicious"]
-        limit = math.exp(suspicious if state["suspicious"] else alarm)
+        fires = log_norm > alarm or state["again"]
+        limit = math.exp(suspicious if state["again"] else alarm)
         findings = self._findings(record, state, norm, limit) if fires else self.clear(record)
-        return findings, self._reject(record, state, log_norm)
+        return findings, self._reject(record, state, log_norm, fires)
 
     def _norm(self, record: StepRecord) -> float:
         if self.paths == ("*",):
@@ -106,27 +106,41 @@ class Exploding(Rule):
     def _bars(self, state: State) -> tuple[float, float]:
         """Return the log norms above which one is suspicious, and flagged at once."""
         center, sigma, count = level(state["window"], self.sigma_floor)
+        lately = level(state["window"][-32:], self.sigma_floor).sigma
+        # Twice: more than the uncertainty of so short a window.
+        sigma = lately if lately > 2 * sigma else sigma
         # A cold window knows little of the noise.
         caution = 5.0 if count < min(64, self.window) else 1.0
         ratio = math.log(caution * self.ratio)
-        early = median(state["first"])
+        # The third largest of the first twenty: one odd step at the start does not count.
+        early = sorted(state["first"])[-3] if len(state["first"]) > 2 else -math.inf
         suspicious = max(self.z_again * sigma, ratio / 2)
         alarm = max(min(self.z * sigma, math.log(caution * self.ceiling)), self.z_again * sigma, ratio)
         return max(center + suspicious, early), max(center + alarm, early)
 
     def _accept(self, record: StepRecord, state: State, log_norm: float) -> State:
-        window = push(state["window"], log_norm, self.window)
+        window = state["window"]
+        if state["suspicious"] is not None:
+            window = push(window, state["suspicious"], self.window)
+        window = push(window, log_norm, self.window)
         first = state["first"] if len(state["first"]) >= 20 else (*state["first"], log_norm)
         levels = self._levels(record, state)
-        return {"window": window, "rejected": (), "first": first, "suspicious": False, "per_path": levels}
+        return {
+            "window": window,
+            "rejected": (),
+            "first": first,
+            "suspicious": None,
+            "again": False,
+            "per_path": levels,
+        }
 
-    def _reject(self, record: StepRecord, state: State, log_norm: float) -> State:
+    def _reject(self, record: StepRecord, state: State, log_norm: float, fires: bool) -> State:
         rejected: Window = (*state["rejected"], log_norm)
         if len(rejected) >= self.patience:
             # A level that stays is the level: the data or the objective changed.
             levels = self._levels(record, state, decay=0.0)
-            return {**state, "window": rejected, "rejected": (), "suspicious": False, "per_path": levels}
-        return {**state, "rejected": rejected, "suspicious": True}
+            return {**self.init(), "window": rejected, "first": state["first"], "per_path": levels}
+        return {**state, "rejected": rejected, "suspicious": None if fires else log_norm, "again": True}
 
     def _levels(self, record: StepRecord, state: State, decay: float = 0.95) -> dict[str, Floats]:
         column = record.columns.get("grad_norm")

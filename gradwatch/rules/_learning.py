@@ -17,8 +17,9 @@ class NotLearning(Rule):
     """Flags a loss that has not fallen: first level minus the median of the last fifth is below `share` of the first.
 
     Judged when `start` losses were seen, then every `every`, and at the end of a run of 100 losses or more: deep nets
-    may lie on a plateau for their first hundreds of steps. Works for negative losses. Of all single rules the one with
-    the best record on published faulty programs.
+    may lie on a plateau for their first hundreds of steps. Not flagged where the lower quartile of the last fifth is
+    30 % below the least of the first losses: then outliers hide what was learned. Works for negative losses. Of all
+    single rules the one with the best record on published faulty programs.
 
     Args:
         share: of the first level by which the loss must have fallen.
@@ -59,9 +60,12 @@ class NotLearning(Rule):
         if not (due or (ending and loss.seen >= 100)):
             return self.unjudged(record, f"judged at {self.start} losses and every {self.every} after"), state
         kept = state["kept"]
-        now = median(kept[-max(5, len(kept) // 5) :])
+        recent = sorted(kept[-max(5, len(kept) // 5) :])
+        now, easy, easiest = median(tuple(recent)), recent[len(recent) // 4], min(loss.first)
         limit = loss.start - self.share * abs(loss.start)
-        return self.whole(record, now > limit, now, limit, f"loss {now:.4g}, it began at {loss.start:.4g}"), state
+        # Where half of the batches hold an outlier the median says little, and the easy batches say much.
+        stuck = now > limit and easy > easiest - 0.3 * abs(easiest)
+        return self.whole(record, stuck, now, limit, f"loss {now:.4g}, it began at {loss.start:.4g}"), state
 
 
 class ConstantOutput(Rule):

@@ -87,17 +87,17 @@ class LossSpike(Rule):
 class Diverging(Rule):
     """Flags a loss on its way up, or down without bound.
 
-    Up: the median of its last `span` values lies above that median's own minimum by more than the minimum's size, and
-    above the first level by more than half of that. Both are differences, so negative losses work, and a median, so
-    that single outliers don't count. Down: a loss whose
-    targets are classes (indices, or rows that sum to 1) has fallen below -10 times its first level or -10: no
-    cross-entropy does that, so its sign is wrong.
+    Up: the lower quartile of its last `span` values lies above its own minimum by more than the minimum's size, and
+    above the first level by more than half of that. Both are differences, so negative losses work, and a quartile:
+    when training diverges even the easy batches get worse, and outliers don't count. Down: a loss whose targets are
+    classes (indices, or rows that sum to 1) has fallen below -10 times its first level or -10: no cross-entropy does
+    that, so its sign is wrong.
 
     Args:
-        span: losses the median is of.
+        span: losses the quartile is of.
     """
 
-    span: int = 15
+    span: int = 20
     severity: str = "critical"
     for_steps: int = 20
     advice: str = (
@@ -118,7 +118,7 @@ class Diverging(Rule):
         if not math.isfinite(record.loss):
             return self.unjudged(record, "no finite loss was given"), state
         loss = progress(Progress(*state["loss"]), record.loss)
-        now = median(loss.recent[-self.span :])
+        now = sorted(loss.recent[-self.span :])[min(self.span, len(loss.recent)) // 4]
         least = min(state["least"], now) if loss.seen >= self.span else math.inf
         classes = state["classes"] or _has_class_targets(record)
         state = {"loss": tuple(loss), "least": least, "classes": classes}

@@ -26,8 +26,8 @@ class OutputRange(Rule):
     """Flags outputs that can't reach the targets: the last activation's range leaves targets out, or every output lies
     beyond every target.
 
-    The range is that of the last module in forward order, where outputs keep to it, or else of outputs that press
-    against 0, 1 or -1. Targets must lie outside by more than 2 % of their own range. Class indices have no range, and
+    Scores of classes that a last ReLU cuts off at zero count too. The range is that of the last module in forward
+    order, where outputs keep to it, or else of outputs that press against 0, 1 or -1. Targets must lie outside by more than 2 % of their own range. Class indices have no range, and
     targets of 0 and 1 alone may stand against logits.
 
     Args:
@@ -50,6 +50,9 @@ class OutputRange(Rule):
         return {"out": None, "target": None, "binary": True, "seen": 0}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        if _is_cut(record):
+            text = "the last module is a ReLU: scores of classes are cut off at zero"
+            return self.whole(record, True, 0.0, 0.0, text), state
         found = _ranges(record)
         if found is None:
             return self.unjudged(record, "outputs or targets are not known, or targets are classes"), state
@@ -73,6 +76,24 @@ class OutputRange(Rule):
         return self.whole(record, late and beyond, low, target[1], text), state
 
 
+def _is_cut(record: StepRecord) -> bool:
+    """Return whether class scores come out of a ReLU."""
+    scalars = record.scalars
+    sums = scalars.get("target_row_sum_min", math.nan), scalars.get("target_row_sum_max", math.nan)
+    one_label = abs(sums[0] - 1) < 1e-3 and abs(sums[1] - 1) < 1e-3 and scalars.get("target_min", -1) >= 0
+    classes = scalars.get("num_classes", 0.0) > 1 or one_label
+    return classes and scalars.get("output_min", math.nan) == 0 and _last_types(record.index) == {"ReLU"}
+
+
+def _last_types(index: Index) -> set[str]:
+    """Return the types of the modules that come last in forward order."""
+    modules = index.is_module
+    if not modules.any():
+        return set()
+    last = int(index.depth[modules].max())
+    return {t for t, d, m in zip(index.types, index.depth.tolist(), modules.tolist(), strict=True) if m and d == last}
+
+
 def _ranges(record: StepRecord) -> tuple[float, float, float, float] | None:
     scalars = record.scalars
     names = ("output_min", "output_max", "target_min", "target_max")
@@ -88,9 +109,7 @@ def _union(past: tuple[float, float] | None, now: tuple[float, float]) -> tuple[
 
 def _bounds(index: Index, out: tuple[float, float]) -> tuple[float, float]:
     """Return the range that outputs can't leave, as far as can be told."""
-    last = int(index.depth.argmax()) if len(index) else -1
-    types = {t for t, d in zip(index.types, index.depth, strict=True) if d == index.depth[last]} if last >= 0 else set()
-    for name in types & set(_RANGES):
+    for name in _last_types(index) & set(_RANGES):
         low, high = _RANGES[name]
         if low - 1e-6 <= out[0] and out[1] <= high + 1e-6:
             return low, high

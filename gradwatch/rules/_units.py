@@ -160,15 +160,15 @@ class SymmetricUnits(Rule):
     severity: str = "critical"
     advice: str = "Start the weights at random (He or Xavier); constants make all units of a layer learn the same."
 
-    needs = frozenset({"row_spread"})
+    needs = frozenset({"row_spread", "param_norm"})
     low_is_worse = True
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
-        if "row_spread" not in record.columns:
+        if "row_spread" not in record.columns or "param_norm" not in record.columns:
             return self.unjudged(record, "judged at the first step only"), state
         spread = record.columns["row_spread"]
         judged = select(record.index, self.paths, min_ndim=2) & record.measured("row_spread") & np.isfinite(spread)
-        alike = judged & (spread < self.spread)
+        alike = judged & (spread < self.spread) & (record.columns["param_norm"] > 0)
         enough = alike.sum() >= max(2, judged.sum() / 2)
         true = alike if enough else np.zeros_like(alike)
         return self.over(record, true, judged, spread, self.spread, "all rows of the weight are equal"), state
