@@ -159,10 +159,16 @@ class Raising(Rule):
 def test_a_rule_that_raises_is_one_warning_and_the_run_goes_on() -> None:
     model = net()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    with Watch(model, optimizer, rules=[Raising(), Exploding()]) as watch, pytest.warns(GradwatchWarning) as caught:
+    watch = Watch(model, optimizer, rules=[Raising(), Exploding()])
+
+    def train() -> None:
         for x, y in batches(5):
             (model(x) - y).square().mean().backward()
             watch.step()
+        watch.close()
+
+    with pytest.warns(GradwatchWarning) as caught:
+        train()
     assert len([w for w in caught if "raising" in str(w.message)]) == 1
     assert len(watch.history) == 5
 
@@ -239,7 +245,7 @@ def test_bad_input_is_an_error_at_construction_with_the_nearest_names() -> None:
         ({"evry": 2}, "Did you mean 'every'"),
     ]
     for options, message in wrong:
-        with pytest.raises(ValueError, match=".") as caught:
+        with pytest.raises(ValueError, match=r".") as caught:
             Watch(model, optimizer, **options)
         assert message in str(caught.value)
     assert not optimizer._optimizer_step_pre_hooks
