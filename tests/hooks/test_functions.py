@@ -11,7 +11,14 @@ from gradwatch.hooks import HookManager, Intervention, Observer
 
 from .conftest import num_torch_hooks
 
-PORTS = ["head:input", "head:output", "head:grad_output", "head:grad_input", "head.weight:grad", "head.weight:accumulated_grad"]
+PORTS = [
+    "head:input",
+    "head:output",
+    "head:grad_output",
+    "head:grad_input",
+    "head.weight:grad",
+    "head.weight:accumulated_grad",
+]
 
 
 def gradients(net, x):
