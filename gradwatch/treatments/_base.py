@@ -34,10 +34,13 @@ class BaseTreatment:
             units and tensors (40), clips of the whole gradient (50), noise (60).
         at: what is changed: `"grad"`, gradients of parameters before the optimizer step, or `"grad_output"`, error
             signals of modules inside backward (then `install` puts the hooks on a model).
+        learns: keeps statistics of the steps it sees: behind a rule it wants to be applied at every step, with a False
+            trigger where the rule did not fire.
         needs_host: works only where its trigger can be read: the engine must wait for the rule's verdict.
     """
 
     order: ClassVar[int] = 50
+    learns: ClassVar[bool] = False
     needs_host: ClassVar[bool] = False
     at: str = "grad"
     paths: str | Sequence[str] = "*"

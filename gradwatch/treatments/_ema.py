@@ -79,6 +79,7 @@ class EmaClip(BaseTreatment):
     paths: str | Sequence[str] = field(default="*", kw_only=True)
     _memory: _Rows = field(default_factory=lambda: _Rows(), init=False, repr=False)
     order: ClassVar[int] = 41
+    learns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number(self, "ratio", self.ratio, above=0)

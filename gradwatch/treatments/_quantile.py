@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class QuantileClip(BaseTreatment):
     window: int = 1000
     paths: str | Sequence[str] = field(default="*", kw_only=True)
     _memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    learns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number(self, "q", self.q, at_least=0, at_most=1)

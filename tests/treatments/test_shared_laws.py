@@ -142,6 +142,22 @@ def test_a_state_that_was_handed_out_is_a_copy(name: str) -> None:
             assert state[key] == value
 
 
+@pytest.mark.parametrize("name", [n for n in SETTINGS if TREATMENTS[n].learns])
+def test_treatments_that_learn_learn_from_steps_at_which_the_rule_did_not_fire(name: str) -> None:
+    waiting, always = make(name), make(name)
+    norms = [0.5, 0.55, 0.45, 0.5, 0.52]
+    for step, norm in enumerate(norms):
+        waiting.apply_(gradients([norm]), Step(step=step, rule="exploding", trigger=False))
+        always.apply_(gradients([norm]), Step(step=step))
+    left = []
+    for treatment in (waiting, always):
+        grads = gradients([40.0])
+        treatment.apply_(grads, Step(step=5, rule="exploding"))
+        left.append(float(grads.grads[0]))
+    assert left[0] == pytest.approx(left[1], rel=0.1)
+    assert left[0] < 1
+
+
 @pytest.mark.parametrize("trigger", [False, torch.tensor(False)], ids=["host", "device"])
 @pytest.mark.parametrize("name", MINE)
 def test_where_the_rule_did_not_fire_no_bit_changes(name: str, trigger) -> None:
