@@ -17,7 +17,7 @@ from ..stats import Gradients, UpdateMeter, exponent_histograms, gradient_detail
 from ._options import MeasureOptions, is_due
 from ._paths import Watched, clean_path, signature, watched
 
-__all__ = ["Meter", "detach_scalar"]
+__all__ = ["Meter", "constant", "detach_scalar"]
 
 
 class Meter:
@@ -211,7 +211,12 @@ def detach_scalar(value: Any, device: torch.device) -> Tensor:
     """Return a loss given as a tensor or a number as a 0-dim float64 tensor."""
     if isinstance(value, Tensor):
         return value.detach().to(torch.float64).mean()
-    return torch.tensor(float(value), dtype=torch.float64, device=device)
+    return constant(value, device)
+
+
+def constant(value: float, device: torch.device) -> Tensor:
+    """Return a number as a 0-dim float64 tensor; `torch.tensor` would wait for the device."""
+    return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
 def _mark(p: Tensor) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from ..stats import Gradients
 from ._batch import batch_scalars, num_samples
 from ._draft import Draft, StepInputs
 from ._guard import Guard
-from ._meter import Meter, detach_scalar
+from ._meter import Meter, constant, detach_scalar
 from ._options import is_due
 from ._ranks import combine
 from ._transfer import Transfer
@@ -36,7 +36,7 @@ class Observer:
         sampled, output = self.meter.armed, self.meter.take_output()
         tap, scalars = None, None
         samples = inputs.num_samples or num_samples(inputs.batch)
-        sums = {"samples": torch.tensor(float(samples), dtype=torch.float64, device=device)}
+        sums = {"samples": constant(samples, device)}
         maxima: dict[str, Tensor] = {}
         if inputs.losses:
             losses = torch.stack([detach_scalar(x, device).to(device) for x in inputs.losses])

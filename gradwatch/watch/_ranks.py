@@ -64,13 +64,12 @@ def combine(
     if world_size() == 1:
         return dict(scalars or {})
     if scalars is not None:
-        zero, low = torch.zeros((), dtype=torch.float64, device=device), float("-inf")
-        known = {n: torch.as_tensor(scalars.get(n, 0.0), dtype=torch.float64, device=device) for n in _MEANS}
-        sums["#values"] = torch.stack([known[n] for n in _MEANS])
-        sums["#present"] = torch.stack([zero + float(n in scalars) for n in _MEANS])
-        sums["#has_max"] = torch.stack([zero + float(n in scalars) for n in (*_MAXIMA, *_MINIMA)])
-        top = [torch.as_tensor(scalars.get(n, low), dtype=torch.float64, device=device) for n in _MAXIMA]
-        bottom = [-torch.as_tensor(scalars.get(n, -low), dtype=torch.float64, device=device) for n in _MINIMA]
+        low = float("-inf")
+        sums["#values"] = torch.stack([_on(scalars.get(n, 0.0), device) for n in _MEANS])
+        sums["#present"] = torch.stack([_on(float(n in scalars), device) for n in _MEANS])
+        sums["#has_max"] = torch.stack([_on(float(n in scalars), device) for n in (*_MAXIMA, *_MINIMA)])
+        top = [_on(scalars.get(n, low), device) for n in _MAXIMA]
+        bottom = [-_on(scalars.get(n, -low), device) for n in _MINIMA]
         maxima["#extremes"] = torch.stack([*top, *bottom])
     _reduce(sums, reduce_sum_, device)
     if maxima:
@@ -86,6 +85,12 @@ def combine(
     result |= {n: extremes[i] for i, n in enumerate(_MAXIMA)}
     result |= {n: -extremes[len(_MAXIMA) + i] for i, n in enumerate(_MINIMA)}
     return result
+
+
+def _on(value: Tensor | float, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _reduce(parts: dict[str, Tensor], reduce: object, device: torch.device) -> None:
