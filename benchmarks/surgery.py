@@ -2,8 +2,7 @@
 
 Arms are surgery with one ordinary backward, with the probes combined directly, with Gramians of the last shared layer
 and of the shared features, and torchjd's `mtl_backward`; on 2 and 8 tasks, at about 1 M and 10 M shared parameters,
-batch 64, one thread. All arms take turns step by step, so that the ratios of one round cancel most of the noise of a
-shared machine.
+batch 64, one thread. All arms take turns step by step.
 
 ```
 python benchmarks/surgery.py            # some two minutes
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,19 +75,15 @@ def make(arm: str, width: int, tasks: int) -> Callable[[], None]:
 
 
 def race(width: int, tasks: int, rounds: int) -> dict[str, float]:
-    """Return the median over rounds of each arm's CPU time over the plain sum's."""
+    """Return each arm's least CPU time of a step over the plain sum's: neighbours on a machine only add."""
     steps = {arm: make(arm, width, tasks) for arm in ARMS}
-    ratios: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for turn in range(rounds + 2):
-        taken = {}
+    taken: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for _ in range(rounds + 1):
         for arm, step in steps.items():
             start = time.process_time()
             step()
-            taken[arm] = time.process_time() - start
-        if turn >= 2:
-            for arm in ARMS:
-                ratios[arm].append(taken[arm] / taken["plain sum"])
-    return {arm: statistics.median(values) for arm, values in ratios.items()}
+            taken[arm].append(time.process_time() - start)
+    return {arm: min(times[1:]) / min(taken["plain sum"][1:]) for arm, times in taken.items()}
 
 
 def memory_line(name: str) -> float:
@@ -100,12 +94,11 @@ def memory_line(name: str) -> float:
 
 
 def peak(arm: str, width: int, tasks: int) -> float:
-    """Return MiB of resident memory at the peak of a step above what the model and its gradients hold before it."""
+    """Return the MiB of resident memory that a first step needs at its peak beside the model, gradients included."""
+    make("plain sum", 8, tasks)()
+    if arm == "torchjd":
+        make(arm, 8, tasks)()
     step = make(arm, width, tasks)
-    make_room = make("plain sum", width, tasks)
-    make_room()
-    del make_room
-    step()
     before = memory_line("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     step()
@@ -122,14 +115,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, 1 thread, batch {BATCH}; time as a multiple of the plain sum's, extra peak MiB")
+    print(f"torch {torch.__version__}, 1 thread, batch {BATCH}; time as a multiple of the plain sum's, peak of a step")
     print(f"{'shared':>7} {'tasks':>5}  " + "  ".join(f"{arm:>16}" for arm in ARMS))
     missed = []
     for size, width in WIDTHS.items():
         for tasks in (2, 8):
-            extra = {arm: in_a_process(arm, width, tasks) for arm in ARMS}
+            peaks = {arm: in_a_process(arm, width, tasks) for arm in ARMS}
             ratios = race(width, tasks, rounds if size == "1 M" or tasks == 2 else max(3, rounds // 3))
-            cells = [f"{ratios[arm]:5.2f} {extra[arm]:6.0f} MiB" for arm in ARMS]
+            cells = [f"{ratios[arm]:5.2f} {peaks[arm]:6.0f} MiB" for arm in ARMS]
             print(f"{size:>7} {tasks:>5}  " + "  ".join(f"{cell:>16}" for cell in cells), flush=True)
             for arm, ratio in ratios.items():
                 limit = LIMITS.get((arm, tasks), float("inf"))

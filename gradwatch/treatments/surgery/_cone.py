@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ._solvers import barrier_newton_cagrad, golden_section, solve_lcp
+from ._solvers import barrier_newton_cagrad, solve_lcp
 
 __all__ = ["cagrad", "dualproj", "mgda", "upgrad"]
 
@@ -83,14 +84,20 @@ def cagrad(gramian: Tensor, *, c: float = 0.5, rescale: str = "none") -> Tensor:
 
 
 def _cagrad_pair(G: Tensor, phi: float) -> Tensor:
+    """Return the minimiser (x, 1 - x) of x p + (1 - x) q + phi |x g1 + (1 - x) g2| in closed form.
+
+    The derivative's root solves a quadratic in the slope u of the squared length.
+    """
     (a, m), (_, d) = G.tolist()
-    first, second = (a + m) / 2, (m + d) / 2
-
-    def objective(x: float) -> float:
-        square = x * x * a + 2 * x * (1 - x) * m + (1 - x) ** 2 * d
-        return x * first + (1 - x) * second + phi * max(square, 0.0) ** 0.5
-
-    x = golden_section(objective)
+    rise = (a - d) / 2
+    alpha, beta = a - 2 * m + d, 2 * (m - d)
+    spare = phi * phi - rise * rise / alpha if alpha > 0 else -1.0
+    if spare > 0:
+        delta = max(4 * alpha * d - beta * beta, 0.0)
+        u = -math.copysign(math.sqrt(rise * rise * delta / (alpha * spare)), rise)
+        x = min(1.0, max(0.0, (u - beta) / (2 * alpha)))
+    else:
+        x = 0.5 if rise == 0 else float(rise < 0)
     return torch.tensor([x, 1 - x], dtype=G.dtype)
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["barrier_newton_cagrad", "fair_newton", "golden_section", "solve_lcp"]
-
-_GOLDEN = (5**0.5 - 1) / 2
+__all__ = ["barrier_newton_cagrad", "fair_newton", "solve_lcp"]
 
 
 def solve_lcp(A: Tensor, q_BK: Tensor, *, max_iterations: int = 200) -> Tensor:
@@ -86,25 +84,6 @@ def fair_newton(
             break
         a = a + step * direction
     return a
-
-
-def golden_section(objective_at: object, *, iterations: int = 70) -> float:
-    """Return the x in [0, 1] at which a convex function of one number is least."""
-    f = objective_at
-    assert callable(f)
-    low, high = 0.0, 1.0
-    left, right = high - _GOLDEN, low + _GOLDEN
-    at_left, at_right = f(left), f(right)
-    for _ in range(iterations):
-        if at_left <= at_right:
-            high, right, at_right = right, left, at_left
-            left = high - _GOLDEN * (high - low)
-            at_left = f(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + _GOLDEN * (high - low)
-            at_right = f(right)
-    return (low + high) / 2
 
 
 def barrier_newton_cagrad(G: Tensor, phi: float, *, end: float = 1e-12) -> Tensor:
