@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ._details import GradientDetails, gradient_details
+from ._device import kernel_backends
 from ._exponents import exponent_histograms
 from ._gradients import Gradients
+from ._measure import GradientMeasures, measure_gradients
 from ._moments import MOMENTS, moments
 from ._norms import global_norm, second_look, tensor_norms
 from ._shards import Shards, reduce_max_, reduce_sum_
@@ -15,6 +17,7 @@ from ._updates import UpdateMeter, UpdateStats
 __all__ = [
     "MOMENTS",
     "GradientDetails",
+    "GradientMeasures",
     "Gradients",
     "Shards",
     "UpdateMeter",
@@ -24,6 +27,8 @@ __all__ = [
     "global_norm",
     "gradient_details",
     "gramian",
+    "kernel_backends",
+    "measure_gradients",
     "moments",
     "reduce_max_",
     "reduce_sum_",

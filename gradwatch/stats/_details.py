@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._counting import num_nonzero
+from ._device import scanned
 from ._native import native
 from ._norms import wide_dtype
 from ._shards import Shards, by_dtype
@@ -65,6 +66,8 @@ def local_details(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return torch.zeros(0, 2, dtype=torch.float64), torch.zeros(0, 1, dtype=torch.float64)
     if pieces[0].device.type == "cpu":
         table = _on_cpu(pieces)
+    elif len(by_dtype(pieces)) == 1 and (found := scanned(pieces, histograms=False)):
+        table = found[0][:, 2:]
     else:
         wide = wide_dtype(pieces[0].device)
         table = torch.stack([_anywhere(piece, wide) for piece in pieces])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._device import scanned
 from ._native import native
 from ._shards import Shards, by_dtype
 
@@ -39,6 +40,8 @@ def local_histograms(pieces: Sequence[Tensor]) -> Tensor:
     """Return exponent histograms of contiguous local pieces, int64, shape (n, 512)."""
     if not pieces:
         return torch.zeros(0, NUM_BINS, dtype=torch.int64)
+    if len(by_dtype(pieces)) == 1 and (found := scanned(pieces, histograms=True)) and found[1] is not None:
+        return found[1]
     counts = torch.zeros(len(pieces), NUM_BINS, dtype=torch.int64, device=pieces[0].device)
     if pieces[0].device.type == "cpu":
         for positions in by_dtype(pieces):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..records import select_paths
+from ._measure import GradientMeasures, measure_gradients
 from ._norms import global_norm, tensor_norms
 from ._scaling import scale_
 from ._shards import index_on
@@ -117,6 +119,17 @@ class Gradients:
     def global_norm(self) -> Tensor:
         """The norm of all of them seen as one vector, free of `grad_scale`; 0-dim, float64."""
         return global_norm(self.norms)
+
+    def measure(self, *, histograms: bool = False) -> GradientMeasures:
+        """Return details, and histograms if asked for, with the norms from the same read, which `norms` gives from
+        then on. Norms and maxima are free of `grad_scale`; histograms are of `.grad` as it is."""
+        found = measure_gradients(self.grads, histograms=histograms)
+        scale = self._shared.grad_scale
+        if isinstance(scale, Tensor) or scale != 1:
+            found = replace(found, norms=found.norms / scale, maxima=found.maxima / scale)
+        if len(self) == len(self._shared.params):
+            self._shared.norms = found.norms
+        return found
 
     def select(self, patterns: str | Sequence[str]) -> Gradients:
         """Return those whose path matches any of the globs, as a view: what changes through it shows in this

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._counting import num_nonzero
+from ._device import scanned
 from ._native import Native, native
 from ._norms import local_norms, wide_dtype
 
@@ -31,6 +32,8 @@ def moments(piece: Tensor) -> Tensor:
     """
     if piece.device.type == "cpu":
         return torch.tensor(host_moments(piece), dtype=torch.float64)
+    if found := scanned([piece], histograms=False):
+        return found[0][0]
     wide = wide_dtype(piece.device)
     if not piece.numel():
         return torch.zeros(len(MOMENTS), dtype=wide, device=piece.device)
@@ -48,16 +51,19 @@ def extent(piece: Tensor) -> Tensor:
     """
     if piece.device.type == "cpu":
         return torch.tensor(host_extent(piece), dtype=torch.float64)
+    if found := scanned([piece], histograms=False):
+        row = found[0][0]
+        return torch.stack([row[1], row[3], row[4]])
     wide = wide_dtype(piece.device)
     if not piece.numel():
         return torch.zeros(3, dtype=wide, device=piece.device)
     magnitudes = piece.abs()
-    found = [
+    rest = [
         torch.linalg.vector_norm(piece, dtype=torch.promote_types(piece.dtype, wide)).square(),
         (~torch.isfinite(piece)).sum(),
         torch.where(torch.isnan(magnitudes), 0.0, magnitudes).amax(),
     ]
-    return torch.stack([value.to(wide) for value in found])
+    return torch.stack([value.to(wide) for value in rest])
 
 
 def host_moments(piece: Tensor) -> tuple[float, float, float, float, float]:

@@ -21,6 +21,7 @@ from gradwatch.stats import (
     exponent_histograms,
     gradient_details,
     gramian,
+    measure_gradients,
     reduce_max_,
     reduce_sum_,
     row_spread,
@@ -80,6 +81,13 @@ def check(grads: list[Tensor], expected: list[Tensor], num_groups: int) -> None:
         counts = exponent_histograms(grads)
     assert made == ["SUM"] * num_groups, made
     assert torch.equal(counts.sum(dim=1), torch.tensor([g.numel() for g in expected]))
+    with collectives() as made:
+        everything = measure_gradients(grads, histograms=True)
+    assert sorted(made) == ["MAX"] * num_groups + ["SUM"] * num_groups, made
+    torch.testing.assert_close(everything.norms, norms)
+    assert torch.equal(everything.sums, details.sums)
+    assert torch.equal(everything.maxima, details.maxima)
+    assert torch.equal(everything.histograms, counts)
     # A value on the edge of a bin may round to either side in another order of summation.
     assert (counts - exponent_histograms(expected)).abs().sum() <= 4
 

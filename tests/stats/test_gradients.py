@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradwatch.errors import ConfigError
-from gradwatch.stats import Gradients, tensor_norms
+from gradwatch.stats import Gradients, exponent_histograms, tensor_norms
 
 
 def parameters(*values: float, size: int = 4) -> list[tuple[str, nn.Parameter]]:
@@ -148,3 +148,24 @@ def test_sparse_gradients_are_scaled_in_place() -> None:
 def test_loss_scale_must_be_positive(scale: float) -> None:
     with pytest.raises(ConfigError, match=r"`grad_scale` must be above 0\. Got"):
         Gradients.collect([], grad_scale=scale)
+
+
+@pytest.mark.parametrize("histograms", [False, True])
+def test_measuring_everything_gives_the_norms_too_in_one_go(histograms: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gradwatch.stats._gradients as module
+
+    named = parameters(2.0, 0.0, -4.0)
+    named.append(("half", nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))))
+    named[3][1].grad = torch.tensor([math.inf, 2.0], dtype=torch.bfloat16)
+    grads = Gradients.collect(named, grad_scale=2.0)
+    found = grads.measure(histograms=histograms)
+    assert found.norms.tolist() == [2.0, 0.0, 4.0, math.inf]
+    assert found.maxima.flatten().tolist() == [1.0, 0.0, 2.0, math.inf]
+    assert found.sums.tolist() == [[0.0, 0.0], [4.0, 0.0], [0.0, 0.0], [0.0, 1.0]]
+    if histograms:
+        assert torch.equal(found.histograms, exponent_histograms(grads.grads))
+    else:
+        assert found.histograms is None
+    monkeypatch.setattr(module, "tensor_norms", lambda ts: pytest.fail("measured twice"))
+    assert grads.norms.tolist() == found.norms.tolist()
+    assert Gradients.collect([]).measure(histograms=histograms).norms.shape == (0,)

@@ -12,6 +12,7 @@ from gradwatch.stats import (
     global_norm,
     gradient_details,
     gramian,
+    measure_gradients,
     moments,
     row_spread,
     second_look,
@@ -52,6 +53,7 @@ def measured_update() -> object:
         pytest.param(lambda: second_look(mixed()), id="second_look"),
         pytest.param(lambda: gradient_details(mixed()), id="gradient_details"),
         pytest.param(lambda: exponent_histograms(mixed()), id="exponent_histograms"),
+        pytest.param(lambda: measure_gradients(mixed(), histograms=True), id="measure_gradients"),
         pytest.param(lambda: [moments(t.reshape(-1)) for t in mixed()], id="moments"),
         pytest.param(lambda: [extent(t.reshape(-1)) for t in mixed()], id="extent"),
         pytest.param(lambda: num_beyond(meta(5), 5.0), id="num_beyond"),
@@ -64,6 +66,7 @@ def measured_update() -> object:
         pytest.param(lambda: collection().mul_(meta()), id="Gradients.mul_"),
         pytest.param(lambda: collection().mul_(meta(3)), id="Gradients.mul_-each"),
         pytest.param(lambda: collection().select("1").mul_(0.5).norms, id="Gradients.select"),
+        pytest.param(lambda: collection().measure(histograms=True), id="Gradients.measure"),
         pytest.param(lambda: collection().drop_([1]), id="Gradients.drop_"),
     ],
 )
