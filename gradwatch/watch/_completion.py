@@ -34,6 +34,7 @@ class Completion:
         history: the recent records.
         late_requests: of rules judged after their step; the adapter takes and clears them.
         num_overflows: steps that a loss scaler skipped.
+        num_skipped: steps that were vetoed.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Completion:
         self.history: deque[StepRecord] = deque(maxlen=history)
         self.late_requests: list[Request] = []
         self.num_overflows = 0
+        self.num_skipped = 0
 
     def build(self, draft: Draft, norms: NDArray[np.float64] | None = None) -> StepRecord:
         """Make the record of what was measured before treatment, and count the loss scaler's overflows."""
@@ -105,6 +107,7 @@ class Completion:
         if not was_judged:
             self.build(draft)
             self.note(draft, waited=False)
+        self.num_skipped += int(draft.vetoed)
         record = draft.add_updates()
         judgement = self._judge.judge(record, "late" if was_judged else "all")
         self.history.append(record)

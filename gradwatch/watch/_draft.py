@@ -155,6 +155,8 @@ class Draft:
         assert self.applied is not None
         assert self.treated is not None
         host = self.treated.result()
+        if "veto" in host:
+            self.vetoed = bool(host["veto"])
         self.record = replace(
             self.record,
             treatments=self.applied.reports(host),

@@ -90,7 +90,6 @@ class Engine:
         size = 3 * 8 * max(len(self.meter.watched.index), 1)
         fits = max(16, min(options.history, options.memory_limit_bytes // 4 // size))
         self.completion = Completion(self.judge, self.optimizers, self.guard, on_record, history=fits)
-        self.num_skipped = 0
         self._gates: dict[int, StepGate] = {}
         for o in optimizers:
             self._gate(o)
@@ -220,7 +219,10 @@ class Engine:
         self._report_failures(applied, draft.step)
         self.completion.ask(actions, draft.step, optimizers, decision)
         draft.applied = applied
-        draft.treated = Transfer({**applied.parts(), "global_norm_after": grads.global_norm})
+        parts = {**applied.parts(), "global_norm_after": grads.global_norm}
+        if isinstance(decision.veto, Tensor):
+            parts["veto"] = decision.veto
+        draft.treated = Transfer(parts)
         outcome = self._decide(draft, decision, optimizers, findings)
         self.meter.note_gradients(grads)
         if not outcome.skip and not (draft.record is not None and draft.record.skipped):
@@ -246,12 +248,17 @@ class Engine:
     def _decide(
         self, draft: Draft | None, decision: Decision, optimizers: Sequence[Optimizer], findings: Sequence[Finding]
     ) -> StepOutcome:
+        veto = decision.veto
+        if isinstance(veto, Tensor) and draft is not None and self._can_veto_on_device(draft, optimizers):
+            for o in optimizers:
+                self._gate(o).arm_on_device(veto)
+            return StepOutcome(findings=findings, requests=tuple(decision.requests))
         # A veto that was decided on the device must be known before the step: the one wait that can't be avoided.
-        veto = bool(decision.veto)
+        veto = bool(veto)
         for o in optimizers:
             self._gate(o).arm(veto)
         if veto:
-            self.num_skipped += 1
+            self.completion.num_skipped += int(draft is None)
             if self.buffers is not None:
                 with self.guard("restoring buffers"):
                     self.buffers.restore()
@@ -260,6 +267,11 @@ class Engine:
             draft.vetoed = veto
             record = draft.record and self.completion.note(draft, waited=True)
         return StepOutcome(skip=veto, record=record, findings=findings, requests=tuple(decision.requests))
+
+    def _can_veto_on_device(self, draft: Draft, optimizers: Sequence[Optimizer]) -> bool:
+        # Buffers can't be put back without knowing; a loss scaler sets `found_inf` itself.
+        has_buffers = self.buffers is not None and len(self.buffers) > 0
+        return not has_buffers and not draft.scaler and all(StepGate.can_arm_on_device(o) for o in optimizers)
 
     def _report_failures(self, applied: Applied, step: int) -> None:
         for job, error in applied.failures:
@@ -313,7 +325,7 @@ class Engine:
             "judge": self.judge.state_dict(),
             "treatments": [t.state_dict() for t in (*self.treatments, *self._rule_treatments)],
             "rates": self.rates.state_dict(),
-            "num_skipped": self.num_skipped,
+            "num_skipped": self.completion.num_skipped,
             "num_overflows": self.completion.num_overflows,
         }
 
@@ -329,7 +341,7 @@ class Engine:
                 "afresh. Resume with the same treatments to go on where they were."
             )
         self.rates.load_state_dict(state.get("rates", {}))
-        self.num_skipped = int(state.get("num_skipped", 0))
+        self.completion.num_skipped = int(state.get("num_skipped", 0))
         self.completion.num_overflows = int(state.get("num_overflows", 0))
 
 

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -53,6 +54,7 @@ class StepGate:
         self.optimizer = optimizer
         self._on_stepped = on_stepped
         self._pending: bool | Tensor = False
+        self._found_inf: Tensor | None = None
         self._handles = [
             optimizer.register_step_pre_hook(_Hook(self, "_before")),
             optimizer.register_step_post_hook(_Hook(self, "_after")),
@@ -61,6 +63,19 @@ class StepGate:
     def arm(self, veto: bool | Tensor) -> None:
         """Set whether the next step is vetoed. Call it at every step, so that no old veto outlives its own (O4)."""
         self._pending = veto
+        self._found_inf = None
+
+    def arm_on_device(self, veto: Tensor) -> None:
+        """Let a fused optimizer decide for itself, from a flag on the device: it moves nothing where `found_inf` is
+        set, as it does under a loss scaler. Nobody waits for the flag.
+        """
+        self._pending = False
+        self._found_inf = veto.to(torch.float32).reshape(())
+
+    @staticmethod
+    def can_arm_on_device(optimizer: Optimizer) -> bool:
+        """Whether the optimizer reads `found_inf` in its step: torch's fused ones do (C7)."""
+        return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and not hasattr(optimizer, "found_inf")
 
     @property
     def pending(self) -> bool | Tensor:
@@ -97,7 +112,13 @@ class StepGate:
             for group in self.optimizer.param_groups:
                 for p in group["params"]:
                     p.grad = None
+        if self._found_inf is not None:
+            vars(self.optimizer).update(found_inf=self._found_inf, grad_scale=None)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._found_inf is not None:
+            self._found_inf = None
+            for name in ("found_inf", "grad_scale"):
+                vars(optimizer).pop(name, None)
         if self._on_stepped is not None:
             self._on_stepped(optimizer)

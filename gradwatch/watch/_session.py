@@ -23,6 +23,7 @@ from ._batch import num_samples
 from ._draft import StepInputs
 from ._engine import ALARMS, Engine, StepOutcome
 from ._flight import write_flight
+from ._news import IncidentTarget, news_sink
 from ._paths import clean_path, unwrap
 from ._ranks import is_writer, world_size
 from ._settings import Settings
@@ -48,7 +49,7 @@ class Session:
         run_dir: folder for the run's files, or None.
         log_every: cadence of sinks that do not choose their own.
         say: shows one line to the user.
-        on_incident: the user's own callable; called once when an incident opens, and once when it is over.
+        on_incident: told of incidents, in a thread of its own: a callable, or an http(s) address (see `news_sink`).
         start_step: optimizer steps taken before this run (a resumed one).
     """
 
@@ -62,13 +63,12 @@ class Session:
         run_dir: str | Path | None = None,
         log_every: int = 50,
         say: Callable[[str], None] | None = None,
-        on_incident: Callable[[Incident], None] | None = None,
+        on_incident: IncidentTarget | None = None,
         start_step: int = 0,
     ) -> None:
         self.settings = settings
         self.model = unwrap(model)
         self._say = say or _log.warning
-        self._on_incident = on_incident
         self._num_lines = 0
         self._said: set[tuple[int, str]] = set()
         self._news: dict[tuple[int, str], Incident] = {}
@@ -89,6 +89,8 @@ class Session:
         chosen = list(sinks) if is_writer() else []
         if self.run_dir is not None and is_writer():
             chosen.insert(0, RunFolder(self.run_dir))
+        if on_incident is not None and is_writer():
+            chosen.append(news_sink(on_incident))
         self.sinks = SafeSinks(chosen, log_every=log_every, on_error=settings.options.on_error)
         self.sinks.open(self._meta(start_step))
 
@@ -131,7 +133,7 @@ class Session:
 
     def summary(self) -> str:
         """Return the table of layers and the incidents, as text."""
-        return summarize(self.history, self.incidents, num_skipped=self.engine.num_skipped, notes=self.notes)
+        return summarize(self.history, self.incidents, num_skipped=self.engine.completion.num_skipped, notes=self.notes)
 
     def _record(self, record: StepRecord) -> None:
         self.sinks.push(record)
@@ -152,9 +154,6 @@ class Session:
             self.sinks.incident(incident)
             if key in self._said and not incident.resolved:
                 continue
-            if self._on_incident is not None:
-                with self.engine.guard("`on_incident`"):
-                    self._on_incident(incident)
             if key not in self._said and incident.severity != "info" and is_writer():
                 self._print(incident)
             self._said.add(key)
@@ -250,6 +249,8 @@ class Session:
     ) -> None:
         """Put a note on record, and keep rules silent for a number of steps (a data switch, a new schedule)."""
         self.engine.judge.annotate(text, silence=silence, paths=paths, rules=rules)
+        # With the step: a replay must keep still over the same steps.
+        self.sinks.annotate(text=text, silence=silence, paths=paths, rules=rules)
 
     def state_dict(self) -> dict[str, Any]:
         state = self.engine.state_dict()

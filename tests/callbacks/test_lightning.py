@@ -208,7 +208,7 @@ def test_resume_continues_windows_counters_and_steps(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True)["callbacks"]["gradwatch:gradwatch"]
     _, resumed = fit(4, str(path))
     _, whole = fit(4)
-    assert resumed._session.engine.num_skipped == whole._session.engine.num_skipped == 4
+    assert resumed._session.engine.completion.num_skipped == whole._session.engine.completion.num_skipped == 4
     facts = [[(i.rule, i.first_step, i.last_step, i.count) for i in w.incidents] for w in (resumed, whole)]
     assert facts[0] == facts[1]
     assert [str(r.global_norm) for r in resumed.history] == [str(r.global_norm) for r in whole.history[24:]]

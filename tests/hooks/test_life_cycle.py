@@ -23,7 +23,10 @@ def test_a_hook_fires_once_per_call_with_its_point(net, x):
     hook = HookManager(net).add("head:output", lambda t, p: seen.append((p, t.shape)))
     net(x)
     net(x)
-    assert [repr(p) for p, _ in seen] == ["Point('head:output', call=0, step=0)", "Point('head:output', call=0, step=1)"]
+    assert [repr(p) for p, _ in seen] == [
+        "Point('head:output', call=0, step=0)",
+        "Point('head:output', call=0, step=1)",
+    ]
     assert hook.calls == 2
     assert hook.id == "hook-1"
     assert seen[0][0].module is net.head

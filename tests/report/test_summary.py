@@ -52,6 +52,11 @@ def test_of_what_began_together_the_usual_cause_stands_first():
     ]
 
 
+def test_symptom_stands_behind_a_cause_that_is_found_soon_after():
+    assert story_order(incident("constant_output", 30), incident("vanishing", 148)) == ["vanishing", "constant_output"]
+    assert story_order(incident("constant_output", 30), incident("vanishing", 900)) == ["constant_output", "vanishing"]
+
+
 def test_what_is_only_worth_knowing_comes_last():
     first, last = summarise(
         ReportData(incidents=(incident("act_scale", 0, severity="info"), incident("dead", 50)), num_steps=99)
@@ -78,7 +83,7 @@ def test_incidents_of_one_rule_are_one_story():
 
 
 def test_headline_names_the_first_step_and_the_cause(data):
-    assert summarise(data).headline == "Not healthy. It began at step 240: the gradient exploded."
+    assert summarise(data).headline == "Not healthy since step 240. The likely cause: the gradient exploded."
     assert summarise(data).state == "critical"
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import gradwatch.treatments as treatments
 from gradwatch.errors import ConfigError
 from gradwatch.protocols import Action, Treatment
 from gradwatch.stats import Gradients
-from gradwatch.treatments import ACTIONS, TREATMENTS, sort_treatments
+from gradwatch.treatments import ACTIONS, TREATMENTS, BaseTreatment, sort_treatments
 
 from ._steps import Step, gradients
 
@@ -270,3 +271,25 @@ def test_the_warning_is_true_adam_undoes_a_constant_factor() -> None:
         return weight.detach()
 
     torch.testing.assert_close(train(100.0), train(1.0), rtol=0, atol=5e-6)
+
+
+def test_a_treatment_of_ones_own_takes_ten_lines() -> None:
+    """The example of docs/treatments.md."""
+
+    @dataclass(frozen=True, eq=False)
+    class HalveBiases(BaseTreatment):
+        order = 20
+
+        def apply_(self, grads, context):
+            if context.trigger is False:
+                return None
+            grads.select("*.bias").mul_(0.5)
+            return {"coefficient": 0.5}
+
+    grads = gradients([2.0], [2.0], paths=["a.weight", "a.bias"])
+    treatment = HalveBiases()
+    treatment.apply_(grads, Step())
+    assert [float(g) for g in grads.grads] == [2.0, 1.0]
+    assert isinstance(treatment, Treatment)
+    assert treatment.name == "halve_biases"
+    assert sort_treatments([make("noise"), treatment])[0] is treatment

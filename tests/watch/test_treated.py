@@ -73,7 +73,7 @@ def test_skipping_nan_batches_equals_a_loop_that_drops_those_steps(name: str, ba
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert schedule.get_last_lr() == twin_schedule.get_last_lr()
     assert [r.step for r in watch.history if r.skipped] == list(bad)
-    assert watch.session.engine.num_skipped == len(bad)
+    assert watch.session.engine.completion.num_skipped == len(bad)
 
 
 def test_ten_bad_steps_in_a_row_end_in_a_stop_with_a_clear_error() -> None:
