@@ -114,7 +114,7 @@ class ReportData:
         if run.thinned:
             notes = (*notes, "Columns of some early steps were dropped to keep the run folder below its limit.")
         return cls(
-            name=run.path.name,
+            name=_name(run),
             meta=run.meta,
             index=index,
             tables=columns,
@@ -174,6 +174,12 @@ class ReportData:
             overhead_seconds=_overhead(arrays, overhead_seconds),
             total_seconds=kept[-1].time - kept[0].time if len(kept) > 1 else math.nan,
         )
+
+
+def _name(run: Run) -> str:
+    """The folder's name; that of the folder above where it is merely called as the callback (`version_3/gradwatch`)."""
+    folder = run.path.resolve()
+    return folder.parent.name if folder.name == run.meta.get("name") and folder.parent.name else folder.name
 
 
 def table_of(steps: NDArray[Any], values_TN: Floats, measured_TN: NDArray[np.bool_]) -> Table:

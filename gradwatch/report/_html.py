@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -172,14 +173,19 @@ def _words(data: ReportData, summary: Summary) -> str:
     )
 
 
-PARTS = {"first": "It began here", "after": "Came after, and may be its consequence", "note": "Worth knowing"}
+PARTS = {"first": "Look here first", "after": "Came with it, and may be its consequence", "note": "Worth knowing"}
+
+
+def _marked(text: str) -> str:
+    """Return escaped text, `code` in backquotes set as such."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def _story(story: Story) -> str:
     lines = [
         f'<p class="gw-place">{escape(story.place)}</p>',
         f"<p><b>What it means.</b> {escape(story.meaning)}</p>",
-        f"<p><b>What to do.</b> {escape(story.advice)}</p>" if story.advice else "",
+        f"<p><b>What to do.</b> {_marked(story.advice)}</p>" if story.advice else "",
         f"<p><b>What was done.</b> {escape(story.treated)}</p>" if story.treated else "",
     ]
     first = story.incidents[0]

@@ -12,7 +12,7 @@ from ._summary import Story, number, summarise
 
 __all__ = ["to_markdown"]
 
-PARTS = {"first": "it began here", "after": "came after", "note": "worth knowing"}
+PARTS = {"first": "look here first", "after": "came with it", "note": "worth knowing"}
 
 
 def to_markdown(data: ReportData, *, layers: int = 12) -> str:

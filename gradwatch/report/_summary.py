@@ -13,6 +13,10 @@ from ._words import explain
 __all__ = ["Story", "Summary", "number", "summarise"]
 
 
+LAG = 256
+SYMPTOM = 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class Story:
     """All incidents of one rule.
@@ -46,7 +50,7 @@ class Summary:
     state: "healthy", "noted" (info alone), "warning" or "critical".
     headline: one sentence.
     facts: sentences about the run as a whole: length, treatments, cost.
-    stories: first cause first.
+    stories: the likely cause first.
     notes: what was not seen.
     """
 
@@ -60,8 +64,9 @@ class Summary:
 def summarise(data: ReportData) -> Summary:
     """Return the summary of a run.
 
-    Stories stand in the order in which they began; of those that began together the usual cause stands first. What is
-    only worth knowing (`info`) comes last.
+    Stories stand in the order in which they began; of those that began together the usual cause stands first. A symptom
+    (the loss, the output) stands behind a cause that is found up to `LAG` steps after it: rules for causes wait longer,
+    until they are sure that the loss does not improve. What is only worth knowing (`info`) comes last.
     """
     groups: dict[str, list[Incident]] = {}
     for incident in data.incidents:
@@ -92,7 +97,8 @@ def _rank(severity: str) -> int:
 
 def _order(group: Sequence[Incident]) -> tuple[bool, int, int, int]:
     worst = max(_rank(i.severity) for i in group)
-    return worst == 0, min(i.first_step for i in group), explain(group[0].rule).rank, -worst
+    rank = explain(group[0].rule, group[0].name).rank
+    return worst == 0, min(i.first_step for i in group) + (LAG if rank >= SYMPTOM else 0), rank, -worst
 
 
 def _part(place: int, group: Sequence[Incident]) -> str:
@@ -110,8 +116,8 @@ def _headline(state: str, stories: Sequence[Story], data: ReportData) -> str:
     title = first.title[0].lower() + first.title[1:]
     if state == "noted":
         return f"Healthy, with something to know: {title}."
-    began = min(i.first_step for i in first.incidents)
-    return f"Not healthy. It began at step {began:,}: {title}."
+    since = min(i.first_step for s in stories if s.part != "note" for i in s.incidents)
+    return f"Not healthy since step {since:,}. The likely cause: {title}."
 
 
 def _story(group: Sequence[Incident], part: str) -> Story:

@@ -153,7 +153,7 @@ export class App {
     const [low, high] = panel.span(state);
     state.step = incident.first_step;
     const row = rowOf(panel.layout, incident.first_path);
-    state.path = row ? row.path : state.path;
+    state.path = row ? row.path : incident.first_path || state.path;
     if (incident.first_step < low || incident.first_step > high) await this.change({from: '', to: ''}, true);
     else this.draw();
     this.panelsBox.scrollIntoView({block: 'nearest', behavior: 'smooth'});

@@ -38,6 +38,11 @@ export function breakable(path) {
   return path.split(/(?<=\.)/).flatMap((part, i) => (i ? [document.createElement('wbr'), part] : [part]));
 }
 
+/** Text with `code` in backquotes set as such. */
+export function marked(text) {
+  return text.split('`').map((part, i) => (i % 2 ? el('code', {}, part) : part));
+}
+
 /** A power of ten on an axis: 1e-3 as "1e-3", 10 as "10". */
 export function power(exponent) {
   if (exponent >= -2 && exponent <= 3) return String(Number((10 ** exponent).toPrecision(1)));

@@ -134,7 +134,7 @@ export class Heatmap {
     free = -1e9;
     layout.rows.forEach((row, i) => {
       const alone = !inBlock.has(row.block);
-      if (row.folded || (row.height < 9 && !(alone && row.y >= free))) return;
+      if (row.folded || (row.height < 11 && !(alone && row.y >= free))) return;
       free = row.y + 11;
       nodes.push(el('div', {
         className: 'gw-label' + (alone ? ' gw-alone' : ''), title: row.path, data: {row: String(i)},

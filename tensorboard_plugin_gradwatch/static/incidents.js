@@ -1,6 +1,6 @@
 // The table of incidents: when, which rule, where, how large, what was done, what to do.
 
-import {breakable, clear, el, number} from './dom.js';
+import {breakable, clear, el, marked, number} from './dom.js';
 
 const HEADS = ['step', 'rule', 'where it began', 'value', 'limit', 'treatment', 'what was seen, what to do'];
 
@@ -44,7 +44,7 @@ function line(entry, {several, chosen, onChoose}) {
     el('td', {className: 'gw-num'}, limited(incident.limit)),
     el('td', {}, (incident.treatments || []).join(', ') || '–'),
     el('td', {className: 'gw-advice'}, el('div', {}, incident.message ? el('b', {}, incident.message) : null,
-      incident.message && incident.advice ? ' ' : null, incident.advice || '')),
+      incident.message && incident.advice ? ' ' : null, ...marked(incident.advice || ''))),
   ];
   if (several) cells.unshift(el('td', {}, run));
   row.append(...cells);

@@ -4,7 +4,7 @@ import {el, clear, cssColor} from './dom.js';
 import {Flow} from './flow.js';
 import {Heatmap} from './heatmap.js';
 import {LineChart} from './lines.js';
-import {extent, scalarColumn} from './matrix.js';
+import {extent, rowValues, scalarColumn} from './matrix.js';
 import {layoutRows, pathsOf} from './rows.js';
 
 const ROOM = 480;
@@ -28,6 +28,10 @@ export class Panel {
     this.data = data;
     this.paths = data.matrix ? pathsOf(data.info.index, data.over) : [];
     if (data.matrix && this.paths.length !== data.matrix.rows) this.paths = [];
+    // Modules that never ran have nothing to show; a parameter without a gradient is worth a row.
+    const listed = this.paths.length;
+    this.paths = this.paths.filter((p) => p.parameter || rowValues(data.matrix, p.place).some((v) => v !== -Infinity));
+    this.unseen = listed - this.paths.length;
   }
 
   draw({state, stat, range, dark, width, gutter, folded, titled}) {
@@ -47,6 +51,7 @@ export class Panel {
     this.layout = layoutRows(this.paths, {filter: state.filter, biases: state.biases, folded}, ROOM);
     if (!this.layout.rows.length) said.push('No path matches the filter.');
     if (!data.matrix.count) said.push('No measurement in these steps yet.');
+    else if (this.unseen) said.push(`${this.unseen} modules without a measurement (never called by themselves) are left out.`);
     this.note.textContent = said.join(' ');
     const view = {matrix: data.matrix, layout: this.layout, stat, range, dark, width, gutter,
       incidents: data.incidents, step: state.step, path: state.path};

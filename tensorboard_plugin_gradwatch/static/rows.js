@@ -14,9 +14,12 @@ export function pathsOf(index, over) {
     if (over !== 'all' && index.kinds[i] !== over) return;
     const flat = index.kinds[i] === 'parameter' && index.shapes[i].length < 2;
     found.push({path, place: found.length, depth: index.depth[i], flat, numel: index.numel[i],
-      type: (index.types || [])[i] || '', block: blockOf(path)});
+      parameter: index.kinds[i] === 'parameter', type: (index.types || [])[i] || '', block: blockOf(path)});
   });
-  return found.sort((a, b) => a.depth - b.depth || a.place - b.place);
+  // A block stays together where it begins: what never ran by itself (attn.out_proj) has no place of its own in the order.
+  const begins = new Map();
+  for (const {block, depth} of found) begins.set(block, Math.min(depth, begins.get(block) ?? Infinity));
+  return found.sort((a, b) => begins.get(a.block) - begins.get(b.block) || a.depth - b.depth || a.place - b.place);
 }
 
 /** A test for the filter box: every word must occur; `*` stands for anything, dots included. */
@@ -28,7 +31,8 @@ export function matcher(filter) {
   return (path) => words.every((word) => word.test(path.toLowerCase()));
 }
 
-const HIGHEST = 18, LOWEST = 2, FOLDED = 14;
+const HIGHEST = 18, NAMED = 12, LOWEST = 2, FOLDED = 14;
+const MOST_NAMED = 64;
 
 /**
  * Lay the rows out.
@@ -49,7 +53,8 @@ export function layoutRows(paths, {filter, biases, folded}, room) {
   const isFolded = (group) => group.paths.length > 1 && folded.has(group.name);
   const open = groups.reduce((n, g) => n + (isFolded(g) ? 0 : g.paths.length), 0);
   const closed = groups.filter(isFolded).length;
-  const height = Math.max(LOWEST, Math.min(HIGHEST, Math.floor((room - closed * FOLDED) / Math.max(1, open))));
+  const fitting = Math.min(HIGHEST, Math.floor((room - closed * FOLDED) / Math.max(1, open)));
+  const height = Math.max(open <= MOST_NAMED ? NAMED : LOWEST, fitting);
   const rows = [], blocks = [];
   let y = 0;
   for (const group of groups) {
@@ -77,7 +82,7 @@ function labelOf(path, inBlock, biases) {
   return text || '(root)';
 }
 
-/** The row that shows a path: its own, its folded block's, or for a module its parameters' and the reverse. */
+/** The row that shows a path: its own, its folded block's, its weight's for a hidden bias, a module's for a parameter. */
 export function rowOf(layout, path) {
   if (!path) return null;
   const exact = layout.rows.find((row) => row.path === path);
@@ -85,6 +90,7 @@ export function rowOf(layout, path) {
   const block = blockOf(path);
   const folded = layout.rows.find((row) => row.folded && row.block === block);
   if (folded) return folded;
-  return layout.rows.find((row) => row.path.startsWith(path + '.'))
+  const owner = path.slice(0, Math.max(0, path.lastIndexOf('.')));
+  return layout.rows.find((row) => row.path === `${owner}.weight`) || layout.rows.find((row) => row.path.startsWith(path + '.'))
     || layout.rows.find((row) => path.startsWith(row.path + '.') && !row.folded) || null;
 }
