@@ -57,6 +57,7 @@ _OTHERS = {
     "norm_coefficient": "_clip",
     "normalize_": "_scale",
     "quantile_limit": "_quantile",
+    "resolve_target": "_notify",
     "reset_moments_": "_moments",
     "sanitize_": "_sanitize",
     "scale_": "_scale",

@@ -56,13 +56,14 @@ def adaptive_clip_(
         How many units were clipped (0-dim int64) and how many there are, on this rank.
     """
     norms = tensor_norms(grads) if norms is None else norms
-    scale: float | Tensor = torch.as_tensor(limit_scale, dtype=norms.dtype, device=norms.device) * ratio
+    scale: float | Tensor = torch.ones((), dtype=norms.dtype, device=norms.device) * ratio * limit_scale
     wholes: list[Any] = list(norms.unbind())
     if norms.device.type == "cpu":
         # Where reading is free, numbers are faster than tensors of one.
         scale, wholes = float(scale), norms.tolist()
     small = [i for i, grad in enumerate(grads) if grad.ndim < 2]
-    counts, units = [_clip_small_([params[i] for i in small], [grads[i] for i in small], norms[small], floor, scale)], 0
+    units = len(small)
+    counts = [_clip_small_([params[i] for i in small], [grads[i] for i in small], _rows(norms, small), floor, scale)]
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad.ndim < 2:
             continue
@@ -78,7 +79,15 @@ def adaptive_clip_(
         counts.append(_clip_units_(view, found, weights.clamp_(min=floor).mul_(scale), wholes[i]))
         if grad.is_sparse and not grad.is_coalesced():
             grad.copy_(whole)
-    return torch.stack(counts).sum(), units + len(small)
+    return torch.stack(counts).sum(), units
+
+
+def _rows(values: Tensor, positions: Sequence[int]) -> Tensor:
+    """Return some entries of a vector; indexing by a list would make the host wait for its copy to the device."""
+    if len(positions) == len(values):
+        return values
+    entries = values.unbind()
+    return torch.stack([entries[i] for i in positions]) if positions else values[:0]
 
 
 def _clip_small_(
@@ -162,7 +171,7 @@ class AdaptiveClip(BaseTreatment):
             self.ratio,
             floor=self.floor,
             layouts=[self._memory.layouts.get(paths[i], FIRST_AXIS) for i in kept],
-            norms=norms[kept] if len(kept) < len(paths) else norms,
+            norms=_rows(norms, kept),
             limit_scale=limit_scale,
         )
         if clipped.device.type != "cpu" or int(clipped):

@@ -76,7 +76,7 @@ def clip_by_value_(grads: Sequence[Tensor], max_value: float | Tensor) -> Tensor
         if values.device.type == "cpu":
             counts.append(torch.tensor(_clamp_on_cpu_(values, float(max_value), scratch), dtype=torch.int64))
             return
-        limit = torch.as_tensor(max_value, dtype=values.dtype, device=values.device)
+        limit = torch.ones((), dtype=values.dtype, device=values.device) * max_value
         counts.append(torch.count_nonzero(values.abs() > limit))
         values.clamp_(min=-limit, max=limit)
 

@@ -56,8 +56,12 @@ def send(target: Callable[[Incident], Any], incident: Incident) -> None:
         _warn(f"Notify: {target!r} raised {type(error).__name__}: {error}")
 
 
-def resolve_target(target: Any) -> Callable[[Incident], Any]:
+def resolve_target(target: Any, *, door: str = "Notify", name: str = "target") -> Callable[[Incident], Any]:
     """Return the function behind a callable, an http(s) address or `"module:function"`.
+
+    Args:
+        target: one of these.
+        door, name: what the error speaks of: the setting `name` of `door`.
 
     Raises:
         ConfigError: it is none of these.
@@ -67,14 +71,14 @@ def resolve_target(target: Any) -> Callable[[Incident], Any]:
     if isinstance(target, str) and target.startswith(("http://", "https://")):
         return Webhook(target)
     if isinstance(target, str) and ":" in target:
-        module, _, name = target.partition(":")
+        module, _, function_name = target.partition(":")
         try:
-            function = getattr(import_module(module), name)
+            function = getattr(import_module(module), function_name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"Notify: {target!r} can't be imported: {error}") from error
+            raise ConfigError(f"{door}: {target!r} can't be imported: {error}") from error
         if callable(function):
             return function
-    raise ConfigError(f"Notify: `target` must be a callable, an http(s) address or 'module:function'. Got {target!r}.")
+    raise ConfigError(f"{door}: `{name}` must be a callable, an http(s) address or 'module:function'. Got {target!r}.")
 
 
 def _warn(message: str) -> None:
