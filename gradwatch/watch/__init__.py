@@ -2,6 +2,7 @@
 
 from ._draft import StepInputs
 from ._engine import Engine, StepOutcome
+from ._news import IncidentTarget, incident_target
 from ._options import MeasureOptions
 from ._paths import clean_path, unwrap
 from ._scaler import scale_left_in_gradients
@@ -11,6 +12,7 @@ from ._watch import Watch
 
 __all__ = [
     "Engine",
+    "IncidentTarget",
     "MeasureOptions",
     "Session",
     "Settings",
@@ -18,6 +20,7 @@ __all__ = [
     "StepOutcome",
     "Watch",
     "clean_path",
+    "incident_target",
     "resolve",
     "scale_left_in_gradients",
     "unwrap",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,6 +98,12 @@ class Draft:
     @property
     def optimizer(self) -> int:
         return int(self.scalars.get("optimizer", 0))
+
+    def note_limit(self, limits: Iterable[float]) -> None:
+        """Put the smallest global norm that some rule would not accept on record; nothing where none has a bar yet."""
+        finite = [limit for limit in limits if math.isfinite(limit)]
+        if finite:
+            self.scalars["limit"] = min(finite)
 
     def build(self, norms: NDArray[np.float64] | None = None) -> StepRecord:
         """Make the record of what was measured before treatment.

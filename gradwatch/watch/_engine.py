@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..protocols import Action, Request, Treatment
@@ -21,7 +21,7 @@ from ._draft import Draft, StepInputs
 from ._driver import Applied, Job, fired_jobs, limit_jobs, run_treatments
 from ._gate import StepGate
 from ._guard import Guard
-from ._judge import Judge
+from ._judge import Judge, own_incident
 from ._meter import Meter
 from ._observe import Observer
 from ._options import MeasureOptions
@@ -165,7 +165,9 @@ class Engine:
             self.guard.report("measuring", error)
             return StepOutcome()
         self._failures += 1
-        self.judge.report(_own("measuring_failed", self._step, f"{type(error).__name__}: {error}; the step was vetoed"))
+        self.judge.report(
+            own_incident("measuring_failed", self._step, f"{type(error).__name__}: {error}; the step was vetoed")
+        )
         self.guard.report("measuring for treatments (the step was vetoed)", error)
         decision = Decision(veto=True)
         if self._failures >= MAX_FAILURES:
@@ -202,6 +204,7 @@ class Engine:
         jobs = [Job(t) for t in self.treatments]
         waits = self.waits
         limits = self.judge.limits(draft.optimizer)
+        draft.note_limit(limits.values())
         if waits:
             norms = self.meter.look_again(grads, draft.numbers.result()["norms"])
             record = self.completion.build(draft, norms)
@@ -277,7 +280,7 @@ class Engine:
         for job, error in applied.failures:
             name = job.treatment.name
             what = f"treatment {name!r} raised {type(error).__name__}: {error}; the step was vetoed"
-            self.judge.report(_own("treatment_failed", step, what, (name,)))
+            self.judge.report(own_incident("treatment_failed", step, what, (name,)))
             self.guard.report(f"treatment {name!r} (the step was vetoed)", error)
 
     def _on_stepped(self, optimizer: Optimizer) -> None:
@@ -347,17 +350,3 @@ class Engine:
 
 def _install(treatment: Any, model: nn.Module) -> Any:
     return treatment.install(model)
-
-
-def _own(rule: str, step: int, message: str, treatments: tuple[str, ...] = ()) -> Incident:
-    return Incident(
-        rule=rule,
-        first_step=step,
-        last_step=step,
-        severity="critical",
-        message=message,
-        treatments=treatments,
-        advice="The optimizer did not move at this step. Mend what failed, or take the treatment out.",
-        resolved=True,
-        resolved_step=step,
-    )

@@ -8,7 +8,7 @@ from typing import Any
 from ..records import Incident, StepRecord
 from ..rules import Judgement, RuleBook, RuleEngine
 
-__all__ = ["Judge"]
+__all__ = ["Judge", "own_incident"]
 
 
 class Judge:
@@ -94,3 +94,18 @@ class Judge:
             waiting = self._waiting.pop(str(i), None)
             if waiting is not None:
                 self._engines[i].load_state_dict(waiting)
+
+
+def own_incident(rule: str, step: int, message: str, treatments: tuple[str, ...] = ()) -> Incident:
+    """Return an incident of gradwatch's own: something of it failed under treatments, and the step was vetoed."""
+    return Incident(
+        rule=rule,
+        first_step=step,
+        last_step=step,
+        severity="critical",
+        message=message,
+        treatments=treatments,
+        advice="The optimizer did not move at this step. Mend what failed, or take the treatment out.",
+        resolved=True,
+        resolved_step=step,
+    )

@@ -16,6 +16,7 @@ from ..protocols import Request, Sink, Treatment
 from ..records import Incident, StepRecord
 from ._draft import StepInputs
 from ._engine import StepOutcome
+from ._news import IncidentTarget, incident_target
 from ._scaler import scale_left_in_gradients, unscale
 from ._session import Session
 from ._settings import resolve
@@ -47,7 +48,8 @@ class Watch:
         run_dir: folder for records and incidents; None writes nothing.
         sinks: where else records go.
         log_every: optimizer steps between two log entries of sinks without a cadence of their own.
-        on_incident: called with each incident when it opens and when it is over.
+        on_incident: told of incidents in a thread of its own: a callable (each one, when it opens and when it is over),
+            an http(s) address that takes a POST of JSON, or `"module:function"`.
         on_checkpoint: called with a file name when a rule asks for a checkpoint.
         name, paths, every, activations_every, updates_every, histograms_every, backward, memory_limit_mb, on_error,
             **options: see `MeasureOptions`.
@@ -68,7 +70,7 @@ class Watch:
         run_dir: str | Path | None = None,
         sinks: Sequence[Sink] | None = None,
         log_every: int | None = None,
-        on_incident: Callable[[Incident], None] | None = None,
+        on_incident: IncidentTarget | None = None,
         on_checkpoint: Callable[[str], object] | None = None,
         name: str = "gradwatch",
         paths: str | Sequence[str] = "*",
@@ -113,7 +115,7 @@ class Watch:
             sinks=settings.sinks or (),
             run_dir=run_dir,
             log_every=log_every or 50,
-            on_incident=on_incident,
+            on_incident=incident_target(on_incident),
         )
         self.session.begin()
         self._forward_handle = self._remember_forward(model) if settings.options.autopsy else None
@@ -274,7 +276,9 @@ class Watch:
         """Write the run as one self-contained file (.html, .md, .json or .png)."""
         from ..report import write_session
 
-        return write_session(self.session, path)
+        written = write_session(self.session, path)
+        self.session.sinks.report(written)
+        return written
 
     def state_dict(self) -> dict[str, Any]:
         """Return windows, counters and the treatments' memory, as plain values and tensors."""
