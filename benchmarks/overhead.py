@@ -135,6 +135,8 @@ def arms(options: argparse.Namespace, folder: Path) -> list[Arm]:
         arm("gradwatch autoclip", make, folder, lambda: GradWatch(rules="autoclip", verbose=False), block),
         arm("gradwatch everything", make, folder, everything, few * 5),
     ]
+    if options.only:
+        return [a for a in found if a.name == "bare" or a.name in options.only]
     if not options.ours:
         found.append(arm("log_dict(grad_norm)", make, folder, None, few * 5, log_norms=True))
         found.append(arm("add_histogram", make, folder, Histograms, few))
@@ -160,6 +162,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, float, float, fl
     parser.add_argument("--model", choices=("gpt", "mlp"), default="gpt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--block", type=int, default=100, help="steps per round of the quick arms")
+    parser.add_argument("--only", nargs="+", help="these arms beside the bare one")
     parser.add_argument("--ours", action="store_true", help="leave the other monitors out")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")
     options = parser.parse_args(arguments)

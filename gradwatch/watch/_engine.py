@@ -99,8 +99,7 @@ class Engine:
         self.buffers = BufferKeeper(model) if any(isinstance(t, SkipStep) for t in acts) else None
         # Treatments of error signals live in backward, as hooks.
         self._installed = [_install(t, model) for t in acts if getattr(t, "at", "grad") == "grad_output"]
-        self._step = 0
-        self._begun = -1
+        self._step, self._begun = 0, -1
         self._measured: tuple[int, int | None] | None = None
         self._current: Draft | None = None
         self._failures = 0
@@ -171,7 +170,7 @@ class Engine:
         self.guard.report("measuring for treatments (the step was vetoed)", error)
         decision = Decision(veto=True)
         if self._failures >= MAX_FAILURES:
-            reason = f"gradwatch could not measure {self._failures} steps in a row, and vetoed them: {error}"
+            reason = f"{self._failures} steps in a row could not be measured, and were vetoed: {error}"
             decision.requests.append(Request(kind="stop", reason=reason, values={"error": True}))
         return self._decide(None, decision, optimizers, ())
 
