@@ -30,7 +30,7 @@ from ._transfer import Transfer
 __all__ = ["Engine", "StepInputs", "StepOutcome"]
 
 MAX_FAILURES = 10
-"""Steps in a row that may be vetoed because measuring failed under treatments, before the training is stopped."""
+"""Steps in a row that may be vetoed because measuring failed, before the training is stopped."""
 
 ALARMS = ("non_finite", "exploding")
 """Rules whose incidents make gradwatch look closer."""
@@ -79,8 +79,7 @@ class Engine:
         on_record: Callable[[StepRecord], None],
     ) -> None:
         self.model = model
-        self.optimizers = tuple(optimizers)
-        self.book = book
+        self.optimizers, self.book = tuple(optimizers), book
         self.treatments = tuple(treatments)
         self.options = options
         self.guard = Guard(options.on_error)
@@ -131,7 +130,7 @@ class Engine:
         self._begun = step
 
     def remember(self, run: Callable[[], Any]) -> None:
-        """Keep how to run the present micro-batch again, for an autopsy; call it before the forward pass."""
+        """Keep how to run the present micro-batch again, for an autopsy; call it before forward."""
         if self.options.autopsy:
             self._replays.append(Replay(rng_state(), run))
 
