@@ -13,7 +13,7 @@ from ..protocols import Request
 from ..records import Incident, StepRecord
 from ..report import write_session
 from ..sinks import sinks_for_loggers
-from ..watch import Session, StepInputs, StepOutcome, resolve, scale_left_in_gradients
+from ..watch import Session, StepInputs, StepOutcome, incident_target, resolve, scale_left_in_gradients
 from ._lightning_base import callback_bases
 from ._quiet import run_quietly
 from ._run_dir import free_run_dir
@@ -55,7 +55,8 @@ class GradWatch(_Callback):
         conflicts_every: measure conflicts between task losses without surgery; None never.
         history: records kept in `history`.
         local_norms: also measure each rank's own gradient norms.
-        on_incident: called with each incident when it opens and when it is over.
+        on_incident: told of incidents in a thread of its own: a callable (each one, when it opens and when it is over),
+            an http(s) address that takes a POST of JSON, or `"module:function"`.
         verbose: print incidents and the summary.
 
     Raises:
@@ -86,7 +87,7 @@ class GradWatch(_Callback):
         conflicts_every: int | None = None,
         history: int = 1000,
         local_norms: bool = False,
-        on_incident: Callable[[Incident], None] | None = None,
+        on_incident: Callable[[Incident], Any] | str | None = None,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class GradWatch(_Callback):
             local_norms=local_norms,
         )
         self._run_dir = run_dir
-        self._on_incident = on_incident
+        self._on_incident = incident_target(on_incident)
         self._preflight = preflight
         self._verbose = verbose
         self._session: Session | None = None
@@ -155,7 +156,9 @@ class GradWatch(_Callback):
         """
         if self._session is None:
             raise RuntimeError("there is nothing to report: call `report` during or after `trainer.fit`.")
-        return write_session(self._session, path)
+        written = write_session(self._session, path)
+        self._session.sinks.report(written)
+        return written
 
     def annotate(
         self, text: str, *, silence: int = 0, paths: str | Sequence[str] = "*", rules: str | Sequence[str] = "*"

@@ -79,6 +79,7 @@ class NotifySink:
         self._pid = os.getpid()
         self._failures = 0
         self._error: Exception | None = None
+        self._last: Exception | None = None
 
     def __reduce__(self) -> Any:
         return partial(type(self), **self._settings), (self.target,)
@@ -132,13 +133,17 @@ class NotifySink:
             thread.join(self._settings["timeout"])
         except Full:
             pass  # it hangs: a daemon thread, which ends with the process
+        if self._failures and not self.sent:
+            # Too few incidents for three failures, but none was told.
+            self._error = self._error or self._last
         self._complain()
 
     def _complain(self) -> None:
         error, self._error = self._error, None
         if error is not None:
             where = urlsplit(self.target).hostname if isinstance(self.target, str) else self.target
-            raise GradwatchError(f"telling {where} of incidents failed three times running: {error!r}") from error
+            times = ("once", "twice", "three times running")[min(self._failures, 3) - 1]
+            raise GradwatchError(f"telling {where} of incidents failed {times}: {error!r}") from error
 
     def _work(self) -> None:
         while True:
@@ -149,6 +154,7 @@ class NotifySink:
                 self._tell(*job)
             except Exception as error:
                 self._failures += 1
+                self._last = error
                 self.dropped += 1
                 if self._failures == 3:
                     self._error = error
