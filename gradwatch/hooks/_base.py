@@ -249,6 +249,7 @@ class BaseManager:
         while self._on_close:
             self._on_close.pop()()
         self.remove_all(including_permanent=True)
+        self._registry.silence()
         for listener in tuple(self._runs.listeners):
             self._registry.listen(listener, on=False)
 

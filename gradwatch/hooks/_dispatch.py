@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._fast import FastGradient, FastOutput
+from ._gradients import hook_gradient
 from ._hook import Entry
 from ._points import Point, RawCall
 from ._pytree import map_tensors, tensors_of
@@ -224,7 +225,7 @@ class Site:
             else:
                 new = run_entry(entry, new, call, step, recompute)
         if self.gradients:
-            self._place(self.gradients, new, call, step)
+            self._place(self.gradients, new, call, step, args)
         for entry in self.full_hooks:
             entry.seen += not recompute
         return None if new is output else new
@@ -237,7 +238,7 @@ class Site:
         self.runs.begin()
         return self.after(module, args, kwargs, output)
 
-    def _place(self, entries: tuple[Entry, ...], tree: Any, call: int, step: int) -> None:
+    def _place(self, entries: tuple[Entry, ...], tree: Any, call: int, step: int, inputs: tuple[Any, ...] = ()) -> None:
         """Put a hook on the gradient of each tensor of an output (or input)."""
         recompute = graph_task_id() != -1
         wanted = tuple(e for e in entries if e.hook.wants(step, False))
@@ -252,7 +253,9 @@ class Site:
                 continue
             for entry in here:
                 entry.placed += 1
-            handle = tensor.register_hook(GradientCall(here, call, step, leaf))
+            # Only a bare output is sure to be all that came of its base.
+            given = GradientCall(here, call, step, leaf)
+            handle = hook_gradient(tensor, given, inputs) if tree is tensor else tensor.register_hook(given)
             if tensor.is_leaf:  # outlives the graph: at most one stays
                 previous = self.leaf_handles.pop((leaf, here[0].spot.port), None)
                 if previous is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._gradients import hook_gradient
 from ._hook import Entry, set_grad_enabled
 from ._points import Point
 from ._runs import Inert, graph_task_id, untraced
@@ -138,7 +139,11 @@ class FastGradient(_Fast):
         entry.seen += 1
         if output.requires_grad and is_grad_enabled():
             entry.placed += 1
-            output.register_hook(OneGradient(entry, self.call, run.step))
+            call = OneGradient(entry, self.call, run.step)
+            if output._is_view():
+                hook_gradient(output, call, args)
+            else:
+                output.register_hook(call)
 
 
 class OneGradient:

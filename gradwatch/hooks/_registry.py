@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,6 +41,7 @@ class Registry:
         self._order = 0
         self._last_number = 0
         self._warned = False
+        self._released: weakref.WeakSet[Hook] = weakref.WeakSet()
         runs.on_threaded = self.refresh_all
 
     def new_id(self, wanted: str | None) -> str:
@@ -79,6 +81,12 @@ class Registry:
         with self.lock:
             for hook in hooks:
                 self._unlink(hook)
+                self._released.add(hook)
+
+    def silence(self) -> None:
+        """End what lives on in graphs of hooks that were released."""
+        for hook in tuple(self._released):
+            hook.alive = False
 
     def _unlink(self, hook: Hook) -> None:
         if self.hooks.get(hook.id) is hook:

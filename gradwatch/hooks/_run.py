@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..errors import ConfigError
 from ._cache import Cache, Leaves
+from ._gradients import private_base
 from ._points import HookPoint, Point, RawCall
 from ._pytree import tensors_of
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["CacheOptions", "run_with_cache", "run_with_hooks"]
 
 LAST = -(10**9)
+Key = tuple[str, int, str]
 
 
 class _StopForward(BaseException):
@@ -61,7 +63,8 @@ class Recorder:
     def __init__(self, options: CacheOptions) -> None:
         self.options = options
         self.values: dict[str, dict[int, Leaves]] = {}
-        self.edges: dict[tuple[str, int, str], Any] = {}
+        self.edges: dict[Key, Any] = {}
+        self.bases: dict[Key, tuple[Any, torch.Size]] = {}
         self._copies: dict[int, tuple[Any, int, Tensor]] = {}
 
     def __call__(self, tensor: Tensor, point: Point) -> Tensor | None:
@@ -70,8 +73,11 @@ class Recorder:
             # A frozen model: from here on autograd follows. The clone is no leaf, so that it may be changed in place.
             tensor = replaced = tensor.detach().requires_grad_().clone()
         if self.options.gradients and tensor.requires_grad:
-            edge = tensor if tensor.is_leaf else get_gradient_edge(tensor)
-            self.edges[point.spot.name, point.call, point.leaf] = edge
+            key = (point.spot.name, point.call, point.leaf)
+            self.edges[key] = tensor if tensor.is_leaf else get_gradient_edge(tensor)
+            base = private_base(tensor, ()) if point.port == "output" and not point.leaf else None
+            if base is not None:
+                self.bases[key] = (get_gradient_edge(base), tensor.shape)
         self.values.setdefault(point.spot.name, {}).setdefault(point.call, {})[point.leaf] = self.kept(tensor)
         return replaced
 
@@ -194,15 +200,20 @@ def _gradients(recorder: Recorder, output: Any, options: CacheOptions) -> dict[s
             f"gradients need one number that depends on the activations. Got {shown}. "
             "Give a function of the model's output: gradients=lambda output: output.sum()."
         )
-    keys = list(recorder.edges)
-    grads = torch.autograd.grad(loss.reshape(()), [recorder.edges[k] for k in keys], allow_unused=True) if keys else ()
+    keys, based = list(recorder.edges), list(recorder.bases)
+    edges = [recorder.edges[k] for k in keys] + [recorder.bases[k][0] for k in based]
+    grads = torch.autograd.grad(loss.reshape(()), edges, allow_unused=True) if edges else ()
+    # Of a view that was changed in place later the gradient arrives at its base alone.
+    at_base = dict(zip(based, grads[len(keys) :], strict=True))
     found: dict[str, dict[int, Leaves]] = {}
-    for (name, call, leaf), grad in zip(keys, grads, strict=True):
+    for key, own in zip(keys, grads, strict=False):
+        base = at_base.get(key)
+        grad = base.reshape(recorder.bases[key][1]) if own is None and base is not None else own
         if grad is not None:
-            found.setdefault(name, {}).setdefault(call, {})[leaf] = grad.detach().to(
-                device=options.device, dtype=options.dtype
-            )
+            kept = grad.detach().to(device=options.device, dtype=options.dtype)
+            found.setdefault(key[0], {}).setdefault(key[1], {})[key[2]] = kept
     recorder.edges.clear()
+    recorder.bases.clear()
     return {name: [calls[i] for i in sorted(calls)] for name, calls in found.items()}
 
 

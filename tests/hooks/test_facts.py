@@ -42,6 +42,43 @@ def test_in_place_relu_after_a_backward_hooked_module_works():
     assert torch.equal(seen[0].sum(0), wanted[1])  # the bias's gradient is the sum of the gradients of the output
 
 
+@pytest.mark.parametrize("way", ["one", "two hooks", "cache"])
+def test_a_gradient_of_a_view_that_is_changed_in_place_later_is_seen(way):
+    """The output of a Linear on sequences is a view: in-place operations drop torch's tensor hooks on it silently."""
+    x = torch.randn(2, 3, 4)
+    model = in_place_net()
+    silent = []
+    handle = model[0].register_forward_hook(lambda m, a, o: o.register_hook(silent.append) and None)
+    wanted = step(model, x)
+    handle.remove()
+    assert silent == []
+    seen = []
+    hooks = HookManager(model)
+    if way == "cache":
+        seen = [hooks.run_with_cache(x, gradients=lambda out: out.sum())[1].gradients["0:output"]]
+    else:
+        for _ in range(1 if way == "one" else 2):
+            hooks.add("0:grad_output", lambda g, p: seen.append(g.clone()))
+        found = step(model, x)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert len(seen) == (2 if way == "two hooks" else 1)
+    assert seen[0].shape == (2, 3, 4)
+    assert torch.allclose(seen[0].sum((0, 1)), wanted[1])
+    hooks.add("0:grad_output", scale(2.0))
+    assert torch.allclose(step(model, x)[0], 2 * wanted[0])
+
+
+def test_a_view_that_nothing_changes_is_seen_once_in_each_backward(net, x):
+    hooks = HookManager(net)
+    seen = []
+    hooks.add("embed:grad_output", lambda g, p: seen.append(g.sum().item()))
+    loss = net(x).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
 def test_a_capture_is_not_changed_by_a_later_in_place_operation():
     model, x = in_place_net(), torch.randn(3, 4)
     _, cache = HookManager(model).run_with_cache(x)
