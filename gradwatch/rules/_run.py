@@ -195,11 +195,11 @@ class RankDivergence(Rule):
 
 
 class DeadSignal(Rule):
-    """Flags a signal that stopped telling anything: a loss or a gradient norm without any change for `steps` steps.
+    """Flags a signal that stopped telling anything for `steps` steps.
 
-    The loss must be the same number while gradients are as large as at the beginning (a NaN replaced by 0 before
-    logging looks so); the norm must be zero, or the same number, while the loss is not near zero. A model that has
-    converged has small gradients, and is not flagged.
+    The loss is the same number while gradients change and are as large as at the beginning (a NaN replaced by 0 before
+    logging looks so); or the gradient norm is zero while the loss is not near zero. A model that has converged has
+    small gradients, and is not flagged.
 
     Source: Hugging Face's `logging_nan_inf_filter`; the BLOOM-13B log with a gradient norm of 0.000 throughout.
 
@@ -225,8 +225,8 @@ class DeadSignal(Rule):
         norm_same = state["norm_same"] + 1 if norm == state["norm"] else 0
         state = {"loss": loss, "norm": norm, "loss_same": loss_same, "norm_same": norm_same, "early": early}
         moving = bool(early) and norm > 1e-3 * median(early)
-        if loss_same >= self.steps and moving:
+        if loss_same >= self.steps and moving and norm_same < self.steps:
             return self.whole(record, True, loss, loss, f"the loss is {loss:.4g} for {loss_same} steps"), state
-        if norm_same >= self.steps and (not record.has_loss or abs(loss) > 1e-4) and (moving or norm == 0):
+        if norm == 0 and norm_same >= self.steps and (not record.has_loss or abs(loss) > 1e-4):
             return self.whole(record, True, norm, norm, f"the gradient norm is {norm:.4g} for {norm_same} steps"), state
         return self.clear(record), state

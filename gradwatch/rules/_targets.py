@@ -27,8 +27,8 @@ class OutputRange(Rule):
     beyond every target.
 
     Scores of classes that a last ReLU cuts off at zero count too. The range is that of the last module in forward
-    order, where outputs keep to it, or else of outputs that press against 0, 1 or -1. Targets must lie outside by more than 2 % of their own range. Class indices have no range, and
-    targets of 0 and 1 alone may stand against logits.
+    order, where outputs keep to it, or else of outputs that press against 0, 1 or -1. Targets must lie outside by more
+    than 2 % of their own range. Class indices have no range, and targets of 0 and 1 alone may stand against logits.
 
     Args:
         margin: share of the targets' range that may lie outside.
@@ -76,12 +76,17 @@ class OutputRange(Rule):
         return self.whole(record, late and beyond, low, target[1], text), state
 
 
+def _has_one_label(record: StepRecord) -> bool:
+    """Return whether each target is a row of shares that sum to 1."""
+    scalars = record.scalars
+    sums = scalars.get("target_row_sum_min", math.nan), scalars.get("target_row_sum_max", math.nan)
+    return abs(sums[0] - 1) < 1e-3 and abs(sums[1] - 1) < 1e-3 and scalars.get("target_min", -1) >= 0
+
+
 def _is_cut(record: StepRecord) -> bool:
     """Return whether class scores come out of a ReLU."""
     scalars = record.scalars
-    sums = scalars.get("target_row_sum_min", math.nan), scalars.get("target_row_sum_max", math.nan)
-    one_label = abs(sums[0] - 1) < 1e-3 and abs(sums[1] - 1) < 1e-3 and scalars.get("target_min", -1) >= 0
-    classes = scalars.get("num_classes", 0.0) > 1 or one_label
+    classes = scalars.get("num_classes", 0.0) > 1 or _has_one_label(record)
     return classes and scalars.get("output_min", math.nan) == 0 and _last_types(record.index) == {"ReLU"}
 
 
@@ -228,7 +233,7 @@ class ConstantLabels(_FirstBatches):
     batches: int = 10
     advice: str = "Labels were lost on the way (an integer division, a wrong column, a loader that does not shuffle)."
 
-    needs = frozenset({"target_min", "target_max", "target_entropy", "batch_size"})
+    needs = frozenset({"target_min", "target_max", "target_entropy", "target_row_sum_min", "batch_size"})
 
     def _look(self, record: StepRecord) -> tuple[bool | None, float, float, str]:
         scalars = record.scalars
@@ -236,5 +241,6 @@ class ConstantLabels(_FirstBatches):
         low, high = scalars.get("target_min", math.nan), scalars.get("target_max", math.nan)
         if not (math.isfinite(low) and math.isfinite(high)) or scalars.get("batch_size", 0.0) < 8:
             return None, math.nan, 0.0, ""
-        constant = entropy < 1e-9 if math.isfinite(entropy) else low == high
+        of_classes = scalars.get("target_is_integer", 0.0) > 0 or _has_one_label(record)
+        constant = entropy < 1e-9 if of_classes and math.isfinite(entropy) else low == high
         return constant, 0.0, 0.0, f"all targets of the batch are alike (from {low:.4g} to {high:.4g})"

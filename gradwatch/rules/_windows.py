@@ -72,13 +72,17 @@ class Progress(NamedTuple):
 
     @property
     def start(self) -> float:
-        """Level at the beginning: the median of the first losses; nan before there are any."""
-        return median(self.first)
+        """Level at the beginning: the median of the first losses; nan before there are any.
+
+        The very first one where the others are five times as large: a step that blew up is no level to improve on.
+        """
+        level = median(self.first)
+        return self.first[0] if self.first and level > 5 * self.first[0] > 0 else level
 
     @property
     def now(self) -> float:
-        """Level of the last losses."""
-        return median(self.recent)
+        """Level of the last losses: fifty, or the later half while there are fewer than a hundred."""
+        return median(self.recent[-max(10, min(TAIL, self.seen // 2)) :])
 
     def is_stuck(self, share: float, after: int = 100) -> bool:
         """Return whether the loss fell by less than `share` of its first level; False while that can't be said.
