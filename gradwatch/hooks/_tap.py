@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnknownNameError, UnknownPathError
-from ..stats._counting import num_beyond
-from ..stats._shards import flat_local
+from ..stats import flat_local, num_beyond
 from ._pytree import tensors_of
 from ._tap_full import Preflight, register_full_hook
 from ._tap_probe import BackwardProbe, ForwardProbe, GradProbe, PreForwardProbe, is_recompute

@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..stats._moments import extent, host_extent, host_moments, moments
-from ..stats._norms import local_norms, wide_dtype
+from ..stats import extent, host_extent, host_moments, moments, num_nonfinite, wide_dtype
 
 __all__ = ["MAXIMA", "SUMS", "Ledger", "TapStats"]
 
@@ -140,10 +139,7 @@ class Ledger:
     def add_input(self, row: int, piece: Tensor) -> None:
         """Count the non-finite elements of a flat piece of a module's input."""
         self._host[row, _S["input_numel"]] += piece.numel()
-        if piece.device.type != "cpu":
-            self.add(row, "input_nonfinite", (~torch.isfinite(piece)).sum())
-        elif not float(local_norms([piece])) < float("inf"):
-            self.add(row, "input_nonfinite", piece.numel() - int(torch.isfinite(piece).sum()))
+        self.add(row, "input_nonfinite", num_nonfinite(piece))
 
     def add(self, row: int, name: str, value: Tensor | float) -> None:
         """Add a number, or a 0-dim tensor, to one sum."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from ._counting import num_beyond
 from ._details import GradientDetails, gradient_details
 from ._device import kernel_backends
 from ._exponents import exponent_histograms
 from ._gradients import Gradients
 from ._measure import GradientMeasures, measure_gradients
-from ._moments import MOMENTS, moments
-from ._norms import global_norm, second_look, tensor_norms
-from ._shards import Shards, reduce_max_, reduce_sum_
+from ._moments import MOMENTS, extent, host_extent, host_moments, moments, num_nonfinite
+from ._norms import global_norm, second_look, tensor_norms, wide_dtype
+from ._shards import Shards, flat_local, reduce_max_, reduce_sum_
 from ._spread import row_spread
 from ._tasks import cosines, gramian
 from ._updates import UpdateMeter, UpdateStats
@@ -24,15 +25,22 @@ __all__ = [
     "UpdateStats",
     "cosines",
     "exponent_histograms",
+    "extent",
+    "flat_local",
     "global_norm",
     "gradient_details",
     "gramian",
+    "host_extent",
+    "host_moments",
     "kernel_backends",
     "measure_gradients",
     "moments",
+    "num_beyond",
+    "num_nonfinite",
     "reduce_max_",
     "reduce_sum_",
     "row_spread",
     "second_look",
     "tensor_norms",
+    "wide_dtype",
 ]

@@ -84,11 +84,12 @@ def _of_one_dtype(pieces: Sequence[Tensor], histograms: bool) -> tuple[Tensor, T
     if found is not None:
         moments, counts = found
         return moments[:, 1].sqrt(), moments[:, 2:4].contiguous(), moments[:, 4:].contiguous(), counts
-    counts = local_histograms(pieces) if histograms else None
     if pieces[0].device.type == "cpu" and pieces[0].dtype is not torch.float64:
         kernels = native(pieces, worth=_WORTH_NATIVE)
         if kernels is not None:
-            table = torch.from_numpy(kernels.moments(pieces))
-            return table[:, 1].sqrt(), table[:, 2:4].contiguous(), table[:, 4:].contiguous(), counts
+            table, counted = kernels.everything(pieces) if histograms else (kernels.moments(pieces), None)
+            moments = torch.from_numpy(table)
+            counts = None if counted is None else torch.from_numpy(counted)
+            return moments[:, 1].sqrt(), moments[:, 2:4].contiguous(), moments[:, 4:].contiguous(), counts
     sums, maxima = local_details(pieces)
-    return local_norms(pieces), sums, maxima, counts
+    return local_norms(pieces), sums, maxima, local_histograms(pieces) if histograms else None

@@ -10,7 +10,7 @@ from ._device import scanned
 from ._native import Native, native
 from ._norms import local_norms, wide_dtype
 
-__all__ = ["MOMENTS", "extent", "host_extent", "host_moments", "moments"]
+__all__ = ["MOMENTS", "extent", "host_extent", "host_moments", "moments", "num_nonfinite"]
 
 _WORTH_NATIVE = 1 << 13
 _WORTH_THREADS = 1 << 20
@@ -97,6 +97,15 @@ def host_extent(piece: Tensor) -> tuple[float, float, float]:
         nonfinite = piece.numel() - int(torch.isfinite(piece).sum())
         absmax = piece.abs().nan_to_num_(nan=0.0, posinf=torch.inf).max().item()
     return norm * norm, float(nonfinite), absmax
+
+
+def num_nonfinite(piece: Tensor) -> Tensor | float:
+    """Return how many elements are inf or nan: a number for a CPU tensor, else a 0-dim tensor, unread."""
+    if piece.device.type != "cpu":
+        return (~torch.isfinite(piece)).sum()
+    if float(local_norms([piece])) < float("inf"):
+        return 0.0
+    return float(piece.numel() - int(torch.isfinite(piece).sum()))
 
 
 def _kernels(piece: Tensor) -> Native | None:

@@ -39,6 +39,37 @@ SUM(squares_float, float, widen_float, value *value)
 SUM(squares_half, uint16_t, widen_half, value *value)
 SUM(squares_double, double, widen_double, value *value)
 
+static inline uint32_t code_float(const float *x) {
+    uint32_t bits;
+    memcpy(&bits, x, sizeof bits);
+    return bits >> 23;
+}
+static inline uint32_t code_half(const uint16_t *x) { return *x >> 7; }
+static inline uint32_t code_double(const double *x) {
+    float value = (float)*x;
+    return code_float(&value);
+}
+
+/* Four tables in turn: neighbours mostly fall into one bin, and would wait for each other's store. */
+#define COUNT(KIND, TYPE)                                                              \
+    static void count_##KIND(const TYPE *x, size_t n, uint32_t tables[4][512]) {       \
+        size_t i = 0;                                                                  \
+        for (; i + 4 <= n; i += 4) {                                                   \
+            uint32_t a = code_##KIND(x + i), b = code_##KIND(x + i + 1);               \
+            uint32_t c = code_##KIND(x + i + 2), d = code_##KIND(x + i + 3);           \
+            tables[0][a]++, tables[1][b]++, tables[2][c]++, tables[3][d]++;            \
+        }                                                                              \
+        for (; i < n; i++) tables[0][code_##KIND(x + i)]++;                            \
+    }
+COUNT(float, float)
+COUNT(half, uint16_t)
+COUNT(double, double)
+
+static void add_tables(uint32_t tables[4][512], int64_t *out) {
+    for (int k = 0; k < 512; k++)
+        out[k] += (int64_t)tables[0][k] + tables[1][k] + tables[2][k] + tables[3][k];
+}
+
 /* BITS, EXPONENT, SIGNLESS: the integer of WIDE's size, the mask of its exponent, all but its sign. A nan's bits are
    above the exponent mask; magnitudes order as their bits do. A block stays in the first cache for all loops over it. */
 #define MOMENTS(KIND, TYPE, WIDE, BITS, EXPONENT, SIGNLESS)                            \
@@ -48,7 +79,9 @@ SUM(squares_double, double, widen_double, value *value)
         memcpy(&bits, &value, sizeof bits);                                            \
         return bits & SIGNLESS;                                                        \
     }                                                                                  \
-    static void moments_##KIND(const TYPE *x, size_t n, double *out) {                 \
+    static void moments_##KIND(const TYPE *x, size_t n, double *out, int64_t *counts) { \
+        uint32_t tables[4][512];                                                       \
+        if (counts) memset(tables, 0, sizeof tables);                                  \
         double sum = 0, square = 0;                                                    \
         int64_t zeros = 0, nonfinite = 0;                                              \
         BITS largest = 0;                                                              \
@@ -65,9 +98,11 @@ SUM(squares_double, double, widen_double, value *value)
                 bad += magnitude >= EXPONENT;                                          \
                 most = number > most ? number : most;                                  \
             }                                                                          \
+            if (counts) count_##KIND(block, size, tables);                             \
             zeros += zero, nonfinite += bad;                                           \
             largest = most > largest ? most : largest;                                 \
         }                                                                              \
+        if (counts) add_tables(tables, counts);                                        \
         WIDE absmax;                                                                   \
         memcpy(&absmax, &largest, sizeof absmax);                                      \
         out[0] = sum, out[1] = square, out[2] = (double)zeros;                         \
@@ -102,38 +137,6 @@ MOVED(float, float)
 MOVED(half, uint16_t)
 MOVED(double, double)
 
-static inline uint32_t code_float(const float *x) {
-    uint32_t bits;
-    memcpy(&bits, x, sizeof bits);
-    return bits >> 23;
-}
-static inline uint32_t code_half(const uint16_t *x) { return *x >> 7; }
-static inline uint32_t code_double(const double *x) {
-    float value = (float)*x;
-    return code_float(&value);
-}
-
-/* Four tables in turn: neighbours mostly fall into one bin, and would wait for each other's store. */
-#define HISTOGRAM(NAME, TYPE, CODE)                                                    \
-    static void NAME(const TYPE *x, size_t n, int64_t *out) {                          \
-        for (size_t start = 0; start < n; start += 1u << 30) {                         \
-            size_t end = n - start < (1u << 30) ? n : start + (1u << 30), i = start;   \
-            uint32_t tables[4][512];                                                   \
-            memset(tables, 0, sizeof tables);                                          \
-            for (; i + 4 <= end; i += 4) {                                             \
-                uint32_t a = CODE(x + i), b = CODE(x + i + 1);                         \
-                uint32_t c = CODE(x + i + 2), d = CODE(x + i + 3);                     \
-                tables[0][a]++, tables[1][b]++, tables[2][c]++, tables[3][d]++;        \
-            }                                                                          \
-            for (; i < end; i++) tables[0][CODE(x + i)]++;                             \
-            for (int k = 0; k < 512; k++)                                              \
-                out[k] += (int64_t)tables[0][k] + tables[1][k] + tables[2][k] + tables[3][k]; \
-        }                                                                              \
-    }
-HISTOGRAM(histogram_float, float, code_float)
-HISTOGRAM(histogram_half, uint16_t, code_half)
-HISTOGRAM(histogram_double, double, code_double)
-
 void gradwatch_squares(int type, size_t count, const void **tensors, const int64_t *numels, double *out) {
     for (size_t t = 0; t < count; t++)
         out[t] = type == 0 ? squares_float(tensors[t], (size_t)numels[t])
@@ -141,19 +144,30 @@ void gradwatch_squares(int type, size_t count, const void **tensors, const int64
                            : squares_double(tensors[t], (size_t)numels[t]);
 }
 
+static void moments(int type, const void *x, size_t n, double *out, int64_t *counts) {
+    if (type == 0) moments_float(x, n, out, counts);
+    else if (type == 1) moments_half(x, n, out, counts);
+    else moments_double(x, n, out, counts);
+}
+
 void gradwatch_moments(int type, size_t count, const void **tensors, const int64_t *numels, double *out) {
-    for (size_t t = 0; t < count; t++) {
-        if (type == 0) moments_float(tensors[t], (size_t)numels[t], out + 5 * t);
-        else if (type == 1) moments_half(tensors[t], (size_t)numels[t], out + 5 * t);
-        else moments_double(tensors[t], (size_t)numels[t], out + 5 * t);
-    }
+    for (size_t t = 0; t < count; t++) moments(type, tensors[t], (size_t)numels[t], out + 5 * t, NULL);
+}
+
+void gradwatch_everything(int type, size_t count, const void **tensors, const int64_t *numels, double *out) {
+    /* Behind the moments, `out` has room for the counts, integers as wide as a double. */
+    int64_t *counts = (int64_t *)(out + 5 * count);
+    for (size_t t = 0; t < count; t++) moments(type, tensors[t], (size_t)numels[t], out + 5 * t, counts + 512 * t);
 }
 
 void gradwatch_histograms(int type, size_t count, const void **tensors, const int64_t *numels, int64_t *out) {
     for (size_t t = 0; t < count; t++) {
-        if (type == 0) histogram_float(tensors[t], (size_t)numels[t], out + 512 * t);
-        else if (type == 1) histogram_half(tensors[t], (size_t)numels[t], out + 512 * t);
-        else histogram_double(tensors[t], (size_t)numels[t], out + 512 * t);
+        uint32_t tables[4][512];
+        memset(tables, 0, sizeof tables);
+        if (type == 0) count_float(tensors[t], (size_t)numels[t], tables);
+        else if (type == 1) count_half(tensors[t], (size_t)numels[t], tables);
+        else count_double(tensors[t], (size_t)numels[t], tables);
+        add_tables(tables, out + 512 * t);
     }
 }
 

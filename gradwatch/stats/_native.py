@@ -37,7 +37,7 @@ class Native:
     """The compiled kernels. All take contiguous CPU tensors of one dtype: float32, bfloat16 or float64."""
 
     def __init__(self, library: Any) -> None:
-        for name in ("squares", "moments", "histograms", "moved"):
+        for name in ("squares", "moments", "everything", "histograms", "moved"):
             function = getattr(library, f"gradwatch_{name}")
             function.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
             function.restype = None
@@ -54,6 +54,12 @@ class Native:
     def histograms(self, pieces: Sequence[Tensor]) -> NDArray[np.int64]:
         """Return signed exponent histograms, int64, shape (n, 512)."""
         return self._call("_histograms", pieces, np.zeros((len(pieces), 512), np.int64))
+
+    def everything(self, pieces: Sequence[Tensor]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return moments (n, 5) and histograms (n, 512) from one read."""
+        out = self._call("_everything", pieces, np.zeros(len(pieces) * (5 + 512)))
+        moments, counts = np.split(out, [5 * len(pieces)])
+        return moments.reshape(-1, 5), counts.view(np.int64).reshape(-1, 512)
 
     def moved(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> NDArray[np.float64]:
         """Return sums of squares of (before - after) and of before, float64, shape (n, 2)."""
@@ -75,10 +81,12 @@ def native(pieces: Sequence[Tensor], *, worth: int) -> Native | None:
 
     Args:
         pieces: contiguous, on the CPU, of one dtype.
-        worth: fewer elements than this in all are left to torch, always, so that results do not depend on what was
-            measured before, and a small model never starts a compiler.
+        worth: fewer elements than this in all (a tensor counts as 256 more) are left to torch, always, so that results
+            do not depend on what was measured before, and a small model never starts a compiler.
     """
-    if not pieces or pieces[0].dtype not in _TYPES or sum([piece.numel() for piece in pieces]) < worth:
+    if not pieces or pieces[0].dtype not in _TYPES:
+        return None
+    if sum([piece.numel() for piece in pieces]) + 256 * len(pieces) < worth:
         return None
     if any(type(piece) not in _PLAIN or piece.is_neg() for piece in pieces):
         return None

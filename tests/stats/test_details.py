@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from gradwatch.stats import exponent_histograms, gradient_details, moments
-from gradwatch.stats._moments import extent
+from gradwatch.stats import exponent_histograms, extent, gradient_details, moments
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -51,6 +51,9 @@ def test_moments_agree_with_torch_in_float64(kernels: module.Native, dtype: torc
 def test_histograms_and_squares_agree_with_torch(kernels: module.Native, dtype: torch.dtype, without_native) -> None:
     xs = samples(dtype)
     assert torch.equal(torch.from_numpy(kernels.histograms(xs)), exponent_histograms(xs))
+    moments_found, counts = kernels.everything(xs)
+    np.testing.assert_array_equal(moments_found, kernels.moments(xs))
+    assert torch.equal(torch.from_numpy(counts), exponent_histograms(xs))
     expected = torch.stack([x.double().square().sum() for x in xs])
     torch.testing.assert_close(torch.from_numpy(kernels.squares(xs)), expected, rtol=1e-12, atol=0, equal_nan=True)
 

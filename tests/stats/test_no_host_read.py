@@ -9,17 +9,18 @@ from gradwatch.stats import (
     UpdateMeter,
     cosines,
     exponent_histograms,
+    extent,
     global_norm,
     gradient_details,
     gramian,
     measure_gradients,
     moments,
+    num_beyond,
+    num_nonfinite,
     row_spread,
     second_look,
     tensor_norms,
 )
-from gradwatch.stats._counting import num_beyond
-from gradwatch.stats._moments import extent
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -56,6 +57,7 @@ def measured_update() -> object:
         pytest.param(lambda: measure_gradients(mixed(), histograms=True), id="measure_gradients"),
         pytest.param(lambda: [moments(t.reshape(-1)) for t in mixed()], id="moments"),
         pytest.param(lambda: [extent(t.reshape(-1)) for t in mixed()], id="extent"),
+        pytest.param(lambda: num_nonfinite(meta(5)), id="num_nonfinite"),
         pytest.param(lambda: num_beyond(meta(5), 5.0), id="num_beyond"),
         pytest.param(lambda: gramian([mixed(), mixed()]), id="gramian"),
         pytest.param(lambda: cosines(meta(3, 3)), id="cosines"),

@@ -1,0 +1,90 @@
+"""How the cost of measuring every gradient grows with the number of elements and of tensors.
+
+    python benchmarks/scale.py [--device cpu|cuda] [--rounds 7] [--most-elements 100000000]
+
+Arms run in turns in one process (CPU time; event time on CUDA). A straight line, cost = a + b x tensors + c x elements,
+is fitted to the medians: b is the price of one more tensor, c that of a million more elements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from gradwatch.stats import Gradients, kernel_backends
+
+
+def parameters(elements: int, tensors: int, device: str) -> list[tuple[str, torch.nn.Parameter]]:
+    size = max(elements // tensors, 1)
+    named = [(f"p{i}", torch.nn.Parameter(torch.zeros(size, device=device))) for i in range(tensors)]
+    for _, p in named:
+        p.grad = torch.full_like(p, 1e-3)
+    return named
+
+
+def arms_for(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, Callable[[], object]]:
+    def floor() -> object:
+        norms = torch.stack(torch._foreach_norm([p.grad for _, p in named]))
+        return torch.cat([norms, norms.norm()[None]]).cpu()
+
+    def norms() -> object:
+        grads = Gradients.collect(named)
+        return torch.cat([grads.norms, grads.global_norm[None]]).cpu()
+
+    def everything() -> object:
+        grads = Gradients.collect(named)
+        found = grads.measure(histograms=True)
+        return torch.cat([found.norms, found.sums.flatten(), found.maxima.flatten(), grads.global_norm[None]]).cpu()
+
+    return {"floor": floor, "norms": norms, "everything": everything}
+
+
+def timed(fn: Callable[[], object], device: str) -> float:
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    start = clock()
+    fn()
+    return clock() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--most-elements", type=int, default=100_000_000)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = [n for n in (10**5, 10**6, 10**7, 10**8) if n <= options.most_elements]
+    cells = [(n, t) for n in sizes for t in (10, 100, 1000, 5000) if n // t >= 20]
+    print(f"{options.device}, float32, kernels {kernel_backends()}; ms, medians of {options.rounds} rounds in turns")
+    print(f"{'elements':>10} {'tensors':>8} {'floor':>9} {'norms':>9} {'x floor':>8} {'everything':>11} {'x floor':>8}")
+    rows: dict[str, list[float]] = {"floor": [], "norms": [], "everything": []}
+    for elements, tensors in cells:
+        arms = arms_for(parameters(elements, tensors, options.device))
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        for round_ in range(options.rounds + 1):
+            for name, arm in arms.items():
+                seconds = timed(arm, options.device)
+                if round_:
+                    times[name].append(seconds)
+        for name, seconds in times.items():
+            rows[name].append(statistics.median(seconds) * 1e3)
+        ratio = {n: statistics.median([a / b for a, b in zip(times[n], times["floor"], strict=True)]) for n in times}
+        print(
+            f"{elements:>10} {tensors:>8} {rows['floor'][-1]:9.3f} {rows['norms'][-1]:9.3f} {ratio['norms']:8.2f} "
+            f"{rows['everything'][-1]:11.3f} {ratio['everything']:8.2f}"
+        )
+    print(f"\n{'slopes':>10} {'us each call':>14} {'us each tensor':>16} {'ms each 1e6 elements':>22}")
+    design = np.array([[1.0, t, n] for n, t in cells])
+    for name, values in rows.items():
+        weights = 1 / np.maximum(np.array(values), 1e-3)  # relative errors count, not those of the largest cell
+        (each, tensor, element), *_ = np.linalg.lstsq(design * weights[:, None], np.array(values) * weights, rcond=None)
+        print(f"{name:>10} {each * 1e3:14.1f} {tensor * 1e3:16.2f} {element * 1e6:22.3f}")
+
+
+if __name__ == "__main__":
+    main()
