@@ -40,8 +40,11 @@ def run_entry(entry: Entry, tree: Any, call: int, step: int, recompute: bool, *,
         num_seen += 1
         if wanted is not None and leaf != wanted and not (wanted == "first" and num_seen == 1):
             return None
+        point = Point(entry.spot, hook, call, step, recompute, leaf)
+        if not hook.holds(point):
+            return None
         ran = True
-        return hook.fire(tensor, Point(entry.spot, hook, call, step, recompute, leaf), guarded)
+        return hook.fire(tensor, point, guarded)
 
     new = map_tensors(tree, visit)
     finish(entry, ran, recompute)
@@ -54,12 +57,12 @@ def run_raw(entry: Entry, raw: RawCall, call: int, step: int, recompute: bool) -
     """Hand torch's own arguments to one hook; return what it returns."""
     hook = entry.hook
     point = Point(entry.spot, hook, call, step, recompute, "")
+    if not hook.holds(point):
+        return None
     try:
-        result = None
-        if hook.options.when is None or hook.options.when(point):
-            with torch.no_grad() if hook.observes else nullcontext():
-                result = hook.fn(raw, point)
-            finish(entry, True, recompute)
+        with torch.no_grad() if hook.observes else nullcontext():
+            result = hook.fn(raw, point)
+        finish(entry, True, recompute)
         return None if hook.observes else result
     except Exception as cause:
         hook.fail_or_break(cause, point)
@@ -99,7 +102,10 @@ class GradientCall:
             # Graphs outlive hooks: the handle is gone, this object is not.
             if not (hook.alive and hook._enabled) or entry.done:
                 continue
-            replaced = hook.fire(new, Point(entry.spot, hook, self.call, self.step, False, self.leaf), True)
+            point = Point(entry.spot, hook, self.call, self.step, False, self.leaf)
+            if not hook.holds(point):
+                continue
+            replaced = hook.fire(new, point, True)
             new = new if replaced is None else replaced
             finish(entry, True, False)
         return None if new is grad else new

@@ -193,6 +193,16 @@ class Hook:
             f"{error}; {done}, and the run goes on with the tensor untouched.", GradwatchWarning, stacklevel=2
         )
 
+    def holds(self, point: Point) -> bool:
+        """Return whether the hook's own condition holds."""
+        if self.options.when is None:
+            return True
+        try:
+            return bool(self.options.when(point))
+        except Exception as cause:
+            self.fail_or_break(cause, point)
+            return False
+
     def fire(self, tensor: Tensor, point: Point, guarded: bool) -> Tensor | None:
         """Run the function on one tensor; return what takes its place, or None.
 
@@ -202,8 +212,6 @@ class Hook:
             guarded: a change in place is an error (gradients: autograd may share them with other branches).
         """
         try:
-            if self.options.when is not None and not self.options.when(point):
-                return None
             if self.observes:
                 look(self.function, tensor if point.spot.view is None else point.spot.view.read(tensor), point)
                 return None

@@ -58,7 +58,10 @@ class ParameterSite:
             # Backward on a GPU runs in autograd's own threads: only on the CPU does the thread tell whose pass it is.
             if not hook.is_enabled or not hook.wants(step, False, backward=grad.device.type != "cpu"):
                 continue
-            replaced = hook.fire(new, Point(entry.spot, hook, call, step, False, ""), True)
+            point = Point(entry.spot, hook, call, step, False, "")
+            if not hook.holds(point):
+                continue
+            replaced = hook.fire(new, point, True)
             finish(entry, True, False)
             new = new if replaced is None else replaced
         return new
