@@ -104,9 +104,9 @@ export class App {
     const full = Math.max(280, this.root.clientWidth - 32);
     const beside = panels.length > 1 && full >= 1100;
     const width = beside ? Math.floor((full - 24) / 2) : full;
-    const gutter = Math.round(Math.min(230, Math.max(110, width * 0.2)));
+    const gutter = Math.round(Math.min(230, Math.max(150, width * 0.2)));
     this.panelsBox.classList.toggle('gw-beside', beside);
-    const range = (this.range = rangeOf(panels.map((p) => p.data.matrix).filter(Boolean), stat.linear));
+    const range = (this.range = rangeOf(panels.flatMap((p) => p.shown(state.biases)), stat.linear));
     clear(this.panelsBox, ...panels.map((p) => p.root));
     for (const panel of panels) panel.draw({state, stat, range, dark, width, gutter, folded: foldedSet(state), titled: panels.length > 1});
     this.#legend(range, dark, stat);

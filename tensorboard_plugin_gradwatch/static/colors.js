@@ -44,30 +44,28 @@ export function levelOf(value, range) {
 }
 
 /**
- * The range of colours: from the 1st to the 99.5th percentile of what is finite and above zero, so that one
+ * The range of colours over the rows on view: from the 1st to the 99th percentile of what is finite and above zero, so that one
  * explosion does not flatten the whole picture; what lies outside saturates. `least` and `most` are the extremes.
  */
-export function rangeOf(matrices, linear) {
+export function rangeOf(series, linear) {
   if (linear) return {low: 0, high: 1, least: 0, most: 1, linear: true};
   const logs = [];
   let least = Infinity, most = -Infinity;
-  for (const {values} of matrices) {
-    const stride = Math.max(1, Math.floor(values.length / 40000));
-    for (let i = 0; i < values.length; i += stride) {
-      const v = Math.abs(values[i]);
-      if (v > 0 && v < Infinity) logs.push(Math.log10(v));
-    }
-    for (let i = 0; i < values.length; i++) {
-      if (values[i] > 0 && values[i] < Infinity) {
-        if (values[i] < least) least = values[i];
-        if (values[i] > most) most = values[i];
-      }
+  const total = series.reduce((n, values) => n + values.length, 0), stride = Math.max(1, Math.floor(total / 50000));
+  let at = 0;
+  for (const values of series) {
+    for (let i = 0; i < values.length; i++, at++) {
+      const v = values[i];
+      if (!(v > 0 && v < Infinity)) continue;
+      if (v < least) least = v;
+      if (v > most) most = v;
+      if (at % stride === 0) logs.push(Math.log10(v));
     }
   }
   if (!logs.length) return {low: -6, high: 0, least: -6, most: 0, linear: false};
   logs.sort((a, b) => a - b);
   let low = logs[Math.floor(0.01 * (logs.length - 1))];
-  let high = logs[Math.ceil(0.995 * (logs.length - 1))];
+  let high = logs[Math.ceil(0.99 * (logs.length - 1))];
   if (high - low < 0.5) [low, high] = [(low + high) / 2 - 0.25, (low + high) / 2 + 0.25];
   return {low, high, least: Math.max(Math.log10(least), low - 3), most: Math.log10(most), linear: false};
 }

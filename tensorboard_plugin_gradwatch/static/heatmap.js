@@ -131,6 +131,8 @@ export class Heatmap {
       }, roomy ? el('span', {}, (block.folded ? '▸ ' : '▾ ') + block.name) : ''));
     }
     const inBlock = new Set(layout.blocks.map((b) => b.name));
+    const longest = Math.max(0, ...layout.blocks.map((b) => b.name.length));
+    const beside = gutter - 8 - Math.min(0.45 * gutter, 6.5 * longest + 20);
     free = -1e9;
     layout.rows.forEach((row, i) => {
       const alone = !inBlock.has(row.block);
@@ -138,7 +140,7 @@ export class Heatmap {
       free = row.y + 11;
       nodes.push(el('div', {
         className: 'gw-label' + (alone ? ' gw-alone' : ''), title: row.path, data: {row: String(i)},
-        style: {top: `${Math.max(0, row.y + (row.height - 12) / 2)}px`, width: `${alone ? gutter - 8 : gutter - 8 - Math.min(96, gutter * 0.4)}px`},
+        style: {top: `${Math.max(0, row.y + (row.height - 12) / 2)}px`, width: `${alone ? gutter - 8 : beside}px`},
       }, el('bdi', {}, row.label)));
     });
     clear(this.gutter, ...nodes);

@@ -26,7 +26,7 @@ export class LineChart {
     this.plot?.destroy();
     const drawn = spec.series.map((one) => clean(one.values, spec.linear));
     this.bad = spec.series.map((one) => one.values);
-    this.plot = new uPlot(this.#options(spec), [Array.from(spec.steps), ...drawn], this.place);
+    this.plot = new uPlot(this.#options(spec, drawn), [Array.from(spec.steps), ...drawn], this.place);
   }
 
   mark(step) {
@@ -40,7 +40,7 @@ export class LineChart {
     this.plot = null;
   }
 
-  #options(spec) {
+  #options(spec, drawn) {
     const muted = () => cssColor('--gw-muted'), grid = {stroke: () => cssColor('--gw-grid'), width: 1};
     return {
       width: spec.width, height: spec.height, padding: [8, MARGIN, 0, 0],
@@ -59,7 +59,7 @@ export class LineChart {
         {label: 'step', value: (u, v) => (v === null ? '' : String(v))},
         ...spec.series.map((one, i) => ({
           label: one.label, stroke: one.color, width: one.width || 1.5, dash: one.dash, spanGaps: false,
-          points: {show: spec.steps.length < 60, size: 4},
+          points: {show: drawn[i].filter((v) => v !== null).length < 60, size: 4},
           value: (u, v, s, at) => (at === null || at === undefined ? '' : said(this.bad[i][at])),
         })),
       ],

@@ -34,6 +34,12 @@ export class Panel {
     this.unseen = listed - this.paths.length;
   }
 
+  /** The values of the rows that may be on view: what is hidden must not stretch the colours. */
+  shown(biases) {
+    const wide = biases ? this.paths : this.paths.filter((p) => !p.flat);
+    return (wide.length ? wide : this.paths).map((p) => rowValues(this.data.matrix, p.place));
+  }
+
   draw({state, stat, range, dark, width, gutter, folded, titled}) {
     const {data} = this;
     clear(this.title, titled ? data.id : '');

@@ -1,6 +1,6 @@
 // Histograms of one parameter's gradient over time: log10 of the magnitude across, the newest in front.
 
-import {el, cssColor, elide, number, sizeCanvas, power} from './dom.js';
+import {el, cssColor, number, sizeCanvas, power} from './dom.js';
 import {css, rgbAt} from './colors.js';
 
 const MOST = 34;
@@ -94,13 +94,14 @@ export class Ridge {
       g.stroke();
       g.setLineDash([]);
       g.fillStyle = cssColor('--gw-warning');
-      g.fillText(elide(g, 'zero in float16', 120), x(HALF_SMALLEST), box.top - 12);
+      g.textAlign = x(HALF_SMALLEST) < box.left + 50 ? 'left' : 'center';
+      g.fillText('zero in float16', x(HALF_SMALLEST) + (g.textAlign === 'left' ? 4 : 0), box.top - 12);
     }
     g.fillStyle = cssColor('--gw-muted');
     g.textAlign = 'left';
     if (data.values.subarray(0, 2 * data.count).some((v) => v > 0)) g.fillText('zeros', box.right + 8, box.top - 12);
     g.textAlign = 'right';
-    g.fillText('step', box.left - 6, box.top - 12);
+    g.fillText('step', box.left - 6, box.bottom + 14);
   }
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -13,8 +12,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradwatch.callbacks import GradWatch
-
-FAULTS = ("", "bad-batch", "sigmoid")
 
 
 class Block(nn.Module):
@@ -69,17 +66,21 @@ class Adder(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def train(
-    folder: Path, name: str, *, fault: str = "", steps: int = 400, rules: str = "autoclip", **settings: Any
-) -> GradWatch:
+def train(folder: Path, name: str, *, fault: str = "", steps: int = 400, bad_step: int = 220) -> GradWatch:
     """Train for a number of steps, logging each, into `folder/name`; returns the callback."""
     pl.seed_everything(0, verbose=False)
     digits = torch.randint(0, 10, (6400, 6))
     data = TensorDataset(digits, digits[:, :2].sum(dim=1) % 10)
-    callback = GradWatch(rules, activations_every=10, updates_every=10, histograms_every=10, verbose=False, **settings)
+    callback = GradWatch("autoclip", activations_every=10, updates_every=10, histograms_every=10, verbose=False)
     trainer = pl.Trainer(
-        accelerator="cpu", max_steps=steps, callbacks=[callback], log_every_n_steps=1, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, logger=TensorBoardLogger(str(folder), name="", version=name),
-    )  # fmt: skip
-    trainer.fit(Adder(fault=fault), DataLoader(data, batch_size=32, shuffle=True))
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=[callback],
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(str(folder), name="", version=name),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(Adder(fault=fault, bad_step=bad_step), DataLoader(data, batch_size=32, shuffle=True))
     return callback
