@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnknownNameError, UnknownPathError
-from ..stats import flat_local, num_beyond
+from ..stats import flat_local, num_beyond, num_nonfinite
 from ._pytree import tensors_of
 from ._tap_full import Preflight, register_full_hook
 from ._tap_probe import BackwardProbe, ForwardProbe, GradProbe, PreForwardProbe, is_recompute
-from ._tap_stats import Ledger, TapStats
+from ._tap_stats import Ledger, Memo, TapStats, measured_extent, measured_moments
 from ._tap_units import UnitWindows, is_relu_like, is_saturating, layout_after
 
 __all__ = ["ModuleTap"]
@@ -81,6 +81,7 @@ class ModuleTap:
         self._saturating = [is_saturating(module) for module in self._modules]
         self._layout: str | None = None
         self._ledger = Ledger(len(self.paths))
+        self._memo = Memo()
         self._windows = UnitWindows()
         self._preflight = Preflight(len(self.paths)) if backend == "full" else None
         self._handles: list[Any] = []
@@ -121,6 +122,7 @@ class ModuleTap:
     def disarm(self) -> None:
         """Take every hook off, and silence those that graphs still hold. What was gathered stays for `take`."""
         self.armed = False
+        self._memo.clear()
         _remove(self._handles)
         _remove(self._leaf_handles)
         if self._preflight is not None:
@@ -204,7 +206,12 @@ class ModuleTap:
             return
         try:
             with torch.no_grad():
-                self._ledger.add_grad(row, _piece(grad))
+                found = self._memo.find("extent", grad)
+                if found is None:
+                    piece = _piece(grad)
+                    found = (piece.numel(), measured_extent(piece))
+                    self._memo.keep("extent", grad, found)
+                self._ledger.add_grad(row, *found)
             if self._preflight is not None:
                 self._preflight.on_grad(row)
         except Exception as error:
@@ -213,15 +220,29 @@ class ModuleTap:
     def _measure(self, row: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         self._layout = self._layouts[row] or self._layout
         for tensor in outputs:
-            self._ledger.add_output(row, _piece(tensor))
+            found = self._memo.find("moments", tensor)
+            if found is None:
+                piece = _piece(tensor)
+                found = (piece.numel(), measured_moments(piece))
+                self._memo.keep("moments", tensor, found)
+            self._ledger.add_output(row, *found)
             if self._relu_like[row]:
                 self._windows.see(row, _local(tensor), self._layout)
         for tensor in inputs:
+            self._measure_input(row, tensor)
+
+    def _measure_input(self, row: int, tensor: Tensor) -> None:
+        known = self._memo.find("moments", tensor)
+        found = (known[0], known[1][3]) if known else self._memo.find("nonfinite", tensor)
+        if found is None:
             piece = _piece(tensor)
-            self._ledger.add_input(row, piece)
-            if self._saturating[row]:
-                self._ledger.add(row, "saturated", num_beyond(piece, _SATURATED))
-                self._ledger.add(row, "saturated_numel", piece.numel())
+            found = (piece.numel(), num_nonfinite(piece))
+            self._memo.keep("nonfinite", tensor, found)
+        self._ledger.add(row, "input_numel", found[0])
+        self._ledger.add(row, "input_nonfinite", found[1])
+        if self._saturating[row]:
+            self._ledger.add(row, "saturated", num_beyond(_piece(tensor), _SATURATED))
+            self._ledger.add(row, "saturated_numel", found[0])
 
     def _fail(self, row: int, port: str, error: Exception) -> None:
         self._failures.setdefault(row, f"{port} could not be measured: {type(error).__name__}: {error}")

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..stats import extent, host_extent, host_moments, moments, num_nonfinite, wide_dtype
+from ..stats import extent, host_extent, host_moments, moments, wide_dtype
 
-__all__ = ["MAXIMA", "SUMS", "Ledger", "TapStats"]
+__all__ = ["MAXIMA", "SUMS", "Ledger", "Memo", "TapStats", "measured_extent", "measured_moments"]
 
 SUMS = (
     "output_sum",
@@ -37,6 +38,7 @@ MAXIMA = ("output_absmax", "grad_absmax")
 """Columns of `TapStats.maxima`, merged by maximum."""
 _S = {name: i for i, name in enumerate(SUMS)}
 
+Found = Tensor | tuple[float, ...]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
@@ -95,6 +97,41 @@ class TapStats:
         return columns, {name: mask for name, (_, mask) in kept.items()}
 
 
+class Memo:
+    """What was measured of tensors that are still there, unchanged: a container returns what its last child did, and
+    most inputs are outputs. Holds weak references only."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, int], tuple[ref[Tensor], int, Any]] = {}
+
+    def find(self, kind: str, tensor: Tensor) -> Any:
+        """Return what was kept for this very tensor, or None."""
+        kept = self._seen.get((kind, id(tensor)))
+        if kept is None or kept[0]() is not tensor or kept[1] != _version(tensor):
+            return None
+        return kept[2]
+
+    def keep(self, kind: str, tensor: Tensor, value: Any) -> None:
+        self._seen[kind, id(tensor)] = (ref(tensor), _version(tensor), value)
+
+    def clear(self) -> None:
+        self._seen.clear()
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def measured_moments(piece: Tensor) -> Found:
+    """Return moments of a flat piece: plain numbers on the CPU, a tensor elsewhere."""
+    return host_moments(piece) if piece.device.type == "cpu" else moments(piece)
+
+
+def measured_extent(piece: Tensor) -> Found:
+    """Return the extent of a flat piece: plain numbers on the CPU, a tensor elsewhere."""
+    return host_extent(piece) if piece.device.type == "cpu" else extent(piece)
+
+
 class Ledger:
     """Adds up statistics by row: on the host for CPU tensors, else on the tensors' own device, unread."""
 
@@ -108,38 +145,29 @@ class Ledger:
         self._device: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.empty = True
 
-    def add_output(self, row: int, piece: Tensor) -> None:
-        """Add a flat piece of a module's output."""
+    def add_output(self, row: int, numel: int, found: Found) -> None:
+        """Add moments of a tensor among a module's outputs."""
         self.empty = False
-        self._host[row, _S["output_numel"]] += piece.numel()
-        if piece.device.type == "cpu":
-            *four, absmax = host_moments(piece)
-            self._host[row, :4] += four
-            self._host_max[row, 0] = max(self._host_max[row, 0], absmax)
-            return
-        found = moments(piece)
-        sums, maxima = self._on(piece.device)
-        sums[row, :4] += found[:4]
-        maxima[row, 0] = torch.maximum(maxima[row, 0], found[4])
+        self._host[row, _S["output_numel"]] += numel
+        if isinstance(found, Tensor):
+            sums, maxima = self._on(found.device)
+            sums[row, :4] += found[:4]
+            maxima[row, 0] = torch.maximum(maxima[row, 0], found[4])
+        else:
+            self._host[row, :4] += found[:4]
+            self._host_max[row, 0] = max(self._host_max[row, 0], found[4])
 
-    def add_grad(self, row: int, piece: Tensor) -> None:
-        """Add a flat piece of the gradient w.r.t. a module's output."""
+    def add_grad(self, row: int, numel: int, found: Found) -> None:
+        """Add the extent of the gradient w.r.t. an output of a module."""
         self.empty = False
-        self._host[row, _S["grad_numel"]] += piece.numel()
-        if piece.device.type == "cpu":
-            *two, absmax = host_extent(piece)
-            self._host[row, 4:6] += two
-            self._host_max[row, 1] = max(self._host_max[row, 1], absmax)
-            return
-        found = extent(piece)
-        sums, maxima = self._on(piece.device)
-        sums[row, 4:6] += found[:2]
-        maxima[row, 1] = torch.maximum(maxima[row, 1], found[2])
-
-    def add_input(self, row: int, piece: Tensor) -> None:
-        """Count the non-finite elements of a flat piece of a module's input."""
-        self._host[row, _S["input_numel"]] += piece.numel()
-        self.add(row, "input_nonfinite", num_nonfinite(piece))
+        self._host[row, _S["grad_numel"]] += numel
+        if isinstance(found, Tensor):
+            sums, maxima = self._on(found.device)
+            sums[row, 4:6] += found[:2]
+            maxima[row, 1] = torch.maximum(maxima[row, 1], found[2])
+        else:
+            self._host[row, 4:6] += found[:2]
+            self._host_max[row, 1] = max(self._host_max[row, 1], found[2])
 
     def add(self, row: int, name: str, value: Tensor | float) -> None:
         """Add a number, or a 0-dim tensor, to one sum."""
