@@ -27,12 +27,15 @@ def clean_path(path: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's model inside DDP, DataParallel and torch.compile wrappers."""
+    """Return the user's model inside DDP, DataParallel, torch.compile and Fabric wrappers."""
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
             continue
+        # torch.compile's; Fabric's, which holds the model as it was handed over beside the one it runs.
         inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module) and hasattr(model, "_forward_module"):
+            inner = getattr(model, "_original_module", None)
         if not isinstance(inner, nn.Module):
             return model
         model = inner

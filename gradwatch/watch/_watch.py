@@ -14,12 +14,14 @@ from torch.optim import Optimizer
 from ..errors import ConfigError, TrainingStopped
 from ..protocols import Request, Sink, Treatment
 from ..records import Incident, StepRecord
+from ._batch import num_samples
 from ._draft import StepInputs
 from ._engine import StepOutcome
 from ._news import IncidentTarget, incident_target
 from ._scaler import scale_left_in_gradients, unscale
 from ._session import Session
 from ._settings import resolve
+from ._stepper import Stepper, steppers
 
 __all__ = ["Watch"]
 
@@ -39,8 +41,9 @@ class Watch:
     Nothing is written on the model; hooks come off when the `with` ends, however it ends.
 
     Args:
-        model: the model as it is trained; DDP and compile wrappers are looked through.
-        optimizer: one, or several that step together (or one at a time, with `step(optimizer=...)`).
+        model: the model as it is trained; DDP, compile, Fabric and Accelerate wrappers are looked through.
+        optimizer: one, or several that step together (or one at a time, with `step(optimizer=...)`); also as Fabric or
+            Accelerate prepared them. While Accelerate accumulates, `step` waits for the last micro-batch.
         rules: `"observe"`, `"default"`, `"autoclip"`, a rules file, a list of rules or a `RuleBook`.
         scaler: a `torch.amp.GradScaler`, where one is used; `step` then calls its `step` and `update` too.
         treatments: for every step.
@@ -102,12 +105,17 @@ class Watch:
         )
         if not isinstance(model, nn.Module):
             raise ConfigError(f"`model` must be a torch.nn.Module. Got {type(model).__name__}.")
-        self.optimizers = _optimizers(optimizer)
-        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._steppers = steppers(optimizer)
+        self.optimizers = tuple(s.raw for s in self._steppers)
+        # One inside a wrapper is the wrapper's to step and update; one given here is ours.
+        inner = next((s.scaler for s in self._steppers if s.scaler is not None), None)
+        self.scaler = inner if scaler is None or not scaler.is_enabled() else scaler
         self._on_checkpoint = on_checkpoint
         self._step = 0
         self._extra: dict[str, float] = {}
         self._losses: list[Tensor] = []
+        self._micro_losses: list[Any] = []
+        self._num_samples = 0
         self.session = Session(
             model,
             self.optimizers,
@@ -186,17 +194,23 @@ class Watch:
         Raises:
             TrainingStopped: a rule or treatment asked for a stop.
         """
-        stepping = self.optimizers if optimizer is None else (self._known(optimizer),)
+        stepping = self._stepping(optimizer)
+        if not all(s.is_syncing for s in stepping):
+            # Accelerate accumulates: its optimizers would not move now.
+            self._micro_losses += [] if loss is None else [loss]
+            self._num_samples += num_samples(batch)
+            return StepOutcome()
         if self.scaler is not None:
-            for o in stepping:
-                unscale(self.scaler, o)
+            for s in stepping:
+                unscale(self.scaler, s.raw)
         outcome = self.after_backward(loss, batch=batch, outputs=outputs, targets=targets, optimizer=optimizer)
-        for o in stepping:
-            if self.scaler is None:
-                o.step()
+        owned = self.scaler is not None and all(s.scaler is None for s in stepping)
+        for s in stepping:
+            if owned:
+                self.scaler.step(s.raw)
             else:
-                self.scaler.step(o)
-        if self.scaler is not None:
+                s.step()
+        if owned:
             self.scaler.update()
         self.after_step()
         self._refuse(outcome.requests)
@@ -215,21 +229,22 @@ class Watch:
 
         Where the outcome says `skip`, the optimizer's next `step()` moves nothing.
         """
-        stepping = self.optimizers if optimizer is None else (self._known(optimizer),)
+        stepping = [s.raw for s in self._stepping(optimizer)]
         scaler = self.scaler
         inputs = StepInputs(
             step=self._step,
-            losses=[loss] if loss is not None else self._losses,
+            losses=[*self._micro_losses, loss] if loss is not None else self._losses,
             batch=batch,
             outputs=outputs,
             targets=targets,
+            num_samples=self._num_samples + num_samples(batch) if self._num_samples else 0,
             grad_scale=1.0 if scaler is None else scale_left_in_gradients(scaler, stepping[0]),
             scaler=scaler is not None,
             scale=None if scaler is None else float(scaler.get_scale()),
-            optimizer=None if optimizer is None else self.optimizers.index(optimizer),
+            optimizer=None if optimizer is None else self.optimizers.index(stepping[0]),
             scalars=self._extra,
         )
-        self._extra, self._losses = {}, []
+        self._extra, self._losses, self._micro_losses, self._num_samples = {}, [], [], 0
         outcome = self.session.step(inputs, stepping)
         for request in outcome.requests:
             self._carry_out(request)
@@ -240,6 +255,8 @@ class Watch:
         self.session.after_step()
         self._step += 1
         self.session.before_forward(self._step)
+        if self.scaler is not None:
+            self.session.engine.before_backward(float(self.scaler.get_scale()))
         late = self.session.take_requests()
         for request in late:
             self._carry_out(request)
@@ -306,12 +323,15 @@ class Watch:
     ) -> None:
         self.close()
 
-    def _known(self, optimizer: Optimizer) -> Optimizer:
-        if optimizer not in self.optimizers:
+    def _stepping(self, optimizer: Optimizer | None) -> tuple[Stepper, ...]:
+        if optimizer is None:
+            return self._steppers
+        found = tuple(s for s in self._steppers if optimizer is s.given or optimizer is s.raw)
+        if not found:
             raise ConfigError(
                 f"this Watch does not know the {type(optimizer).__name__} it was given: name it in Watch(model, [...])."
             )
-        return optimizer
+        return found
 
     def _carry_out(self, request: Request) -> None:
         self.session.carry_out(request)
@@ -323,20 +343,3 @@ class Watch:
         for request in requests:
             if request.kind == "stop":
                 raise TrainingStopped(request.reason)
-
-
-def _optimizers(given: Any) -> tuple[Optimizer, ...]:
-    found = (given,) if isinstance(given, Optimizer) else tuple(given)
-    # Wrappers such as Accelerate's or Fabric's hold the raw one.
-    raw = tuple(o if type(o).__module__.startswith("torch.") else _raw(o) for o in found)
-    for o in raw:
-        if not isinstance(o, Optimizer):
-            raise ConfigError(f"`optimizer` must be a torch optimizer or several. Got {type(o).__name__}.")
-    if not raw:
-        raise ConfigError("`optimizer` must hold at least one torch optimizer. Got none.")
-    return raw
-
-
-def _raw(optimizer: Any) -> Any:
-    inner = getattr(optimizer, "optimizer", None)
-    return inner if isinstance(inner, Optimizer) else optimizer
