@@ -204,14 +204,14 @@ class Watch:
             for s in stepping:
                 unscale(self.scaler, s.raw)
         outcome = self.after_backward(loss, batch=batch, outputs=outputs, targets=targets, optimizer=optimizer)
-        owned = self.scaler is not None and all(s.scaler is None for s in stepping)
+        mine = self.scaler if all(s.scaler is None for s in stepping) else None
         for s in stepping:
-            if owned:
-                self.scaler.step(s.raw)
+            if mine is not None:
+                mine.step(s.raw)
             else:
                 s.step()
-        if owned:
-            self.scaler.update()
+        if mine is not None:
+            mine.update()
         self.after_step()
         self._refuse(outcome.requests)
         return outcome
