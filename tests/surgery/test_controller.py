@@ -555,3 +555,17 @@ def test_surgery_behind_a_rule_asks_to_be_switched_on() -> None:
     (request,) = listener.requests
     assert request.kind == "surgery"
     assert request.values["surgery"] is surgery
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gramian", ["params", "last", "features"])
+def test_a_compiled_trunk_is_probed_as_the_eager_one(gramian) -> None:
+    model = TwoHeads()
+    trunk = torch.compile(model.trunk, backend="aot_eager")
+    controller = SurgeryController(Surgery("pcgrad", gramian=gramian), model.named_parameters())
+    x, ya, yb = batches()[0]
+    shared = trunk(x)
+    a, b = (model.a(shared).squeeze(1) - ya).pow(2).mean(), 5 * (model.b(shared).squeeze(1) - yb).pow(2).mean()
+    controller.backward({"a": a, "b": b})
+    _, eager = one_backward(Surgery("pcgrad", gramian=gramian))
+    assert controller.report()["task_cos/a/b"] == pytest.approx(eager["task_cos/a/b"], rel=1e-5)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["has_reentrant_checkpoint", "last_used", "shared_features", "task_entries"]
+__all__ = ["has_reentrant_checkpoint", "last_used", "reached_parameters", "shared_features", "task_entries"]
 
 
 def last_used(losses: Sequence[Tensor], paths: Mapping[int, str], order: Sequence[str]) -> str:
@@ -28,6 +28,15 @@ def last_used(losses: Sequence[Tensor], paths: Mapping[int, str], order: Sequenc
                 here = (node._sequence_nr(), rank[path], path)
                 best = here if best is None else max(best, here)
     return order[-1] if best is None else best[2]
+
+
+def reached_parameters(losses: Sequence[Tensor]) -> list[set[int]]:
+    """Return for each loss the `id` of every leaf tensor that its backward reaches."""
+    leaves = []
+    for loss in losses:
+        variables = (getattr(node, "variable", None) for node in _walk([_edge(loss)[0]]))
+        leaves.append({id(variable) for variable in variables if variable is not None})
+    return leaves
 
 
 def shared_features(losses: Sequence[Tensor]) -> list[GradientEdge]:

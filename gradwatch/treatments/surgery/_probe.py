@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, UnknownPathError
-from ._graph import has_reentrant_checkpoint, last_used, shared_features
+from ._graph import has_reentrant_checkpoint, last_used, reached_parameters, shared_features
 
 __all__ = ["Prober", "Probes"]
 
@@ -92,31 +92,30 @@ class Prober:
             if not edges:
                 raise _nothing_shared(names)
             return Probes(_gradients(values, seeds, edges, free=free))
+        if names not in self._known:
+            self._known[names] = self._choose(names, values)
+        chosen = self._known[names]
+        if not keep_all:
+            return Probes(_gradients(values, seeds, [self._parameters[path] for path in chosen], free=free))
         candidates = [path for path, p in self._parameters.items() if p.requires_grad]
-        if keep_all or names not in self._known:
-            grads = _gradients(values, seeds, [self._parameters[path] for path in candidates], free=free)
-            chosen = self._known.get(names) or self._choose(names, values, candidates, grads)
-            self._known[names] = chosen
-            place = {path: i for i, path in enumerate(candidates)}
-            picked = [tuple(row[place[path]] for path in chosen) for row in grads]
-            every = [self._spread(candidates, row) for row in grads] if keep_all else ()
-            return Probes(picked, every)
-        return Probes(_gradients(values, seeds, [self._parameters[path] for path in self._known[names]], free=free))
+        grads = _gradients(values, seeds, [self._parameters[path] for path in candidates], free=free)
+        every = [self._spread(candidates, row) for row in grads]
+        place = {path: i for i, path in enumerate(self._parameters)}
+        return Probes([tuple(row[place[path]] for path in chosen) for row in every], every)
 
     def _spread(self, candidates: Sequence[str], row: Grads) -> Grads:
         found = dict(zip(candidates, row, strict=True))
         return tuple(found.get(path) for path in self._parameters)
 
-    def _choose(
-        self, names: tuple[str, ...], losses: Sequence[Tensor], candidates: Sequence[str], grads: Sequence[Grads]
-    ) -> list[str]:
+    def _choose(self, names: tuple[str, ...], losses: Sequence[Tensor]) -> list[str]:
         if has_reentrant_checkpoint(losses):
             raise _reentrant()
-        reached = [sum(g is not None for g in column) for column in zip(*grads, strict=True)]
-        shared = [path for path, count in zip(candidates, reached, strict=True) if count >= 2]
+        reached = reached_parameters(losses)
+        counts = {path: sum(id(p) in ids for ids in reached) for path, p in self._parameters.items()}
+        shared = [path for path, count in counts.items() if count >= 2]
         if self._patterns is not None:
             matching = self._matching(self._patterns)
-            shared = [path for path, count in zip(candidates, reached, strict=True) if count and path in matching]
+            shared = [path for path, count in counts.items() if count and path in matching]
         if not shared:
             raise _nothing_shared(names)
         if self._gramian != "last":
