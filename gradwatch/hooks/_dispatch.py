@@ -73,7 +73,7 @@ def finish(entry: Entry, ran: bool, recompute: bool) -> None:
     """Count a firing; retire a hook that was wanted once."""
     if not ran or recompute:
         return
-    entry.fired += 1
+    entry.count()
     if entry.hook.options.once:
         entry.done = True
         hook = entry.hook

@@ -27,10 +27,29 @@ is_grad_enabled = torch.is_grad_enabled
 IN_PLACE = "an observer changed the tensor in place: use an Intervention, or work on a copy"
 
 
-class _Fast:
-    """One entry with all it needs at hand. Inert when copied, as `Site` is."""
+class _RunPoint(Point):
+    """A point that knows its forward pass, and so needs no number written into it at each call."""
 
-    __slots__ = ("call", "entry", "fn", "hook", "point", "run", "runs", "site", "tensor_type")
+    __slots__ = ("run",)
+
+    def __init__(self, entry: Entry, call: int, run: Any) -> None:
+        self.spot = entry.spot
+        self.hook = entry.hook
+        self.call = call
+        self.is_recompute = False
+        self.leaf = ""
+        self.run = run
+
+    @property
+    def step(self) -> int:  # type: ignore[override]
+        step: int = self.run.step
+        return step
+
+
+class _Fast:
+    """One entry with all it needs at hand: what a call touches is this, the point and the run. Inert when copied."""
+
+    __slots__ = ("call", "entry", "fired", "fn", "hook", "point", "run", "runs", "site", "tensor_type")
 
     def __init__(self, site: Site, entry: Entry) -> None:
         self.site, self.entry, self.runs = site, entry, site.runs
@@ -38,8 +57,9 @@ class _Fast:
         self.fn: Callable[[Tensor, Point], Any] = entry.hook.function
         self.tensor_type: Any = Tensor
         self.run: Any = None
-        self.call = 0
-        self.point = Point(entry.spot, entry.hook, 0, 0, False, "")
+        self.call = self.fired = 0
+        self.point = _RunPoint(entry, 0, None)
+        entry.counted_by(self)
 
     def __deepcopy__(self, memo: Any) -> Inert:
         return Inert()
@@ -62,19 +82,16 @@ class FastOutput(_Fast):
         if type(output) is not self.tensor_type or graph_task_id() != -1:
             return self.site.after(module, args, {}, output)
         run = self.runs.run
-        if run is self.run:
-            self.call += 1
-        else:
-            self.run = run
-            self.call = 0
-        self.entry.fired += 1
         point = self.point
-        # Two references: ours, and this variable. Any more, and someone keeps the last one: it must not change.
-        if getrefcount(point) == 3:
-            point.call = self.call
-            point.step = run.step
+        # Three references: ours, this variable, the argument. With any more someone keeps the point: it must not change.
+        if getrefcount(point) != 3:
+            self.point = point = _RunPoint(self.entry, point.call + 1 if point.run is run else 0, run)
+        elif point.run is run:
+            point.call += 1
         else:
-            self.point = point = Point(self.entry.spot, self.hook, self.call, run.step, False, "")
+            point.run = run
+            point.call = 0
+        self.fired += 1
         try:
             new = self.fn(output, point)
         except Exception as cause:
@@ -84,34 +101,34 @@ class FastOutput(_Fast):
 
     @untraced
     def on_output_look(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if type(output) is not self.tensor_type or graph_task_id() != -1 or output.is_inference():
+        if type(output) is not self.tensor_type or graph_task_id() != -1:
+            return self.site.after(module, args, {}, output)
+        try:
+            version = output._version
+        except RuntimeError:  # an inference tensor, which has none
             return self.site.after(module, args, {}, output)
         run = self.runs.run
-        if run is self.run:
-            self.call += 1
-        else:
-            self.run = run
-            self.call = 0
-        self.entry.fired += 1
         point = self.point
-        if getrefcount(point) == 3:
-            point.call = self.call
-            point.step = run.step
+        if getrefcount(point) != 3:
+            self.point = point = _RunPoint(self.entry, point.call + 1 if point.run is run else 0, run)
+        elif point.run is run:
+            point.call += 1
         else:
-            self.point = point = Point(self.entry.spot, self.hook, self.call, run.step, False, "")
-        version = output._version
+            point.run = run
+            point.call = 0
+        self.fired += 1
         recording = is_grad_enabled()
         try:
             if recording:
                 set_grad_enabled(False)
             self.fn(output, point)
-            if output._version != version:
-                raise RuntimeError(IN_PLACE)
         except Exception as cause:
             self.hook.fail_or_break(cause, point)
         finally:
             if recording:
                 set_grad_enabled(True)
+        if output._version != version:
+            self.hook.fail(RuntimeError(IN_PLACE), point)
         return None
 
 
@@ -161,5 +178,5 @@ class OneGradient:
         hook = entry.hook
         if grad is None or not (hook.alive and hook._enabled):
             return None
-        entry.fired += 1
+        entry.count()
         return hook.fire(grad, Point(entry.spot, hook, self.call, self.step, False, ""), True)

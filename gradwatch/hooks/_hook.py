@@ -58,15 +58,35 @@ class Entry:
         note: why it may not have fired.
     """
 
-    __slots__ = ("done", "fired", "hook", "leaf", "note", "placed", "seen", "spot")
+    __slots__ = ("_fired", "_quick", "done", "hook", "leaf", "note", "placed", "seen", "spot")
 
     def __init__(self, hook: Hook, spot: HookPoint) -> None:
         self.hook = hook
         self.spot = spot
         self.leaf = hook.options.leaf if hook.options.leaf is not None else spot.leaf
-        self.fired = self.placed = self.seen = 0
+        self._fired = self.placed = self.seen = 0
+        self._quick: Any = None
         self.note = ""
         self.done = False
+
+    def counted_by(self, quick: Any) -> None:
+        """From now on a quick dispatcher counts too, in its own `fired`."""
+        if self._quick is not None:
+            self._fired += self._quick.fired
+        self._quick = quick
+
+    @property
+    def fired(self) -> int:
+        return self._fired if self._quick is None else self._fired + self._quick.fired
+
+    def count(self) -> None:
+        self._fired += 1
+
+    def reset(self) -> None:
+        self._fired = self.placed = self.seen = 0
+        self.done = False
+        if self._quick is not None:
+            self._quick.fired = 0
 
 
 class Hook:
@@ -161,8 +181,7 @@ class Hook:
     def reset(self) -> None:
         """Zero the counts, and let the function forget what it gathered."""
         for entry in self.entries:
-            entry.fired = entry.placed = entry.seen = 0
-            entry.done = False
+            entry.reset()
         if isinstance(self.fn, _Function) or hasattr(self.fn, "reset"):
             self.fn.reset()
 
