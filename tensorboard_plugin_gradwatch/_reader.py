@@ -6,7 +6,6 @@ A matrix has a row per step and a column per path (of one kind, in the order of 
 from __future__ import annotations
 
 import json
-import math
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -19,7 +18,18 @@ from numpy.typing import NDArray
 from ._catalogue import Series, Source
 from ._wire import MISSING, Matrix, Steps
 
-__all__ = ["Cache", "Point", "Table", "Unreadable", "over", "read_index", "read_json", "read_scalars", "read_statistic"]
+__all__ = [
+    "Cache",
+    "Point",
+    "Table",
+    "Unreadable",
+    "over",
+    "read_headline",
+    "read_index",
+    "read_json",
+    "read_scalars",
+    "read_statistic",
+]
 
 SIGNED = frozenset({"output_mean"})
 """Statistics below zero too: shown by their size, as a logarithm needs."""
@@ -181,22 +191,24 @@ def _decode(values: NDArray[Any]) -> NDArray[np.float32]:
     return decoded
 
 
+def read_headline(read: Read, source: Source) -> Table:
+    """Return the headline numbers, one column each."""
+    series = source.by_kind.get("headline")
+    fields = [str(f) for f in series.content.get("fields") or ()] if series is not None else []
+    points = read(series) if series is not None else ()
+    fitting = [p for p in points if p.value.size == len(fields)]
+    values = np.array([p.value.ravel() for p in fitting], np.float64).reshape(len(fitting), len(fields))
+    for j, name in enumerate(fields):
+        if name not in MEASURED_AS_NAN:  # elsewhere nan says: not measured
+            values[np.isnan(values[:, j]), j] = MISSING
+    steps = np.array([p.step for p in fitting], np.float64)
+    return Table(steps, _narrow(values), tuple(fields), len(points) - len(fitting))
+
+
 def read_scalars(read: Read, source: Source) -> Table:
-    """Return the headline and every other scalar, one column each."""
+    """Return every other scalar, one column each."""
     columns: dict[str, dict[int, float]] = {}
     left_out = 0
-    headline = source.by_kind.get("headline")
-    if headline is not None:
-        fields = [str(f) for f in headline.content.get("fields") or ()]
-        points = read(headline)
-        fitting = [p for p in points if p.value.size == len(fields)]
-        left_out += len(points) - len(fitting)
-        for name, values in zip(fields, np.array([p.value.ravel() for p in fitting]).T, strict=False):
-            columns[name] = {
-                p.step: v
-                for p, v in zip(fitting, values.tolist(), strict=True)
-                if name in MEASURED_AS_NAN or not math.isnan(v)  # elsewhere nan says: not measured
-            }
     for step, scalars in read_json(read, source.by_kind.get("scalars")):
         for name, value in scalars.items() if isinstance(scalars, dict) else ():
             if isinstance(value, (int, float, str)) and _is_number(value):
@@ -204,11 +216,16 @@ def read_scalars(read: Read, source: Source) -> Table:
             else:
                 left_out += 1
     steps = sorted({step for column in columns.values() for step in column})
-    matrix = np.full((len(steps), len(columns)), MISSING, np.float32)
+    matrix = np.full((len(steps), len(columns)), MISSING)
     row = {step: i for i, step in enumerate(steps)}
     for j, column in enumerate(columns.values()):
-        matrix[[row[s] for s in column], j] = np.clip(list(column.values()), -3.4e38, np.inf)
-    return Table(np.asarray(steps, np.float64), matrix, tuple(columns), left_out)
+        matrix[[row[s] for s in column], j] = np.maximum(list(column.values()), -3.4e38)  # -inf would say: not measured
+    return Table(np.asarray(steps, np.float64), _narrow(matrix), tuple(columns), left_out)
+
+
+def _narrow(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def _is_number(value: float | str) -> bool:

@@ -17,7 +17,7 @@ from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response
 
 from ._catalogue import Series, Source, catalogue
-from ._reader import Cache, Point, Table, Unreadable, read_index, read_json, read_scalars, read_statistic
+from ._reader import Cache, Point, Table, Unreadable, read_headline, read_index, read_json, read_scalars, read_statistic
 from ._ridge import exponent_row, ridge
 from ._wire import pack, pool
 from .plugin import PLUGIN_NAME, SAMPLES
@@ -72,6 +72,7 @@ class GradwatchTab(base_plugin.TBPlugin):
             "/runs": self._runs,
             "/run": self._run,
             "/matrix": self._matrix,
+            "/headline": self._headline,
             "/scalars": self._scalars,
             "/incidents": self._incidents,
             "/histograms": self._histograms,
@@ -131,12 +132,20 @@ class GradwatchTab(base_plugin.TBPlugin):
         return _bytes(pack(steps, matrix, {"last": last, "measured": measured, "left_out": table.left_out}))
 
     @_route
+    def _headline(self, request: Request) -> Response:
+        """The global norm, the limit and the other headline numbers over steps."""
+        return self._table(request, "headline", read_headline)
+
+    @_route
     def _scalars(self, request: Request) -> Response:
-        """Headline numbers and every other scalar over steps."""
+        """Every other scalar over steps."""
+        return self._table(request, "scalars", read_scalars)
+
+    def _table(self, request: Request, kind: str, make: Callable[..., Table]) -> Response:
         source, read = self._chosen(request)
-        series = [s for s in map(source.by_kind.get, ("headline", "scalars")) if s is not None]
-        stamp = tuple(s.stamp for s in series)
-        table: Table = self._cache.get((source.id, "/scalars"), stamp, lambda: read_scalars(read, source))
+        series = source.by_kind.get(kind)
+        stamp = series.stamp if series is not None else ()
+        table: Table = self._cache.get((source.id, "/", kind), stamp, lambda: make(read, source))
         header = {"names": list(table.names), "left_out": table.left_out}
         return _bytes(pack(table.steps, table.matrix, header))
 

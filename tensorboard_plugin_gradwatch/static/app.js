@@ -2,7 +2,7 @@
 
 import {css, missingColor, rangeOf, rgbAt, NONFINITE, ZERO} from './colors.js';
 import {Detail, Tasks, emptyNote} from './detail.js';
-import {el, clear, power, number} from './dom.js';
+import {clear, el, keep, number, power} from './dom.js';
 import {incidentTable, verdict} from './incidents.js';
 import {bindKeys, keyHelp} from './keys.js';
 import {Panel} from './panel.js';
@@ -13,8 +13,8 @@ import {describe, sortStatistics} from './statistics.js';
 export class App {
   /**
    * @param {HTMLElement} root where the page goes.
-   * @param {object} source `runs()`, `run(id)`, `matrix(id, statistic, {from, to, path})`, `scalars(id)`,
-   *   `incidents(id)`, `histograms(id, path)`, each a promise.
+   * @param {object} source `runs()`, `run(id)`, `matrix(id, statistic, {from, to, path})`, `headline(id)`,
+   *   `scalars(id)`, `incidents(id)`, `histograms(id, path)`, each a promise.
    * @param {object} view {read(): state, write(state), dark(): boolean}.
    */
   constructor(root, source, view) {
@@ -62,24 +62,32 @@ export class App {
       return this.pool[i];
     });
     this.draw();
+    this.#later(ask);
+  }
+
+  /** What can wait until the rest is on view: scalars, for the cosines between tasks. */
+  async #later(ask) {
+    const {data} = this.panels[0];
+    if (data.info) data.scalars = await this.source.scalars(data.id).catch(() => null);
+    if (ask === this.asked) this.tasks.draw({panels: this.panels, state: this.state, width: this.full});
   }
 
   async #fetch(id) {
     const listed = this.runs.find((r) => r.id === id);
-    const data = {id, info: null, matrix: null, scalars: null, incidents: [], over: 'parameter', error: listed?.message || ''};
+    const data = {id, info: null, matrix: null, headline: null, incidents: [], over: 'parameter', error: listed?.message || ''};
     if (data.error) return data;
     try {
-      const [info, incidents, scalars] = await Promise.all([
-        this.source.run(id), this.source.incidents(id).catch((p) => note(data, p)), this.source.scalars(id).catch((p) => note(data, p)),
-      ]);
-      Object.assign(data, {info, scalars, incidents: incidents?.incidents || [], stamp: info.stamp});
+      const info = await this.source.run(id), {from, to} = this.state;
       const names = sortStatistics(Object.keys(info.statistics));
       if (!names.includes(this.state.stat) && names.length && id === this.state.run) this.state.stat = names[0];
-      if (names.includes(this.state.stat)) {
-        data.over = info.statistics[this.state.stat].over;
-        const {from, to} = this.state;
-        data.matrix = await this.source.matrix(id, this.state.stat, {from, to}).catch((p) => note(data, p));
-      }
+      const known = names.includes(this.state.stat);
+      const [matrix, headline, incidents] = await Promise.all([
+        known ? this.source.matrix(id, this.state.stat, {from, to}).catch((p) => note(data, p)) : null,
+        this.source.headline(id).catch((p) => note(data, p)),
+        this.source.incidents(id).catch((p) => note(data, p)),
+      ]);
+      Object.assign(data, {info, matrix, headline, incidents: incidents?.incidents || [], stamp: info.stamp});
+      if (known) data.over = info.statistics[this.state.stat].over;
       data.error = [data.error, ...(info.notes || [])].filter(Boolean).join(' ');
     } catch (problem) {
       note(data, problem);
@@ -101,13 +109,13 @@ export class App {
     this.biases.checked = state.biases;
     for (const button of this.views.children) button.setAttribute('aria-pressed', String(button.dataset.view === state.view));
     this.resetZoom.hidden = state.from === '' && state.to === '';
-    const full = Math.max(280, this.root.clientWidth - 32);
+    const full = (this.full = Math.max(280, this.root.clientWidth - 32));
     const beside = panels.length > 1 && full >= 1100;
     const width = beside ? Math.floor((full - 24) / 2) : full;
     const gutter = Math.round(Math.min(230, Math.max(150, width * 0.2)));
     this.panelsBox.classList.toggle('gw-beside', beside);
     const range = (this.range = rangeOf(panels.flatMap((p) => p.shown(state.biases)), stat.linear));
-    clear(this.panelsBox, ...panels.map((p) => p.root));
+    keep(this.panelsBox, ...panels.map((p) => p.root));
     for (const panel of panels) panel.draw({state, stat, range, dark, width, gutter, folded: foldedSet(state), titled: panels.length > 1});
     this.#legend(range, dark, stat);
     this.#said();
@@ -130,7 +138,7 @@ export class App {
     if (path !== undefined) this.state.path = path;
     for (const panel of this.panels) panel.mark(this.state);
     this.#slider();
-    this.#showDetail(Math.max(280, this.root.clientWidth - 32));
+    this.#showDetail(this.full);
     this.view.write(this.state);
   }
 

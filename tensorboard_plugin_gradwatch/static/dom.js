@@ -17,6 +17,12 @@ export function clear(node, ...children) {
   return node;
 }
 
+/** Children of a node, left in place where they are there already: taken out and put back they would lose their scroll. */
+export function keep(node, ...children) {
+  const same = node.childNodes.length === children.length && children.every((child, i) => node.childNodes[i] === child);
+  if (!same) node.replaceChildren(...children);
+}
+
 export function cssColor(name) {
   return getComputedStyle(document.body).getPropertyValue(name).trim() || '#888';
 }

@@ -24,6 +24,7 @@ const source = {
   runs: () => json('runs'),
   run: (run) => json('run', {run}),
   incidents: (run) => json('incidents', {run}),
+  headline: (run) => matrix('headline', {run}),
   scalars: (run) => matrix('scalars', {run}),
   matrix: (run, statistic, query) => matrix('matrix', {run, statistic, ...query}),
   histograms: (run, path) => matrix('histograms', {run, path}),

@@ -1,6 +1,6 @@
 // One run: its global norm, and below it the heatmap or the flow picture.
 
-import {el, clear, cssColor} from './dom.js';
+import {clear, cssColor, el, keep} from './dom.js';
 import {Flow} from './flow.js';
 import {Heatmap} from './heatmap.js';
 import {LineChart} from './lines.js';
@@ -23,7 +23,7 @@ export class Panel {
     this.root = el('section', {className: 'gw-panel'}, this.title, this.problem, this.normBox, this.note, this.picture);
   }
 
-  /** `data`: {info, matrix, scalars, incidents, over, error}. */
+  /** `data`: {info, matrix, headline, incidents, over, error}. */
   load(data) {
     this.data = data;
     this.paths = data.matrix ? pathsOf(data.info.index, data.over) : [];
@@ -62,10 +62,10 @@ export class Panel {
     const view = {matrix: data.matrix, layout: this.layout, stat, range, dark, width, gutter,
       incidents: data.incidents, step: state.step, path: state.path};
     if (state.view === 'flow') {
-      this.picture.replaceChildren(this.flow.root);
+      keep(this.picture, this.flow.root);
       this.flow.draw(view);
     } else {
-      this.picture.replaceChildren(this.heat.root);
+      keep(this.picture, this.heat.root);
       this.heat.step = state.step;
       this.heat.path = state.path;
       this.heat.draw(view);
@@ -80,20 +80,20 @@ export class Panel {
 
   /** The steps on view: those of the heatmap, so that the curve above lies over the same columns. */
   span(state) {
-    const {matrix, scalars} = this.data;
+    const {matrix, headline} = this.data;
     if (matrix?.count) return extent(matrix);
-    const steps = scalars?.steps || [];
+    const steps = headline?.steps || [];
     return [state.from === '' ? (steps[0] ?? 0) : state.from, state.to === '' ? (steps[steps.length - 1] ?? 1) : state.to];
   }
 
   #norm({state, width, gutter}) {
-    const {scalars, incidents} = this.data;
+    const {headline, incidents} = this.data;
     const [low, high] = this.span(state);
-    const before = scalars && scalarColumn(scalars, 'global_norm');
+    const before = headline && scalarColumn(headline, 'global_norm');
     this.normBox.hidden = !before;
     if (!before) return;
-    const after = scalarColumn(scalars, 'global_norm_after');
-    const limit = scalarColumn(scalars, 'limit'), most = scalarColumn(scalars, 'global_norm_max');
+    const after = scalarColumn(headline, 'global_norm_after');
+    const limit = scalarColumn(headline, 'limit'), most = scalarColumn(headline, 'global_norm_max');
     const series = [];
     if (most && differs(most, before)) series.push({label: 'largest since the last point', values: most, color: cssColor('--gw-faint'), width: 1});
     series.push({label: 'global norm before treatment', values: before, color: cssColor('--gw-line-1')});
@@ -101,7 +101,7 @@ export class Panel {
     if (limit && limit.some((v) => Number.isFinite(v))) {
       series.push({label: 'limit', values: limit, color: cssColor('--gw-critical'), width: 1, dash: [6, 4]});
     }
-    this.norm.draw({steps: scalars.steps, series, width, height: 190, gutter, incidents, low, high, step: state.step,
+    this.norm.draw({steps: headline.steps, series, width, height: 190, gutter, incidents, low, high, step: state.step,
       on: {zoom: this.on.zoom, step: (step) => this.on.select(step, null)}});
   }
 }

@@ -38,16 +38,19 @@ function embedded(data) {
   const held = {};
   const once = (key, make) => (held[key] ??= make());
   const pathsOver = (over) => data.index.paths.filter((p, i) => over === 'all' || data.index.kinds[i] === over);
+  const scalars = () => once('/scalars', async () => {
+    const {names, steps} = data.scalars;
+    const values = new Float32Array(await inflate(data.scalars.data));
+    return {names, steps: Float64Array.from(steps), count: steps.length, rows: names.length, values};
+  });
   return {
     single: true,
     runs: async () => ({runs: [{id: data.name, message: ''}]}),
     run: async () => ({index: data.index, stamp: 0, meta: data.meta, notes: [], has_histograms: true,
       statistics: Object.fromEntries(Object.entries(data.tables).map(([name, t]) => [name, {over: t.over}]))}),
     incidents: async () => ({incidents: data.incidents}),
-    scalars: () => once('/scalars', async () => {
-      const {names, steps} = data.scalars;
-      return {names, steps: Float64Array.from(steps), count: steps.length, rows: names.length, values: new Float32Array(await inflate(data.scalars.data))};
-    }),
+    headline: scalars,
+    scalars,
     matrix: async (run, statistic, query) => {
       const packed = data.tables[statistic];
       const matrix = await once(statistic, () => decodeTable(packed));

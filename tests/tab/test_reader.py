@@ -17,6 +17,7 @@ from tensorboard_plugin_gradwatch._reader import (
     Point,
     Table,
     Unreadable,
+    read_headline,
     read_index,
     read_scalars,
     read_statistic,
@@ -145,16 +146,25 @@ def test_damaged_index_is_told(text):
 
 def test_scalars_that_are_no_numbers_are_left_out():
     source, reader = make_source(
-        headline=[(0, np.array([1.0, np.nan])), (1, np.array([2.0])), (2, np.array([np.nan, 5.0]))],
         scalars=[(0, '{"val_loss": "inf", "x": "?", "y": [1]}'), (1, "nonsense"), (2, "[3]")],
     )
     table = read_scalars(reader, source)
+    assert table.names == ("val_loss",)
+    assert table.matrix.tolist() == [[np.inf]]
+    assert table.left_out == 2
+
+
+def test_headline_nan_is_a_norm_and_otherwise_not_measured():
+    source, reader = make_source(
+        headline=[(0, np.array([1.0, np.nan])), (1, np.array([2.0])), (2, np.array([np.nan, 5.0]))]
+    )
+    table = read_headline(reader, source)
     column = dict(zip(table.names, table.matrix.T.tolist(), strict=True))
+    assert table.steps.tolist() == [0, 2]
     assert column["limit"] == [MISSING, 5.0]
     assert column["global_norm"][0] == 1.0
     assert np.isnan(column["global_norm"][1])
-    assert column["val_loss"] == [np.inf, MISSING]
-    assert table.left_out == 3
+    assert table.left_out == 1
 
 
 class Listed:

@@ -75,12 +75,17 @@ def test_signed_statistics_come_as_sizes(tab):
     assert (values >= 0).all()
 
 
-def test_scalars_hold_the_headline_and_the_cosines_of_tasks(tab):
+def test_scalars_hold_the_cosines_of_tasks(tab):
     header, steps, values = unpack(tab.get("/scalars", run="spike").data)
+    column = dict(zip(header["names"], values.T, strict=True))
+    np.testing.assert_allclose(column["task_cos/seg/depth"], np.cos(steps / 80), rtol=1e-5)
+
+
+def test_headline_holds_norms_and_limits(tab):
+    header, steps, values = unpack(tab.get("/headline", run="spike").data)
     column = dict(zip(header["names"], values.T, strict=True))
     records = list(make_records())
     np.testing.assert_allclose(column["global_norm"], [r.global_norm for r in records], rtol=1e-6)
-    np.testing.assert_allclose(column["task_cos/seg/depth"], np.cos(steps / 80), rtol=1e-5)
     limited = column["limit"] != MISSING
     assert steps[limited].tolist() == [240, 241, 242, 243]
     assert np.isnan(column["global_norm"][330])
