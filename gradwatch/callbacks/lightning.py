@@ -249,6 +249,8 @@ class GradWatch(_Callback):
             optimizer=session.optimizer_number(optimizer) if several else None,
             scalars=self._scalars,
         )
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm"):
+            inputs.scalars["trainer_clip"] = float(trainer.gradient_clip_val)
         self._scalars = {}
         if pl_module.automatic_optimization:
             # A closure called again (LBFGS) brings its own losses.

@@ -8,6 +8,7 @@ from ._paths import clean_path, unwrap
 from ._scaler import scale_left_in_gradients
 from ._session import Session
 from ._settings import Settings, resolve
+from ._stepper import Stepper
 from ._watch import Watch
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Settings",
     "StepInputs",
     "StepOutcome",
+    "Stepper",
     "Watch",
     "clean_path",
     "incident_target",

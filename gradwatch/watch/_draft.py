@@ -63,6 +63,7 @@ class Draft:
         numbers: what was measured before treatment, on its way to the host.
         scalars: what is known on the host already.
         tap: turns the modules' sums into columns; None on steps without samples.
+        loss_scale: of the loss scaler, that the gradients inside backward carry.
         tap_positions: in the index, of the modules.
         spread_positions: in the index, of the weights whose rows were compared.
         applied, treated: the treatments that ran, and their numbers on the way.
@@ -81,6 +82,7 @@ class Draft:
     numbers: Transfer
     scalars: dict[str, float]
     tap: Any = None
+    loss_scale: float = 1.0
     tap_positions: NDArray[np.int64] | None = None
     spread_positions: NDArray[np.int64] | None = None
     applied: Applied | None = None
@@ -129,7 +131,8 @@ class Draft:
         if "row_spread" in host and self.spread_positions is not None:
             columns.put("row_spread", self.spread_positions, host["row_spread"])
         if self.tap is not None and self.tap_positions is not None:
-            columns.put_modules(self.tap_positions, *self.tap.to_columns(host["tap_sums"], host["tap_maxima"]))
+            found = self.tap.to_columns(host["tap_sums"], host["tap_maxima"], grad_scale=self.loss_scale)
+            columns.put_modules(self.tap_positions, *found)
         scalars = self.scalars | {k[6:]: float(v) for k, v in host.items() if k.startswith("batch/")}
         overflow = self.scaler and not math.isfinite(global_norm)
         if self.scaler:
@@ -163,10 +166,16 @@ class Draft:
         host = self.treated.result()
         if "veto" in host:
             self.vetoed = bool(host["veto"])
+        after = float(host["global_norm_after"]) if self.applied.names else self.record.global_norm
+        scalars = dict(self.record.scalars)
+        if "trainer_clip" in scalars:
+            # The trainer's own clip comes later and is not seen; this is what it leaves (C8).
+            scalars["global_norm_applied"] = after * min(1.0, scalars["trainer_clip"] / (after + 1e-6))
         self.record = replace(
             self.record,
+            scalars=scalars,
             treatments=self.applied.reports(host),
-            global_norm_after=float(host["global_norm_after"]) if self.applied.names else self.record.global_norm,
+            global_norm_after=after,
             skipped=self.vetoed or self.record.skipped,
         )
         return self.record
