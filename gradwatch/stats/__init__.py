@@ -5,9 +5,10 @@ from __future__ import annotations
 from ._counting import num_beyond
 from ._details import GradientDetails, gradient_details
 from ._device import kernel_backends
+from ._exchange import Exchange
 from ._exponents import exponent_histograms
 from ._gradients import Gradients
-from ._measure import GradientMeasures, measure_gradients
+from ._measure import GradientMeasures, GradientPieces, measure_gradients, measure_pieces
 from ._moments import MOMENTS, extent, host_extent, host_moments, moments, num_nonfinite
 from ._norms import global_norm, second_look, tensor_norms, wide_dtype
 from ._shards import Shards, flat_local, reduce_max_, reduce_sum_
@@ -17,8 +18,10 @@ from ._updates import UpdateMeter, UpdateStats
 
 __all__ = [
     "MOMENTS",
+    "Exchange",
     "GradientDetails",
     "GradientMeasures",
+    "GradientPieces",
     "Gradients",
     "Shards",
     "UpdateMeter",
@@ -34,6 +37,7 @@ __all__ = [
     "host_moments",
     "kernel_backends",
     "measure_gradients",
+    "measure_pieces",
     "moments",
     "num_beyond",
     "num_nonfinite",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..records import select_paths
-from ._measure import GradientMeasures, measure_gradients
+from ._measure import GradientMeasures, GradientPieces, measure_gradients, measure_pieces
 from ._norms import global_norm, tensor_norms
 from ._scaling import scale_
 from ._shards import index_on
@@ -123,7 +123,18 @@ class Gradients:
     def measure(self, *, histograms: bool = False) -> GradientMeasures:
         """Return details, and histograms if asked for, with the norms from the same read, which `norms` gives from
         then on. Norms and maxima are free of `grad_scale`; histograms are of `.grad` as it is."""
-        found = measure_gradients(self.grads, histograms=histograms)
+        return self._take(measure_gradients(self.grads, histograms=histograms))
+
+    def pieces(self, *, histograms: bool = False) -> GradientPieces:
+        """Return what can be measured on this rank alone: norms, and with `histograms` all of `measure`. Once its rows
+        and maxima are merged over ranks, give it to `put_together`."""
+        return measure_pieces(self.grads, histograms=histograms)
+
+    def put_together(self, pieces: GradientPieces) -> GradientMeasures:
+        """Return the measures of merged pieces, whose norms `norms` gives from then on."""
+        return self._take(pieces.whole())
+
+    def _take(self, found: GradientMeasures) -> GradientMeasures:
         scale = self._shared.grad_scale
         if isinstance(scale, Tensor) or scale != 1:
             found = replace(found, norms=found.norms / scale, maxima=found.maxima / scale)

@@ -15,7 +15,7 @@ from ._native import native
 from ._norms import local_norms
 from ._shards import Shards, by_dtype, index_on
 
-__all__ = ["GradientMeasures", "measure_gradients"]
+__all__ = ["GradientMeasures", "GradientPieces", "measure_gradients", "measure_pieces"]
 
 _WORTH_NATIVE = 1 << 18
 
@@ -48,16 +48,55 @@ def measure_gradients(tensors: Sequence[Tensor], *, histograms: bool = False) ->
         tensors: as for `tensor_norms`.
         histograms: count exponents too.
     """
+    pieces = measure_pieces(tensors, details=True, histograms=histograms)
+    if pieces.shards.groups:
+        pieces.shards.sum_(pieces.rows)
+        assert pieces.maxima is not None
+        pieces.shards.max_(pieces.maxima)
+    return pieces.whole()
+
+
+@dataclass(frozen=True, eq=False)
+class GradientPieces:
+    """What was measured of the pieces on this rank, and merges with the other ranks' by addition and maximum.
+
+    Attributes:
+        shards: the pieces.
+        rows: float64, shape (n, 1), (n, 3) or (n, 515): sum of squares; zeros and non-finite elements; histograms.
+        maxima: float64, shape (n, 1): largest magnitudes; None if not asked for.
+        norms: float64, shape (n,): as measured, for tensors that are not in pieces.
+    """
+
+    shards: Shards
+    rows: Tensor
+    maxima: Tensor | None
+    norms: Tensor
+
+    def whole(self) -> GradientMeasures:
+        """Return the measures, after `rows` and `maxima` were merged over ranks."""
+        norms = self.rows[:, 0].sqrt() if self.shards.groups else self.norms
+        # Counts are whole numbers below 2**53: exact in float64.
+        counts = self.rows[:, 3:].to(torch.int64) if self.rows.shape[1] > 3 else None
+        maxima = self.rows.new_zeros(len(norms), 1) if self.maxima is None else self.maxima
+        return GradientMeasures(norms, self.rows[:, 1:3].contiguous(), maxima, counts)
+
+
+@torch.no_grad()
+def measure_pieces(tensors: Sequence[Tensor], *, details: bool = False, histograms: bool = False) -> GradientPieces:
+    """Return what `measure_gradients` does of the pieces on this rank, before any collective.
+
+    Args:
+        tensors: as for `tensor_norms`.
+        details: measure zeros, non-finite elements and the largest magnitude too.
+        histograms: count exponents too; implies `details`.
+    """
     shards = Shards(tensors)
+    if not (details or histograms):
+        norms = local_norms(shards.locals)
+        return GradientPieces(shards, norms.square()[:, None], None, norms)
     norms, sums, maxima, counts = _local(shards.locals, histograms)
-    if not shards.groups:
-        return GradientMeasures(norms, sums, maxima, counts)
-    parts = [norms.square_()[:, None], sums] + ([] if counts is None else [counts.to(sums.dtype)])
-    packed = shards.sum_(torch.cat(parts, dim=1))
-    maxima = shards.max_(maxima)
-    # Counts are whole numbers below 2**53: exact in float64.
-    whole = None if counts is None else packed[:, 3:].to(torch.int64)
-    return GradientMeasures(packed[:, 0].sqrt(), packed[:, 1:3].contiguous(), maxima, whole)
+    parts = [norms.square()[:, None], sums] + ([] if counts is None else [counts.to(sums.dtype)])
+    return GradientPieces(shards, torch.cat(parts, dim=1), maxima, norms)
 
 
 def _local(pieces: Sequence[Tensor], histograms: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
