@@ -62,7 +62,7 @@ class BackwardEnd:
         if not (module.training and torch.is_grad_enabled()):
             return
         seen = Pass(batch=dict(kwargs) or args, outputs=outputs)
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        loss = outputs if isinstance(outputs, Tensor) and outputs.ndim == 0 else _loss(outputs)
         if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
             seen.loss = loss.detach()
             loss.register_hook(lambda grad: self._begun(seen, grad))
@@ -98,6 +98,10 @@ class _Hook:
 def _call_at_end(call: Callable[[], None]) -> None:
     # The way in which DDP and FSDP learn that a backward is over.
     torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def _loss(outputs: Any) -> Any:
+    return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
 
 
 def _plain(outputs: Any) -> Any:

@@ -219,15 +219,25 @@ class GradWatch(_Callback):
         if self._session is None:
             return
         parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-        self._losses.append(loss.detach() * parts if parts > 1 else loss.detach())
-        self._num_samples += self._session.count_samples(self._batch)
         scaler = self._scaler(trainer)
+        # Divided for accumulation already, and multiplied by the scaler.
         scale = 1.0 if scaler is None else float(scaler.get_scale())
+        self._losses.append(loss.detach() * (parts / scale) if parts != scale else loss.detach())
+        self._num_samples += self._session.count_samples(self._batch)
         self._session.before_backward(loss, scale=scale, parts=parts)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        if self._session is not None:
-            self._session.after_backward()
+        session = self._session
+        if session is None or session.tasks is None:
+            return
+        parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        scaler = self._scaler(trainer)
+        session.after_backward(
+            last=parts == 1 or not trainer.fit_loop._should_accumulate(),
+            scale=1.0 if scaler is None else float(scaler.get_scale()),
+            parts=parts,
+            batch_size=session.count_samples(self._batch),
+        )
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         session = self._session

@@ -167,11 +167,11 @@ class Watch:
         if isinstance(losses, Tensor):
             total = losses
             (losses * factor if factor != 1 else losses).backward()
-        elif self.session.surgery is None:
+        elif self.session.tasks is None:
             total = torch.stack([loss.reshape(()) for loss in losses.values()]).sum()
             (total * factor if factor != 1 else total).backward()
         else:
-            total = self.session.surgery.backward(losses, grad_scale=factor)
+            total = self.session.tasks.tasks.backward(losses, grad_scale=factor)
         self._losses.append(total.detach())
         return total.detach()
 
@@ -197,8 +197,7 @@ class Watch:
         stepping = self._stepping(optimizer)
         if not all(s.is_syncing for s in stepping):
             # Accelerate accumulates: its optimizers would not move now.
-            self._micro_losses += [] if loss is None else [loss]
-            self._num_samples += num_samples(batch)
+            self.micro_batch(loss, batch)
             return StepOutcome()
         if self.scaler is not None:
             for s in stepping:
@@ -215,6 +214,11 @@ class Watch:
         self.after_step()
         self._refuse(outcome.requests)
         return outcome
+
+    def micro_batch(self, loss: Any = None, batch: Any = None) -> None:
+        """Hand over what a micro-batch gave whose gradients accumulate; the last one of a step is `step`'s."""
+        self._micro_losses += [] if loss is None else [loss]
+        self._num_samples += num_samples(batch)
 
     def after_backward(
         self,
@@ -233,7 +237,7 @@ class Watch:
         scaler = self.scaler
         inputs = StepInputs(
             step=self._step,
-            losses=[*self._micro_losses, loss] if loss is not None else self._losses,
+            losses=self._micro_losses + (self._losses if loss is None else [loss]),
             batch=batch,
             outputs=outputs,
             targets=targets,
@@ -309,6 +313,7 @@ class Watch:
 
     def close(self) -> None:
         """Take every hook off, write what is left. May be called twice."""
+        self._stack.close()
         if self._forward_handle is not None:
             self._forward_handle.remove()
         if not self.session.closed:
@@ -316,6 +321,8 @@ class Watch:
         self.session.close()
 
     def __enter__(self) -> Watch:
+        if self.session.tasks is not None:
+            self._stack.enter_context(self.session.tasks.collecting())
         return self
 
     def __exit__(

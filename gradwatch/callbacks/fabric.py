@@ -1,0 +1,242 @@
+"""Lightning Fabric's events in, the engine's calls out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ..records import Incident, StepRecord
+from ..sinks import sinks_for_loggers
+from ..watch import IncidentTarget, Watch, incident_target, resolve, unwrap
+from ._backward_end import BackwardEnd, Pass
+from ._run_dir import free_run_dir
+
+__all__ = ["GradWatch"]
+
+
+class GradWatch:
+    """Watches the training loops of a Fabric without a line in them, and acts if asked.
+
+    ```python
+    fabric = Fabric(callbacks=[GradWatch()])
+    model, optimizer = fabric.setup(model, optimizer)
+    for x, y in loader:
+        loss = loss_fn(model(x), y)
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    ```
+
+    Every optimizer that steps parameters of a module that was set up gets a `Watch` of its own at its first step.
+    Gradients are measured as they come to `optimizer.step`, that is after `fabric.clip_gradients`; a line
+    `fabric.call("on_before_optimizer_step", optimizer)` ahead of the clip moves the measurement there. The loss is
+    known where the module returns it (as a scalar, or as `loss` in a mapping), or from
+    `fabric.call("on_before_backward", loss)`. `fabric.call("on_train_end")`, `close()` or a `with` end the run.
+    `fabric.save` and `fabric.load` take the object in their state.
+
+    A model whose parameters are shared out to several optimizers: use `Watch(model, [first, second])`, which takes
+    what `fabric.setup` returns.
+
+    Args:
+        rules: `"observe"`, `"default"`, `"autoclip"`, a rules file, a list of rules or a `RuleBook`.
+        run_dir: folder for records and incidents; None: `<name>` beside the first logger's files, or none without
+            one; False: none.
+        on_incident: told of incidents in a thread of its own: a callable, an http(s) address or `"module:function"`.
+        name: of this callback: its tags begin with it.
+        verbose: print the summary at the end.
+        **options: `treatments`, `sinks`, `log_every` as in `Watch`, and those of `MeasureOptions`.
+
+    Raises:
+        ConfigError: a setting that can't be, with the nearest valid names.
+    """
+
+    def __init__(
+        self,
+        rules: Any = "default",
+        *,
+        run_dir: str | Path | bool | None = None,
+        on_incident: IncidentTarget | None = None,
+        name: str = "gradwatch",
+        verbose: bool = True,
+        **options: Any,
+    ) -> None:
+        # Checked here, resolved by each Watch.
+        resolve(rules=rules, name=name, **options)
+        self._given = {"rules": rules, "name": name, "on_incident": incident_target(on_incident), **options}
+        self._run_dir, self._verbose = run_dir, verbose
+        self._fabric: Any = None
+        self._ends: dict[int, tuple[nn.Module, BackwardEnd]] = {}
+        self._watches: dict[int, Watch] = {}
+        self._waiting: list[dict[str, Any]] = []
+        self._measured: set[int] = set()
+        self._hook: Any = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._passes: list[Pass] = []
+        self._losses: list[Tensor] = []
+
+    @property
+    def watches(self) -> list[Watch]:
+        """One for each optimizer that has stepped."""
+        return list(self._watches.values())
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """All incidents so far, as they stand now, of one optimizer after the other."""
+        return [i for w in self.watches for i in w.incidents]
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The recent records, of one optimizer after the other; bounded."""
+        return [r for w in self.watches for r in w.history]
+
+    def summary(self) -> str:
+        """Return a text table of layers, and the incidents with advice, for each optimizer."""
+        return "\n\n".join(w.summary() for w in self.watches) or "gradwatch: no optimizer has stepped."
+
+    def report(self, path: str | Path) -> Path:
+        """Write the run of the first optimizer as one self-contained file (.html, .md, .json or .png).
+
+        Raises:
+            RuntimeError: no optimizer has stepped.
+        """
+        if not self._watches:
+            raise RuntimeError("there is nothing to report: no optimizer has stepped.")
+        return self.watches[0].report(path)
+
+    def on_after_setup(self, fabric: Any, module: nn.Module) -> None:
+        self._fabric = fabric
+        model = unwrap(module)
+        if id(model) not in self._ends:
+            self._ends[id(model)] = model, BackwardEnd(model, self._on_backward_end)
+        if self._hook is None:
+            self._hook = register_optimizer_step_pre_hook(self._before_step)
+
+    def _on_backward_end(self, seen: Pass) -> None:
+        self._passes.append(seen)
+
+    def on_before_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        raw = getattr(optimizer, "optimizer", optimizer)
+        self._measure(raw)
+        self._measured.add(id(raw))
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if id(optimizer) in self._measured:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._measure(optimizer)
+            return None
+
+        def measured() -> Any:
+            result = closure()
+            self._measure(optimizer)
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": measured}
+        return (args[0], measured, *args[2:]), kwargs
+
+    def _measure(self, optimizer: Optimizer) -> None:
+        watch = self._watches.get(id(optimizer)) or self._make(optimizer)
+        if watch is None:
+            return
+        last = self._passes[-1] if self._passes else None
+        batch = last and (last.batch if len(last.batch) != 1 or isinstance(last.batch, Mapping) else last.batch[0])
+        losses = self._all_losses(watch)
+        for seen in self._passes[:-1]:
+            watch.micro_batch(batch=seen.batch)
+        for loss in losses[:-1]:
+            watch.micro_batch(loss)
+        watch.after_backward(losses[-1] if losses else None, batch=batch, outputs=last and last.outputs)
+        self._forget()
+
+    def _all_losses(self, watch: Watch) -> list[Tensor]:
+        if self._losses:
+            return self._losses
+        scaler, found = watch.scaler, [p for p in self._passes if p.loss is not None and p.weight is not None]
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        # What reaches backward counts, whatever it was divided by.
+        return [p.loss * p.weight * (len(found) / scale) for p in found if p.loss is not None and p.weight is not None]
+
+    def _make(self, optimizer: Optimizer) -> Watch | None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        models = [m for m, _ in self._ends.values() if any(id(p) in held for p in m.parameters())]
+        if not models:
+            return None  # not of this Fabric
+        number = len(self._watches)
+        given = dict(self._given)
+        given["name"] = name = given["name"] + (f"-{number + 1}" if number else "")
+        if given.get("sinks") is None:
+            given["sinks"] = sinks_for_loggers(self._fabric.loggers, name=name)
+        scaler = getattr(self._fabric.strategy.precision, "scaler", None)
+        watch = Watch(models[0], optimizer, scaler=scaler, run_dir=self._folder(name), **given)
+        if number < len(self._waiting):
+            watch.load_state_dict(self._waiting[number])
+        self._watches[id(optimizer)] = watch
+        return watch
+
+    def _folder(self, name: str) -> Path | None:
+        if self._run_dir is False:
+            return None
+        if isinstance(self._run_dir, (str, Path)):
+            return Path(self._run_dir) if name == self._given["name"] else Path(self._run_dir, name)
+        log_dir = next((x.log_dir for x in self._fabric.loggers if getattr(x, "log_dir", None)), None)
+        return None if log_dir is None else free_run_dir(Path(log_dir) / name)
+
+    def on_after_optimizer_step(self, strategy: Any, optimizer: Optimizer) -> None:
+        self._measured.discard(id(optimizer))
+        watch = self._watches.get(id(optimizer))
+        if watch is not None and not watch.session.closed:
+            watch.after_step()
+
+    def on_validation_end(self, *args: Any, **metrics: Any) -> None:
+        for watch in self.watches:
+            watch.validation(**metrics)
+
+    def on_exception(self, *args: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory of every Watch, in the order in which their optimizers stepped first."""
+        return {"watches": [w.state_dict() for w in self.watches] or self._waiting}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._waiting = list(state.get("watches", []))
+        for watch, memory in zip(self.watches, self._waiting, strict=False):
+            watch.load_state_dict(memory)
+
+    def close(self) -> None:
+        """Take every hook off, write what is left, print the summary. May be called twice."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        for _, end in self._ends.values():
+            end.close()
+        self._ends = {}
+        was_open = any(not w.session.closed for w in self.watches)
+        for watch in self.watches:
+            watch.close()
+        if was_open and self._verbose and self._fabric.is_global_zero:
+            print(self.summary())
+
+    def __enter__(self) -> GradWatch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
