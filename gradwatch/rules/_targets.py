@@ -36,7 +36,7 @@ class OutputRange(Rule):
     """
 
     margin: float = 0.02
-    settle: int = 150
+    settle: int = 50
     severity: str = "critical"
     for_steps: int = 4
     advice: str = (
@@ -167,7 +167,7 @@ class _FirstBatches(Rule):
     batches: int = 10
 
     def init(self) -> State:
-        return {"seen": 0, "bad": 0}
+        return {"seen": 0, "bad": 0, "samples": 0.0}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         if state["seen"] >= self.batches:
@@ -175,30 +175,39 @@ class _FirstBatches(Rule):
         bad, value, limit, text = self._look(record)
         if bad is None:
             return self.unjudged(record, "the batch was not given"), state
-        state = {"seen": state["seen"] + 1, "bad": state["bad"] + bad}
+        samples = state["samples"] + record.scalars.get("batch_size", 0.0)
+        state = {"seen": state["seen"] + 1, "bad": state["bad"] + bad, "samples": samples}
         # All so far, and three at least: one batch may be odd.
         fires = state["bad"] == state["seen"] >= min(3, self.batches)
+        fires = fires and (samples >= self._least_samples or state["seen"] >= self.batches)
         return self.whole(record, fires, value, limit, text), state
+
+    @property
+    def _least_samples(self) -> int:
+        return 0
 
     def _look(self, record: StepRecord) -> tuple[bool | None, float, float, str]:
         raise NotImplementedError
 
 
 class UnnormalisedInput(_FirstBatches):
-    """Flags inputs far from zero mean and unit deviation: |mean| or standard deviation above `size`.
+    """Flags inputs far from unit size: |mean| or standard deviation above `size`, or no entry above `tiny`.
 
+    The first layer's gradient grows with its inputs: large ones make it diverge, tiny ones keep it from learning.
     Floating-point inputs alone, and not where the first layer normalises them or looks them up.
 
     Args:
         size: of mean or standard deviation.
+        tiny: largest entry that is too little, unless it is 0.
         batches: looked at.
     """
 
     size: float = 20.0
+    tiny: float = 0.01
     batches: int = 10
     advice: str = "Subtract the mean and divide by the standard deviation of the training set (images: divide by 255)."
 
-    needs = frozenset({"input_mean", "input_std"})
+    needs = frozenset({"input_mean", "input_std", "input_absmax"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,6 +220,9 @@ class UnnormalisedInput(_FirstBatches):
         first = _first_type(record.index)
         fits = not ("Norm" in first or "Embedding" in first)
         value = max(abs(mean), std)
+        largest = record.scalars.get("input_absmax", math.nan)
+        if fits and 0 < largest < self.tiny:
+            return True, largest, self.tiny, "the largest input is {value:.2g}"
         return fits and value > self.size, value, self.size, f"inputs have mean {mean:.3g} and deviation {std:.3g}"
 
 
@@ -227,13 +239,20 @@ class ConstantLabels(_FirstBatches):
     """Flags batches whose targets are all the same: one class alone, or one number.
 
     Args:
-        batches: looked at; each must have eight samples or more.
+        batches: looked at; each must have eight samples or more, and all together 256, or else all ten are needed:
+            where one class is rare, a few batches without it are no fault.
     """
 
     batches: int = 10
     advice: str = "Labels were lost on the way (an integer division, a wrong column, a loader that does not shuffle)."
 
-    needs = frozenset({"target_min", "target_max", "target_entropy", "target_row_sum_min", "batch_size"})
+    needs = frozenset(
+        {"target_min", "target_max", "target_entropy", "target_row_sum_min", "target_variance", "batch_size"}
+    )
+
+    @property
+    def _least_samples(self) -> int:
+        return 256
 
     def _look(self, record: StepRecord) -> tuple[bool | None, float, float, str]:
         scalars = record.scalars
@@ -243,4 +262,6 @@ class ConstantLabels(_FirstBatches):
             return None, math.nan, 0.0, ""
         of_classes = scalars.get("target_is_integer", 0.0) > 0 or _has_one_label(record)
         constant = entropy < 1e-9 if of_classes and math.isfinite(entropy) else low == high
+        # Rows of zeros with a one are alike when no column varies.
+        constant = constant or scalars.get("target_variance", math.nan) == 0
         return constant, 0.0, 0.0, f"all targets of the batch are alike (from {low:.4g} to {high:.4g})"

@@ -19,11 +19,11 @@ class _Share(Rule):
     needs = frozenset({"loss"})
 
     def init(self) -> State:
-        return {"loss": Progress()}
+        return {"loss": Progress(), "per_path": {}}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         loss = progress(Progress(*state["loss"]), record.loss)
-        state = {"loss": tuple(loss)}
+        state = {**state, "loss": tuple(loss)}
         column, text = self._column
         if column not in record.columns:
             return self.unjudged(record, f"`{column}` was not measured"), state
@@ -31,16 +31,19 @@ class _Share(Rule):
             return self.unjudged(record, "the loss is not known over 100 steps"), state
         shares = record.columns[column]
         judged = select(record.index, self.paths, "module") & record.measured(column)
-        limit = self._limit(loss)
+        once, twice = self._limits(loss)
+        before = state["per_path"].get("share", np.zeros(len(shares)))
         with np.errstate(invalid="ignore"):
-            true = judged & (shares > limit)
-        return self.over(record, true, judged, shares, limit, text), state
+            true = judged & ((shares > once) | ((shares > twice) & (before > twice)))
+        state = {**state, "per_path": {"share": np.where(judged, shares, before)}}
+        return self.over(record, true, judged, shares, twice, text), state
 
     @property
     def _column(self) -> tuple[str, str]:
         raise NotImplementedError
 
-    def _limit(self, loss: Progress) -> float:
+    def _limits(self, loss: Progress) -> tuple[float, float]:
+        """Return the share that is too much at one measurement, and at two running."""
         raise NotImplementedError
 
 
@@ -48,8 +51,9 @@ class DeadUnits(_Share):
     """Flags layers most of whose units are silent for every sample of a window, while the loss is not getting better.
 
     A unit counts as silent when it was zero for all of at least 256 samples (over whole windows: one batch shows a
-    third of healthy units silent). More than `most` of the units with a loss that fell by less than 60 %, or more than
-    `many` with one that fell by less than `stuck`.
+    third of healthy units silent). More than `most` of the units once, with a loss that fell by less than 60 %; or more
+    than `many` at two measurements running (narrow layers have so many now and then), with one that fell by less than
+    `stuck`.
 
     Source: L. Lu et al., "Dying ReLU and initialization", arXiv 1903.06733.
 
@@ -61,7 +65,6 @@ class DeadUnits(_Share):
     most: float = 0.9
     many: float = 0.5
     stuck: float = 0.3
-    for_steps: int = 50
     advice: str = (
         "Units died: the learning rate is too high, biases are far below zero, or inputs are not normalised. Lower the "
         "learning rate; use leaky ReLU or GELU; He initialisation; normalise inputs."
@@ -77,8 +80,9 @@ class DeadUnits(_Share):
     def _column(self) -> tuple[str, str]:
         return "silent_fraction", "{value:.0%} of the units are silent"
 
-    def _limit(self, loss: Progress) -> float:
-        return self.many if loss.is_stuck(self.stuck) else self.most if loss.is_stuck(0.6) else 1.0
+    def _limits(self, loss: Progress) -> tuple[float, float]:
+        most = self.most if loss.is_stuck(0.6) else 1.0
+        return most, self.many if loss.is_stuck(self.stuck) else most
 
 
 class Saturated(_Share):
@@ -92,7 +96,7 @@ class Saturated(_Share):
     """
 
     share: float = 0.5
-    stuck: float = 0.3
+    stuck: float = 0.5
     for_steps: int = 50
     advice: str = (
         "Inputs or weights are too large for the activation. Normalise inputs; start the weights smaller (Xavier); "
@@ -109,8 +113,9 @@ class Saturated(_Share):
     def _column(self) -> tuple[str, str]:
         return "saturated_fraction", "{value:.0%} of the inputs are saturated"
 
-    def _limit(self, loss: Progress) -> float:
-        return self.share if loss.is_stuck(self.stuck) else 1.0
+    def _limits(self, loss: Progress) -> tuple[float, float]:
+        share = self.share if loss.is_stuck(self.stuck) else 1.0
+        return share, share
 
 
 class ActScale(Rule):
