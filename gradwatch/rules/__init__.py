@@ -5,6 +5,7 @@ A rule is frozen settings and a pure function of (state, record), so the same co
 
 from __future__ import annotations
 
+from ._beginning import BlownUp, Crawling, MistakenLoss
 from ._engine import Fired, Judgement, RuleCoverage, RuleEngine
 from ._exploding import Exploding
 from ._findings import Findings, format_findings
@@ -34,6 +35,9 @@ _CATALOGUE: tuple[type[Rule], ...] = (
     ConstantOutput,
     LossSpike,
     Diverging,
+    BlownUp,
+    Crawling,
+    MistakenLoss,
     GradientGrowth,
     DeadUnits,
     Saturated,

@@ -17,6 +17,7 @@ INHIBITS: dict[str, tuple[str, ...]] = {
     "not_updating": ("not_learning", "dead", "update_too_small", "dead_signal"),
     "constant_output": ("dead", "not_learning", "dead_units", "update_too_small"),
     "diverging": ("update_too_large", "loss_spike", "not_learning"),
+    "blown_up": ("loss_spike", "exploding"),
     "amp_overflow": ("non_finite",),
 }
 """Rule -> rules that stay silent while it fires."""

@@ -31,11 +31,11 @@ class _Evaluations(Rule):
         value = record.scalars.get(self._value, math.nan)
         if not math.isfinite(value):
             return self.unjudged(record, f"`{self._value}` was not given"), {**state, "loss": tuple(loss)}
-        first = value if state["first"] is None else state["first"]
-        limit = self._limit(loss, first, state["best"])
+        state = {**state, "first": value if state["first"] is None else state["first"]}
+        limit = self._limit(loss, state)
         running = state["running"] + 1 if value > limit else 0
         best = value if state["best"] is None else min(state["best"], value)
-        state = {"loss": tuple(loss), "first": first, "best": best, "running": running}
+        state = {**state, "loss": tuple(loss), "best": best, "running": running}
         text = self._text(loss, best)
         return self.whole(record, running >= self.evaluations, value, limit, text), state
 
@@ -43,7 +43,7 @@ class _Evaluations(Rule):
     def _value(self) -> str:
         return "val_loss"
 
-    def _limit(self, loss: Progress, first: float, best: float | None) -> float:
+    def _limit(self, loss: Progress, state: State) -> float:
         raise NotImplementedError
 
     def _text(self, loss: Progress, best: float) -> str:
@@ -63,17 +63,24 @@ class Overfit(_Evaluations):
     evaluations: int = 5
     advice: str = "The model learns the training set by heart: stop earlier, regularise, augment, or get more data."
 
-    def _limit(self, loss: Progress, first: float, best: float | None) -> float:
+    def _limit(self, loss: Progress, state: State) -> float:
+        best = state["best"]
         if best is None or not loss.seen:
             return math.inf
         return max(best + (self.ratio - 1) * abs(best), loss.now)
 
 
 class ValNotLearning(_Evaluations):
-    """Flags a validation loss that stays where it began while the training loss falls.
+    """Flags a validation loss that stays where it began, or where a constant would be, while the training loss falls.
 
-    Validation loss at least 97 % of its first value, training loss below 80 % of its own, and validation above 1.3
-    times training.
+    Any of three, at `evaluations` running:
+
+    * validation loss at least 97 % of its first value and 60 % of the first training loss, which itself has fallen by
+      more than a fifth and lies a third lower;
+    * validation loss at least 97 % of its first value and 95 % of the first training loss, which itself has fallen by
+      more than a tenth;
+    * for a squared error: validation loss above the targets' variance over the batch, which a constant would reach,
+      while the training loss is below 80 % of that.
 
     Args:
         evaluations: running.
@@ -85,10 +92,44 @@ class ValNotLearning(_Evaluations):
         "are shuffled, or training labels are noise. Evaluate on training data; compare the two pipelines."
     )
 
-    def _limit(self, loss: Progress, first: float, best: float | None) -> float:
-        if not loss.seen or not loss.start - loss.now > 0.2 * abs(loss.start):
+    needs = frozenset({"loss", "val_loss", "squared_error", "target_variance"})
+
+    def init(self) -> State:
+        return {**super().init(), "measured": 0, "loss_sum": 0.0, "error_sum": 0.0, "variance_sum": 0.0}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        error, variance = (record.scalars.get(n, math.nan) for n in ("squared_error", "target_variance"))
+        sums = {k: state[k] for k in ("measured", "loss_sum", "error_sum", "variance_sum")}
+        if math.isfinite(error) and math.isfinite(variance) and math.isfinite(record.loss):
+            sums["measured"] += 1
+            sums["loss_sum"] += record.loss
+            sums["error_sum"] += error
+            sums["variance_sum"] += variance
+        findings, after = super().judge(record, {**state, **sums})
+        return findings, {**sums, **after}
+
+    def _limit(self, loss: Progress, state: State) -> float:
+        first = state["first"]
+        if not loss.seen:
             return math.inf
-        return max(first - 0.03 * abs(first), loss.now + 0.3 * abs(loss.now))
+        fall = (loss.start - loss.now) / abs(loss.start) if loss.start else 0.0
+        limits = [self._constant(loss, state)]
+        unmoved = first - 0.03 * abs(first)
+        if fall > 0.2:
+            # What was learned before the first evaluation counts, too.
+            limits.append(max(unmoved, loss.now + 0.3 * abs(loss.now), loss.start - 0.4 * abs(loss.start)))
+        if fall > 0.1:
+            limits.append(max(unmoved, loss.start - 0.05 * abs(loss.start)))
+        return min(limits)
+
+    @staticmethod
+    def _constant(loss: Progress, state: State) -> float:
+        """Return the loss of the best constant where the loss is the mean squared error, or nearly; else infinity."""
+        n = state["measured"]
+        if n < 5 or abs(state["loss_sum"] - state["error_sum"]) > 0.2 * state["error_sum"]:
+            return math.inf
+        variance = state["variance_sum"] / n
+        return variance if variance > 0 and loss.now < 0.8 * variance else math.inf
 
 
 class TrainEvalMismatch(_Evaluations):
@@ -120,7 +161,7 @@ class TrainEvalMismatch(_Evaluations):
             return self.unjudged(record, "batches of one"), state
         return super().judge(record, state)
 
-    def _limit(self, loss: Progress, first: float, best: float | None) -> float:
+    def _limit(self, loss: Progress, state: State) -> float:
         if not loss.seen:
             return math.inf
         return loss.now + max((self.ratio - 1) * abs(loss.now), 0.1 * abs(loss.start))

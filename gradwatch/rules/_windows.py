@@ -74,10 +74,15 @@ class Progress(NamedTuple):
     def start(self) -> float:
         """Level at the beginning: the median of the first losses; nan before there are any.
 
-        The very first one where the others are five times as large: a step that blew up is no level to improve on.
+        The very first one where the others are five times as large: a step that blew up is no level to improve on. Not
+        where losses differ as much at any time: in batches of one the first is a draw like the others.
         """
         level = median(self.first)
-        return self.first[0] if self.first and level > 5 * self.first[0] > 0 else level
+        if not (self.first and level > 5 * self.first[0] > 0):
+            return level
+        ordered = sorted(self.recent)
+        quiet = ordered[3 * len(ordered) // 4] < 3 * ordered[len(ordered) // 4]
+        return self.first[0] if quiet else level
 
     @property
     def now(self) -> float:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ._formulas import formula_scalars
+
 __all__ = ["batch_scalars", "num_samples", "split_batch"]
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
@@ -70,6 +72,8 @@ def batch_scalars(batch: Any = None, outputs: Any = None, targets: Any = None) -
             scalars |= _output_scalars(prediction)
         if target is not None and target.numel():
             scalars |= _target_scalars(target, prediction)
+            if prediction is not None:
+                scalars |= formula_scalars(prediction, target)
     return scalars
 
 

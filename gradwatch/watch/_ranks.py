@@ -1,21 +1,28 @@
 """Makes a record equal on all ranks, so that every decision taken from it is equal by construction.
 
 Gradients and their norms are equal already (reduced by DDP, or whole through their shards' collectives). What differs
-from rank to rank (loss, batch, activations) travels in one packed SUM all-reduce a step, and on sampled steps in one
-MAX besides; every rank takes part in both, always (D1, G10).
+from rank to rank (loss, batch, activations, validation metrics) travels in one packed SUM all-reduce a step, and on
+sampled steps in one MAX besides; every rank takes part in both, always, also one that could not measure (D1, G10).
+Under FSDP2 and tensor parallelism the norms of the pieces travel in the same vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..stats import reduce_max_, reduce_sum_
+from ..stats import Exchange
 
-__all__ = ["BATCH_SCALARS", "combine", "is_writer", "world_size"]
+__all__ = ["BATCH_SCALARS", "NUM_SLOTS", "blank_scalars", "combine", "is_writer", "merged_extras", "pack_extras", "world_size"]
+
+NUM_SLOTS = 64
+"""Numbers known on each rank's host that travel along: validation metrics, cosines between tasks, seconds."""
 
 # A fixed list, so that the packed vector has one layout on all ranks whatever a rank's batch could tell.
 _MEANS = (
@@ -29,6 +36,13 @@ _MEANS = (
     "expected_initial_loss",
     "target_entropy",
     "baseline_loss",
+    "squared_error",
+    "squared_error_of_pairs",
+    "target_variance",
+    "cross_entropy",
+    "cross_entropy_of_probabilities",
+    "cross_entropy_over_batch",
+    "cross_entropy_twice",
 )
 _MAXIMA = ("input_absmax", "output_max", "output_row_sum_max", "target_max", "target_row_sum_max", "shape_mismatch")
 _MINIMA = ("output_min", "output_row_sum_min", "target_min", "target_row_sum_min")
@@ -44,11 +58,34 @@ def is_writer() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
+def blank_scalars(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the batch's scalars of a rank that could tell none: what adds nothing to sums and to maxima."""
+    return _packed({}, device)
+
+
+def _packed(
+    scalars: Mapping[str, Tensor | float], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    low = float("-inf")
+    sums = {
+        "#values": torch.stack([_on(scalars.get(n, 0.0), device) for n in _MEANS]),
+        "#present": torch.stack([_on(float(n in scalars), device) for n in _MEANS]),
+        "#has_max": torch.stack([_on(float(n in scalars), device) for n in (*_MAXIMA, *_MINIMA)]),
+    }
+    top = [_on(scalars.get(n, low), device) for n in _MAXIMA]
+    bottom = [-_on(scalars.get(n, -low), device) for n in _MINIMA]
+    return sums, {"#extremes": torch.stack([*top, *bottom])}
+
+
 def combine(
     sums: dict[str, Tensor],
     maxima: dict[str, Tensor],
     scalars: Mapping[str, Tensor | float] | None,
     device: torch.device,
+    *,
+    exchange: Exchange,
+    rows: Tensor | None = None,
+    row_maxima: Tensor | None = None,
 ) -> dict[str, Tensor | float]:
     """Reduce over ranks: `sums` and `maxima` in place, the batch's scalars as means, maxima and minima.
 
@@ -57,23 +94,21 @@ def combine(
         maxima: name -> float64 tensor, replaced by its maximum over ranks.
         scalars: of the batch, on sampled steps; None on the others.
         device: where to reduce.
+        exchange: carries it out.
+        rows, row_maxima: of the gradients' pieces, replaced by those of whole gradients.
 
     Returns:
         The batch's scalars over all ranks.
     """
-    if world_size() == 1:
+    if exchange.num_ranks == 1:
         return dict(scalars or {})
     if scalars is not None:
-        low = float("-inf")
-        sums["#values"] = torch.stack([_on(scalars.get(n, 0.0), device) for n in _MEANS])
-        sums["#present"] = torch.stack([_on(float(n in scalars), device) for n in _MEANS])
-        sums["#has_max"] = torch.stack([_on(float(n in scalars), device) for n in (*_MAXIMA, *_MINIMA)])
-        top = [_on(scalars.get(n, low), device) for n in _MAXIMA]
-        bottom = [-_on(scalars.get(n, -low), device) for n in _MINIMA]
-        maxima["#extremes"] = torch.stack([*top, *bottom])
-    _reduce(sums, reduce_sum_, device)
-    if maxima:
-        _reduce(maxima, reduce_max_, device)
+        more_sums, more_maxima = _packed(scalars, device)
+        sums |= more_sums
+        maxima |= more_maxima
+    _reduce(sums, exchange.sum_, rows, device)
+    if maxima or row_maxima is not None:
+        _reduce(maxima, exchange.max_, row_maxima, device)
     if scalars is None:
         return {}
     # Which names are known on some rank must be equal on all ranks, so that records are: a mean over no rank is nan.
@@ -87,16 +122,41 @@ def combine(
     return result
 
 
+def pack_extras(extras: Mapping[str, float], device: torch.device) -> Tensor:
+    """Return numbers of this rank's host as a vector of fixed length, with a checksum of their names before them."""
+    names = sorted(extras)[:NUM_SLOTS]
+    check = zlib.crc32("\n".join(names).encode()) & 0xFFFFF
+    values = [float(check), float(check) ** 2, *(float(extras[n]) for n in names)]
+    packed = torch.zeros(NUM_SLOTS + 2, dtype=torch.float64)
+    packed[: len(values)] = torch.tensor(values, dtype=torch.float64)
+    # Pinned: a copy from pageable memory would wait for the device.
+    return packed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else packed.to(device)
+
+
+def merged_extras(names: Sequence[str], packed: NDArray[np.float64], num_ranks: int) -> dict[str, float]:
+    """Return the means over ranks; nothing where ranks knew different names, which no rank may act on alone."""
+    total, squares = packed[:2]
+    if num_ranks * squares != total * total:
+        return {}
+    return {n: float(v) / num_ranks for n, v in zip(sorted(names), packed[2:], strict=False)}
+
+
 def _on(value: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-def _reduce(parts: dict[str, Tensor], reduce: object, device: torch.device) -> None:
+def _reduce(
+    parts: dict[str, Tensor],
+    reduce: Callable[[Tensor, Tensor | None], None],
+    rows: Tensor | None,
+    device: torch.device,
+) -> None:
     names = list(parts)
-    flat = torch.cat([parts[n].to(device=device, dtype=torch.float64).reshape(-1) for n in names])
-    reduce(flat)  # type: ignore[operator]
+    empty = torch.zeros(0, dtype=torch.float64, device=device)
+    flat = torch.cat([empty, *(parts[n].to(device=device, dtype=torch.float64).reshape(-1) for n in names)])
+    reduce(flat, rows)
     start = 0
     for n in names:
         size = parts[n].numel()

@@ -43,7 +43,19 @@ def modules(*values: float) -> dict[str, float]:
     return dict(zip(MODULES, values, strict=False))
 
 
+def formulas(followed: str, *others: str, **given: float) -> list[StepRecord]:
+    """Records whose loss is one formula, plus a penalty that changes slowly; the others are noise about it."""
+    rng = np.random.default_rng(0)
+    records = []
+    for s in range(12):
+        loss = float(1 + 0.3 * rng.normal())
+        values = {followed: loss} | {name: loss + float(0.3 * rng.normal()) for name in others}
+        records.append(make_record(s, loss=loss + 0.05 + 0.001 * s, **values, **given))
+    return records
+
+
 STUCK, GOOD = 2.3, falling
+CREEPING = norms(1e-5, 1e-4, 5e-5)
 jitter, grow = noise(0.2), noise(0.1, 1)
 KINDS = {"shapes": {"target_row_sum_min": 1, "target_row_sum_max": 1, "target_min": 0, "target_max": 1}}
 HEALTHY_NORMS = norms(1.0, 2.0, 3.0)
@@ -136,12 +148,38 @@ CASES = [
     case("unnormalised_input", lambda: steady(5, input_mean=130.0, input_std=60.0), True, "bytes"),
     case("unnormalised_input", lambda: steady(5, input_mean=0.1, input_std=1.0), False, "normal"),
     case("unnormalised_input", lambda: [make_record(s, make_index(types={"a": "BatchNorm1d"}), input_mean=130.0, input_std=60.0) for s in range(5)], False, "normalised-inside"),
-    case("constant_labels", lambda: steady(5, target_min=3, target_max=3, batch_size=32), True, "one-value"),
-    case("constant_labels", lambda: steady(5, target_entropy=0.0, **ONE_HOT), True, "one-class"),
+    case("unnormalised_input", lambda: steady(5, input_mean=0.001, input_std=0.001, input_absmax=0.004), True, "tiny"),
+    case("unnormalised_input", lambda: steady(5, input_mean=0.0, input_std=0.0, input_absmax=0.0), False, "empty"),
+    case("constant_labels", lambda: steady(10, target_min=3, target_max=3, batch_size=32), True, "one-value"),
+    case("constant_labels", lambda: steady(10, target_entropy=0.0, **ONE_HOT), True, "one-class"),
+    case("constant_labels", lambda: steady(10, target_variance=0.0, **ONE_HOT), True, "one-row"),
+    case("constant_labels", lambda: steady(6, target_min=0, target_max=0, batch_size=32), False, "rare-class-so-far"),
     case("constant_labels", lambda: steady(5, target_min=3, target_max=3, batch_size=2), False, "small-batch"),
+    case("blown_up", lambda: steady(30, loss=lambda s: 2.3 if s == 0 else 100.0 * 0.9**s, batch_size=32), True, "x40"),
+    case("blown_up", lambda: steady(30, loss=lambda s: 2.3 if s != 3 else 100.0, batch_size=32), False, "once"),
+    case("blown_up", lambda: steady(30, loss=lambda s: 2.3 if s == 0 else 100.0 * 0.9**s, batch_size=1), False, "batch-of-one"),
+    case("blown_up", lambda: steady(30, loss=lambda s: 0.1 if s < 25 else 100.0, batch_size=32), False, "later"),
+    case("blown_up", lambda: steady(30, loss=lambda s: -2.3 + s, batch_size=32), False, "negative"),
+    case("crawling", lambda: steady(300, loss=lambda s: 2.3 - s / 500, update_ratio=every(50, CREEPING)), True, "creeps"),
+    case("crawling", lambda: steady(300, loss=lambda s: 2.3 - s / 500, update_ratio=every(50, norms(1e-5, 1e-3, 1e-4))), False, "one-weight-moves"),
+    case("crawling", lambda: steady(300, loss=STUCK, update_ratio=every(50, CREEPING)), False, "converged"),
+    case("crawling", lambda: steady(300, loss=lambda s: 2.3 * 0.99**s, update_ratio=every(50, CREEPING)), False, "learns"),
+    case("crawling", lambda: steady(300, loss=lambda s: 2.3 - s / 500, lr=lambda s: 1e-3 if s < 90 else 1e-5, update_ratio=every(50, CREEPING)), False, "decayed"),
+    case("mistaken_loss", lambda: formulas("squared_error_of_pairs", "squared_error"), True, "broadcast"),
+    case("mistaken_loss", lambda: formulas("squared_error", "squared_error_of_pairs"), False, "squared-error"),
+    case("mistaken_loss", lambda: formulas("cross_entropy_over_batch", "cross_entropy"), True, "over-the-batch"),
+    case("mistaken_loss", lambda: formulas("cross_entropy_twice", "cross_entropy"), True, "twice"),
+    case("mistaken_loss", lambda: formulas("cross_entropy", "cross_entropy_over_batch", "cross_entropy_twice"), False, "right"),
+    case("mistaken_loss", lambda: formulas("cross_entropy", "cross_entropy_of_probabilities", output_min=0, output_row_sum_min=1, output_row_sum_max=1), True, "probabilities-as-logits"),
+    case("mistaken_loss", lambda: formulas("cross_entropy", "cross_entropy_of_probabilities"), False, "logits"),
+    case("mistaken_loss", lambda: formulas("something_else", "squared_error", "squared_error_of_pairs"), False, "another-loss"),
     case("overfit", lambda: steady(100, loss=GOOD, val_loss=every(10, lambda s: 1.0 if s < 20 else 2.0)), True, "rises"),
     case("overfit", lambda: steady(100, loss=GOOD, val_loss=every(10, lambda s: 2.0 - s / 100)), False, "falls"),
     case("val_not_learning", lambda: steady(100, loss=GOOD, val_loss=every(10, 2.3)), True, "stays"),
+    case("val_not_learning", lambda: steady(400, loss=lambda s: 2.3 - s / 1000, val_loss=every(20, 2.3)), True, "untrained-level"),
+    case("val_not_learning", lambda: steady(400, loss=lambda s: max(0.2, 2.3 - s / 20), val_loss=every(20, 0.3)), False, "learned-at-once"),
+    case("val_not_learning", lambda: steady(200, loss=lambda s: 0.4 * 0.98**s + 0.04, squared_error=lambda s: 0.4 * 0.98**s + 0.04, target_variance=0.08, val_loss=every(10, 0.1)), True, "worse-than-a-constant"),
+    case("val_not_learning", lambda: steady(200, loss=lambda s: 0.4 * 0.98**s + 0.04, squared_error=lambda s: 0.4 * 0.98**s + 0.04, target_variance=0.08, val_loss=every(10, 0.06)), False, "better-than-a-constant"),
     case("val_not_learning", lambda: steady(100, loss=STUCK, val_loss=every(10, 2.3)), False, "neither-learns"),
     case("train_eval_mismatch", lambda: steady(100, loss=GOOD, train_eval_loss=every(10, 5.0)), True, "worse"),
     case("train_eval_mismatch", lambda: steady(100, loss=GOOD, train_eval_loss=every(10, falling)), False, "same"),

@@ -1,0 +1,188 @@
+"""The first hundred steps: a loss that blows up, one that creeps, one that follows a mistaken formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..records import StepRecord
+from ._findings import Findings
+from ._rule import Rule, State
+from ._selection import select
+from ._updates import is_effective
+from ._windows import Progress, median, progress
+
+__all__ = ["BlownUp", "Crawling", "MistakenLoss"]
+
+
+class BlownUp(Rule):
+    """Flags a loss that rises to `ratio` times its first value within the first steps, and not once alone.
+
+    The first loss is the only one that no step has touched. Batches of fewer than eight samples are not judged: their
+    losses differ by as much from the data alone. A loss that is not above zero at first is not judged.
+
+    Args:
+        ratio: times the first loss.
+        steps: losses looked at.
+        times: how many of them must be that large.
+    """
+
+    ratio: float = 5.0
+    steps: int = 20
+    times: int = 3
+    severity: str = "critical"
+    advice: str = (
+        "The first steps are too large: lower the learning rate by 10 or warm it up; normalise inputs; average the "
+        "loss instead of summing it; check the sign of the loss. What was initialised is lost by now: start again."
+    )
+
+    needs = frozenset({"loss", "batch_size"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("ratio", self.ratio > 1, 1, "above")
+        self._require("times", 1 <= self.times <= self.steps, f"{self.steps} (`steps`)", "1 to")
+
+    def init(self) -> State:
+        return {"first": None, "seen": 0, "high": 0, "samples": math.inf}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        if not math.isfinite(record.loss) or state["seen"] > self.steps:
+            return self.unjudged(record, f"judged on the first {self.steps} losses"), state
+        samples = record.num_samples or record.scalars.get("batch_size", math.nan)
+        first = record.loss if state["first"] is None else state["first"]
+        limit = self.ratio * first
+        state = {
+            "first": first,
+            "seen": state["seen"] + 1,
+            "high": state["high"] + (first > 0 and record.loss > limit),
+            "samples": min(state["samples"], samples) if math.isfinite(samples) else state["samples"],
+        }
+        if state["samples"] < 8 or not first > 0:
+            return self.unjudged(record, "batches of fewer than eight, or a first loss that is not above 0"), state
+        text = f"loss {{value:.4g}}, before the first step it was {first:.4g}"
+        fires = state["high"] >= self.times and record.loss > limit
+        return self.whole(record, fires, record.loss, limit, text), state
+
+
+class Crawling(Rule):
+    """Flags a training whose updates are all tiny while its loss creeps down: the learning rate could be far higher.
+
+    At `judgements` measurements of updates after 100 steps: every weight's update is below `ratio` of its norm, the
+    loss has fallen by less than half, and still falls by more than 1 % over 50 steps. A converged loss does not fall
+    any more, and steps at which the learning rate is below half of its highest (warm-up, decay) are not judged.
+
+    Source: a usual update is about 1e-3 of its weight (A. Karpathy).
+
+    Args:
+        ratio: norm(update) / norm(weight) that no weight exceeds.
+        judgements: measurements running.
+    """
+
+    ratio: float = 2e-4
+    judgements: int = 2
+    advice: str = "The learning rate is too low: raise it by 10, or more, until the loss becomes noisy; then halve it."
+
+    needs = frozenset({"update_ratio", "loss"})
+    low_is_worse = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("ratio", self.ratio > 0, 0, "above")
+        self._require("judgements", self.judgements >= 1, 1)
+
+    def init(self) -> State:
+        return {"loss": Progress(), "levels": (), "lr": 0.0, "running": 0}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        loss = progress(Progress(*state["loss"]), record.loss)
+        highest = max(state["lr"], record.lr) if math.isfinite(record.lr) else state["lr"]
+        levels = state["levels"]
+        if loss.seen != Progress(*state["loss"]).seen and loss.seen % 50 == 0:
+            levels = (*levels[-1:], median(loss.recent))
+        state = {"loss": tuple(loss), "levels": levels, "lr": highest, "running": state["running"]}
+        if "update_ratio" not in record.columns or not is_effective(record) or loss.seen < 100:
+            return self.unjudged(record, "no update was measured after 100 losses"), state
+        ratios = record.columns["update_ratio"]
+        judged = select(record.index, self.paths, min_ndim=2) & record.measured("update_ratio") & np.isfinite(ratios)
+        if not judged.any() or record.lr < 0.5 * highest:
+            return self.unjudged(record, "no update was measured at a full learning rate"), state
+        largest = float(ratios[judged].max())
+        falls = len(levels) == 2 and levels[0] - levels[1] > 0.01 * abs(levels[0])
+        creeps = 0 < largest < self.ratio and loss.is_stuck(0.5) and falls
+        running = state["running"] + 1 if creeps else 0
+        text = f"no weight moves by more than {{value:.2g}} of its norm, loss {loss.now:.4g} from {loss.start:.4g}"
+        fires = running >= self.judgements
+        return self.whole(record, fires, largest, self.ratio, text), {**state, "running": running}
+
+
+_MISTAKES = (
+    ("squared_error_of_pairs", "squared_error", "every prediction is compared with every target (broadcasting)"),
+    ("cross_entropy_over_batch", "cross_entropy", "softmax is taken over the batch, not over the classes"),
+    ("cross_entropy_twice", "cross_entropy", "softmax is applied twice"),
+    ("cross_entropy", "cross_entropy_of_probabilities", "softmax outputs are given to a loss that takes logits"),
+)
+
+
+class MistakenLoss(Rule):
+    """Flags a loss that follows the formula of a known mistake, and not the right one.
+
+    From outputs and targets follow the mean squared error and the cross-entropy, and what they would be if
+    predictions were broadcast against targets, softmax taken over the batch, or taken twice. What the loss has beside
+    (a penalty) changes slowly: so the difference between the loss and the formula that it follows hardly varies.
+    Flagged where that deviation is below `share` of the one from the right formula, which is above 1 % of the loss.
+
+    Args:
+        share: of the deviation from the right formula.
+        samples: batches measured before the first judgement.
+    """
+
+    share: float = 0.1
+    samples: int = 6
+    severity: str = "critical"
+    advice: str = (
+        "Give prediction and target the same shape; take softmax over dim=-1; give logits, not probabilities, to "
+        "cross_entropy (it contains the softmax)."
+    )
+
+    needs = frozenset({"loss", *(name for mistake in _MISTAKES for name in mistake[:2]), "output_row_sum_min"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("share", 0 < self.share < 1, "0 and below 1", "above")
+        self._require("samples", self.samples >= 3, 3)
+
+    def init(self) -> State:
+        return {"losses": (), "values": {}}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        names = sorted({name for mistake in _MISTAKES for name in mistake[:2]} & set(record.scalars))
+        if not names or not math.isfinite(record.loss):
+            return self.unjudged(record, "outputs and targets are not known"), state
+        losses = (*state["losses"][-31:], record.loss)
+        values = {name: (*state["values"].get(name, ())[-31:], record.scalars[name]) for name in names}
+        state = {"losses": losses, "values": values}
+        if len(losses) < self.samples:
+            return self.unjudged(record, f"fewer than {self.samples} batches were measured"), state
+        for mistake, right, what in _MISTAKES:
+            if mistake == "cross_entropy" and not _is_softmax(record):
+                continue
+            off = _deviation(losses, values.get(mistake, ()))
+            off_right = _deviation(losses, values.get(right, ()))
+            if off < self.share * off_right and off_right > 0.01 * abs(median(losses)):
+                return self.whole(record, True, off, self.share * off_right, what), state
+        return self.clear(record), state
+
+
+def _deviation(losses: Sequence[float], values: Sequence[float]) -> float:
+    """Return the standard deviation of the difference; nan where there are not as many."""
+    if len(values) != len(losses) or not np.isfinite(values).all():
+        return math.nan
+    return float(np.std(np.subtract(losses, values)))
+
+
+def _is_softmax(record: StepRecord) -> bool:
+    low, high = (record.scalars.get(f"output_row_sum_{end}", math.nan) for end in ("min", "max"))
+    return abs(low - 1) < 1e-3 and abs(high - 1) < 1e-3 and record.scalars.get("output_min", -1.0) >= 0
