@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..protocols import Action, Treatment
@@ -15,8 +15,19 @@ from ..records import Finding, Incident, TreatmentReport
 from ..rules import Fired, RuleBook
 from ..stats import Gradients
 from ._context import Decision, StepContext
+from ._guard import Guard
 
-__all__ = ["Applied", "Job", "fired_jobs", "limit_jobs", "run_actions", "run_treatments"]
+__all__ = [
+    "Applied",
+    "Job",
+    "attach",
+    "load_treatments",
+    "fired_jobs",
+    "learning_jobs",
+    "limit_jobs",
+    "run_actions",
+    "run_treatments",
+]
 
 
 @dataclass
@@ -30,9 +41,43 @@ class Job:
     findings: Sequence[Finding] = ()
 
 
+def attach(treatments: Sequence[Any], model: nn.Module) -> list[Any]:
+    """Show treatments the model, and put the hooks of those that act inside backward on it; return their handles."""
+    handles = []
+    for treatment in treatments:
+        if hasattr(treatment, "bind"):
+            treatment.bind(model)
+        if getattr(treatment, "at", "grad") == "grad_output":
+            handles.append(treatment.install(model))
+    return handles
+
+
+def load_treatments(treatments: Sequence[Treatment], saved: Sequence[Any], guard: Guard) -> None:
+    """Give treatments back what they remembered."""
+    if saved and len(saved) != len(treatments):
+        guard.warn(
+            f"the checkpoint holds the memory of {len(saved)} treatments, this run has {len(treatments)}: they start "
+            "afresh. Resume with the same treatments to go on where they were."
+        )
+        return
+    for treatment, memory in zip(treatments, saved, strict=False):
+        treatment.load_state_dict(memory)
+
+
 def fired_jobs(fired: Fired, limit: float | None) -> list[Job]:
     """Return the treatments of a rule that was seen to fire."""
     return [Job(t, fired.rule.name, True, limit, fired.findings) for t in fired.then if isinstance(t, Treatment)]
+
+
+def learning_jobs(book: RuleBook, fired: Sequence[Fired]) -> list[Job]:
+    """Return the treatments that learn from every step (ZClip, ...) of rules that did not fire: they look on."""
+    busy = {id(t) for f in fired for t in f.then}
+    return [
+        Job(t, rule.name, False)
+        for rule in book.rules
+        for t in rule.then
+        if getattr(t, "learns", False) and id(t) not in busy
+    ]
 
 
 def limit_jobs(book: RuleBook, grads: Gradients, limits: Mapping[str, float]) -> list[Job]:
@@ -99,7 +144,7 @@ def run_treatments(
 ) -> Applied:
     """Apply treatments in the order that is right (C9). One that raises vetoes the step: it never fails open."""
     applied = Applied()
-    for job in sorted(jobs, key=lambda job: getattr(job.treatment, "order", 0)):
+    for job in sorted(jobs, key=lambda job: getattr(job.treatment, "order", 50)):
         treatment = job.treatment
         context = StepContext(
             step=step,
@@ -120,6 +165,8 @@ def run_treatments(
             applied.failures.append((job, error))
             decision.add_veto(True, f"treatment {treatment.name!r} failed")
             said = {"applied": 0.0}
+        if job.trigger is False:
+            continue
         numbers: dict[str, Tensor | float] = {k: _number(v) for k, v in said.items()}
         if isinstance(job.trigger, Tensor):
             numbers["trigger"] = job.trigger.to(torch.float64)

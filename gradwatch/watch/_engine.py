@@ -18,7 +18,7 @@ from ._autopsy import Autopsy, Replay, examine, rng_state
 from ._completion import Completion, stop_request
 from ._context import Decision
 from ._draft import Draft, StepInputs
-from ._driver import Applied, Job, fired_jobs, limit_jobs, run_treatments
+from ._driver import Applied, Job, attach, fired_jobs, learning_jobs, limit_jobs, load_treatments, run_treatments
 from ._gate import StepGate
 from ._guard import Guard
 from ._judge import Judge, own_incident
@@ -92,12 +92,12 @@ class Engine:
         self._gates: dict[int, StepGate] = {}
         for o in optimizers:
             self._gate(o)
-        self._rule_treatments = [t for rule in book.rules for t in rule.then if isinstance(t, Treatment)]
-        acts = (*self.treatments, *self._rule_treatments)
+        behind_rules = [t for rule in book.rules for t in rule.then if isinstance(t, Treatment)]
+        acts = self.all_treatments = (*self.treatments, *behind_rules)
         self.treats = bool(acts)
+        self._needs_host = any(getattr(t, "needs_host", False) for t in acts)
         self.buffers = BufferKeeper(model) if any(isinstance(t, SkipStep) for t in acts) else None
-        # Treatments of error signals live in backward, as hooks.
-        self._installed = [_install(t, model) for t in acts if getattr(t, "at", "grad") == "grad_output"]
+        self._installed = attach(acts, model)
         self._step, self._begun = 0, -1
         self._measured: tuple[int, int | None] | None = None
         self._current: Draft | None = None
@@ -112,7 +112,7 @@ class Engine:
 
         Always on the CPU; on a device only where a rule that has no limit of its own carries a treatment.
         """
-        if self.meter.device.type == "cpu":
+        if self.meter.device.type == "cpu" or self._needs_host:
             return True
         limits = self.judge.limits()
         return any(any(isinstance(t, Treatment) for t in r.then) and r.name not in limits for r in self.book.rules)
@@ -133,6 +133,11 @@ class Engine:
         """Keep how to run the present micro-batch again, for an autopsy; call it before forward."""
         if self.options.autopsy:
             self._replays.append(Replay(rng_state(), run))
+
+    def before_backward(self, scale: float) -> None:
+        """Say what the loss is multiplied by, for treatments of error signals inside backward (C7)."""
+        for handle in self._installed:
+            handle.grad_scale = scale
 
     def after_backward(self, inputs: StepInputs, optimizers: Sequence[Optimizer] | None = None) -> StepOutcome:
         """Measure, judge and treat the gradients that lie complete in `.grad`, before the optimizer steps."""
@@ -209,6 +214,9 @@ class Engine:
             judgement = self.judge.judge(record, "early")
             findings = judgement.findings
             self._alarm(judgement.opened, grads)
+            if record.scalars.get("amp_overflow"):
+                jobs = []  # the loss scaler drops this step by itself: nothing to treat, to learn or to count
+            jobs += learning_jobs(self.book, judgement.fired)
             for fired in judgement.fired:
                 jobs += fired_jobs(fired, limits.get(fired.rule.name))
                 actions += [(a, fired.incident) for a in fired.then if isinstance(a, Action)]
@@ -324,27 +332,16 @@ class Engine:
         return {
             "version": 1,
             "judge": self.judge.state_dict(),
-            "treatments": [t.state_dict() for t in (*self.treatments, *self._rule_treatments)],
+            "treatments": [t.state_dict() for t in self.all_treatments],
             "rates": self.rates.state_dict(),
             "num_skipped": self.completion.num_skipped,
             "num_overflows": self.completion.num_overflows,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; treatments that are not the saved ones start afresh, with a warning."""
         self.judge.load_state_dict(state.get("judge", {}))
-        saved, mine = list(state.get("treatments", [])), (*self.treatments, *self._rule_treatments)
-        if len(saved) == len(mine):
-            for treatment, memory in zip(mine, saved, strict=True):
-                treatment.load_state_dict(memory)
-        elif saved:
-            self.guard.warn(
-                f"the checkpoint holds the memory of {len(saved)} treatments, this run has {len(mine)}: they start "
-                "afresh. Resume with the same treatments to go on where they were."
-            )
+        load_treatments(self.all_treatments, state.get("treatments", []), self.guard)
         self.rates.load_state_dict(state.get("rates", {}))
         self.completion.num_skipped = int(state.get("num_skipped", 0))
         self.completion.num_overflows = int(state.get("num_overflows", 0))
-
-
-def _install(treatment: Any, model: nn.Module) -> Any:
-    return treatment.install(model)

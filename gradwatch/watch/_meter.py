@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..hooks import ModuleTap, TapStats
 from ..records import Floats
-from ..stats import Gradients, UpdateMeter, exponent_histograms, gradient_details, row_spread, second_look
+from ..stats import Gradients, UpdateMeter, row_spread, second_look
 from ._options import MeasureOptions, is_due
 from ._paths import Watched, clean_path, signature, watched
 
@@ -162,10 +162,13 @@ class Meter:
         return norms
 
     def details(self, grads: Gradients) -> dict[str, Tensor]:
-        """Return absmax, zeros, non-finite counts and exponent histograms of the gradients, on the device."""
-        details = gradient_details(grads.grads)
-        counts = exponent_histograms(grads.grads)
-        return {"details_sums": details.sums, "details_maxima": details.maxima, "histograms": counts}
+        """Return absmax, zeros, non-finite counts and exponent histograms of the gradients, on the device.
+
+        The norms come from the same read, so this is to be asked before them.
+        """
+        found = grads.measure(histograms=True)
+        assert found.histograms is not None
+        return {"details_sums": found.sums, "details_maxima": found.maxima, "histograms": found.histograms}
 
     def spreads(self, grads: Gradients) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
         """Return the row spread of every weight of two or more dimensions, for the first step."""
@@ -198,6 +201,14 @@ class Meter:
         if self._updates is not None and self._updates_step >= 0:
             self._updates.discard()
         self._updates_step = -1
+
+    @property
+    def too_large(self) -> list[str]:
+        """Parameters whose update can't be measured within the memory limit."""
+        if self._updates is None:
+            return []
+        paths = self.watched.index.paths
+        return [paths[self._update_positions[i]] for i in self._updates.left_out]
 
     def close(self) -> None:
         self.disarm()

@@ -51,11 +51,12 @@ class Observer:
                 outputs = output if inputs.outputs is None else inputs.outputs
                 scalars = batch_scalars(inputs.batch, outputs, inputs.targets)
         batch = combine(sums, maxima, scalars, device)
-        parts = {"norms": grads.norms, "global_norm": grads.global_norm, **sums, **maxima}
+        parts = {**sums, **maxima}
         parts |= {f"batch/{k}": v for k, v in batch.items() if isinstance(v, Tensor)}
         spread_positions = None
         if len(grads) and is_due(inputs.step, self.meter.options.histograms_every):
             parts |= self.meter.details(grads)
+        parts |= {"norms": grads.norms, "global_norm": grads.global_norm}
         if inputs.step == 0:
             spread_positions, spreads = self.meter.spreads(grads)
             parts |= spreads
@@ -72,6 +73,7 @@ class Observer:
             numbers=Transfer(parts),
             scalars=self._plain_scalars(inputs, grads) | {k: v for k, v in batch.items() if not isinstance(v, Tensor)},
             tap=tap,
+            loss_scale=1.0 if inputs.scale is None else float(inputs.scale),
             tap_positions=None if tap is None else self.meter.module_positions(),
             spread_positions=spread_positions,
         )

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from ..stats import Exchange
 
-__all__ = ["BATCH_SCALARS", "NUM_SLOTS", "blank_scalars", "combine", "is_writer", "merged_extras", "pack_extras", "world_size"]
+__all__ = [
+    "BATCH_SCALARS",
+    "NUM_SLOTS",
+    "blank_scalars",
+    "combine",
+    "is_writer",
+    "merged_extras",
+    "pack_extras",
+    "world_size",
+]
 
 NUM_SLOTS = 64
 """Numbers known on each rank's host that travel along: validation metrics, cosines between tasks, seconds."""
@@ -63,9 +72,7 @@ def blank_scalars(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Te
     return _packed({}, device)
 
 
-def _packed(
-    scalars: Mapping[str, Tensor | float], device: torch.device
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _packed(scalars: Mapping[str, Tensor | float], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     low = float("-inf")
     sums = {
         "#values": torch.stack([_on(scalars.get(n, 0.0), device) for n in _MEANS]),

@@ -18,7 +18,6 @@ from ..errors import ConfigError
 from ..protocols import Request, RunMeta, Sink
 from ..records import Incident, StepRecord
 from ..sinks import RunFolder, SafeSinks
-from ..treatments.surgery import SurgeryController, TrainingStepTap
 from ._batch import num_samples
 from ._draft import StepInputs
 from ._engine import ALARMS, Engine, StepOutcome
@@ -28,6 +27,7 @@ from ._paths import clean_path, unwrap
 from ._ranks import is_writer, world_size
 from ._settings import Settings
 from ._summary import summarize
+from ._tasks import Tasks, wants_tasks
 from ._unseen import unseen
 
 __all__ = ["MAX_LINES", "Session"]
@@ -73,9 +73,8 @@ class Session:
         self._said: set[tuple[int, str]] = set()
         self._news: dict[tuple[int, str], Incident] = {}
         self._closed = False
-        self.surgery: SurgeryController | None = None
-        self._surgery_state: Any = None
-        self._step_tap: TrainingStepTap | None = None
+        self.tasks: Tasks | None = None
+        self._tasks_state: Any = None
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.engine = Engine(
             self.model,
@@ -183,40 +182,43 @@ class Session:
             lightning_module: whose `training_step` returns them; None in loops that call `backward({...})` or `split`.
         """
         options = self.settings.options
-        if self.settings.surgery is None and options.conflicts_every is None:
+        if not wants_tasks(self.settings.surgery, options.conflicts_every, self.settings.book.rules):
             return
-        self.surgery = SurgeryController(
-            self.settings.surgery,
-            [(clean_path(n), p) for n, p in self.model.named_parameters()],
-            diagnose_every=options.conflicts_every or 0,
+        named = [(clean_path(n), p) for n, p in self.model.named_parameters()]
+        tasks = self.tasks = Tasks(
+            self.settings.surgery, named, conflicts_every=options.conflicts_every, module=lightning_module
         )
-        controller = self.surgery
-        self.engine.meter.is_muted = lambda: controller.probing
-        if self._surgery_state is not None:
-            self.surgery.load_state_dict(self._surgery_state)
-        if lightning_module is not None:
-            self._step_tap = TrainingStepTap(lightning_module, self.surgery)
+        self.engine.meter.is_muted = lambda: tasks.tasks.probing
+        if self._tasks_state is not None:
+            tasks.load_state_dict(self._tasks_state)
 
     def before_forward(self, step: int) -> None:
         """Say that a micro-batch begins."""
-        if self.surgery is not None:
-            self.surgery.step = step
+        if self.tasks is not None:
+            self.tasks.begin(step)
         self.engine.before_forward(step)
 
     def before_backward(self, loss: Tensor, *, scale: float = 1.0, parts: int = 1) -> None:
-        """Say that backward comes next: task gradients are probed here."""
-        if self.surgery is not None:
-            self.surgery.before_backward(loss if scale == 1.0 else loss * scale, grad_scale=scale / parts)
+        """Say that backward comes next: task gradients are probed here.
 
-    def after_backward(self) -> None:
-        """Say that one micro-batch's backward is over."""
-        if self.surgery is not None:
-            self.surgery.after_backward()
+        Args:
+            loss: what backward will be called on.
+            scale: the loss scaler's, that `loss` is already multiplied by.
+            parts: accumulated micro-batches, that it is already divided by.
+        """
+        self.engine.before_backward(scale)
+        if self.tasks is not None:
+            self.tasks.before_backward(loss, scale / parts)
+
+    def after_backward(self, *, last: bool, scale: float = 1.0, parts: int = 1, batch_size: float = 1.0) -> None:
+        """Say that one micro-batch's backward is over; `last`: the optimizer steps next."""
+        if self.tasks is not None:
+            self.tasks.after_backward(last=last, grad_scale=scale / parts, batch_size=batch_size)
 
     def step(self, inputs: StepInputs, optimizers: Sequence[Optimizer] | None = None) -> StepOutcome:
         """Measure, judge and treat, with what surgery has to say put on record."""
-        if self.surgery is not None:
-            inputs.scalars = inputs.scalars | self.surgery.report()
+        if self.tasks is not None:
+            inputs.scalars = inputs.scalars | self.tasks.report()
         return self.engine.after_backward(inputs, optimizers)
 
     def after_step(self) -> None:
@@ -234,6 +236,8 @@ class Session:
         if request.kind == "lower_learning_rate":
             values = request.values
             self.engine.rates.lower(values["factor"], values.get("steps"), name=str(values.get("rule", "")))
+        elif request.kind == "surgery" and self.tasks is not None:
+            self.tasks.switch(request.values["surgery"])
         elif request.kind == "notify":
             with self.engine.guard("notifying"):
                 request.values["target"](request.values["incident"])
@@ -254,17 +258,17 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         state = self.engine.state_dict()
-        if self.surgery is not None:
-            state["surgery"] = self.surgery.state_dict()
+        if self.tasks is not None:
+            state["surgery"] = self.tasks.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if not isinstance(state, Mapping):
             raise ConfigError(f"gradwatch's state is a mapping made by `state_dict()`. Got {type(state).__name__}.")
         self.engine.load_state_dict(state)
-        self._surgery_state = state.get("surgery")
-        if self.surgery is not None and self._surgery_state is not None:
-            self.surgery.load_state_dict(self._surgery_state)
+        self._tasks_state = state.get("surgery")
+        if self.tasks is not None and self._tasks_state is not None:
+            self.tasks.load_state_dict(self._tasks_state)
 
     def finish(self) -> None:
         """End the run well: the last records, rules that judge the whole run, the summary."""
@@ -277,10 +281,8 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        if self._step_tap is not None:
-            self._step_tap.close()
-        if self.surgery is not None:
-            self.surgery.close()
+        if self.tasks is not None:
+            self.tasks.close()
         self.engine.close()
         self._tell()
         self.sinks.flush()

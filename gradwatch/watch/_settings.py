@@ -10,7 +10,7 @@ from ..book import load_rules
 from ..errors import ConfigError, UnknownNameError
 from ..protocols import Sink, Treatment
 from ..rules import RuleBook
-from ..treatments import TREATMENTS, Surgery
+from ..treatments import TREATMENTS, MicroBatchSurgery, Surgery
 from ._options import MeasureOptions
 
 __all__ = ["Settings", "resolve"]
@@ -90,11 +90,11 @@ def _treatments(given: Any) -> tuple[Treatment, ...]:
 
 
 def _surgery(given: Any) -> Any:
-    if given is None or not isinstance(given, str):
-        if isinstance(given, type) or not (given is None or hasattr(given, "controller") or callable(given)):
-            raise ConfigError(f"`surgery` takes the name of a method or a Surgery(...). Got {given!r}.")
+    if given is None or isinstance(given, (Surgery, MicroBatchSurgery)):
         return given
-    return Surgery(given)
+    if isinstance(given, str) or (callable(given) and not isinstance(given, type)):
+        return Surgery(given)
+    raise ConfigError(f"`surgery` takes the name of a method, a Surgery(...) or MicroBatchSurgery(...). Got {given!r}.")
 
 
 def _sinks(given: Any) -> tuple[Sink, ...]:

@@ -15,6 +15,8 @@ def unseen(meter: Meter, judge: Judge) -> list[str]:
     notes = []
     if meter.watched.missing:
         notes.append(f"trainable, but in no optimizer: {_listed(meter.watched.missing)}")
+    if meter.too_large:
+        notes.append(f"updates not measured, larger than the memory limit: {_listed(meter.too_large)}")
     reasons: dict[str, list[str]] = {}
     if meter.tap is not None:
         for path, reason in meter.tap.coverage().items():

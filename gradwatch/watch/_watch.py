@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -114,6 +115,7 @@ class Watch:
         self._step = 0
         self._extra: dict[str, float] = {}
         self._losses: list[Tensor] = []
+        self._stack = ExitStack()
         self._micro_losses: list[Any] = []
         self._num_samples = 0
         self.session = Session(
@@ -152,26 +154,34 @@ class Watch:
         """Optimizer steps taken so far, vetoed ones included."""
         return self._step
 
-    def backward(self, losses: Mapping[str, Tensor] | Tensor, *, scale: float = 1.0) -> Tensor:
-        """Run the backward of task losses, with surgery between their gradients where that is on.
+    def backward(
+        self, losses: Mapping[str, Tensor] | Tensor, *, parts: int = 1, last: bool = True, batch_size: int = 1
+    ) -> Tensor:
+        """Run the backward of a loss, or of task losses with surgery between their gradients where that is on.
 
         Args:
-            losses: of each task by name, still attached to the graph; or one loss, for a plain backward.
-            scale: multiplies the sum: one over the number of accumulated micro-batches, say. A `scaler`'s scale comes
-                on top.
+            losses: of each task by name, still attached to the graph; or one loss, in which `split` may stand.
+            parts: accumulated micro-batches, that the sum is divided by. A `scaler`'s scale comes on top.
+            last: the optimizer steps after this micro-batch.
+            batch_size: samples of the micro-batch, for the gradient noise scale.
 
         Returns:
             The sum, detached and without any scale; `step` takes it as the loss where it is given none.
         """
-        factor = scale if self.scaler is None else scale * float(self.scaler.get_scale())
+        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        factor = scale / parts
         if isinstance(losses, Tensor):
             total = losses
-            (losses * factor if factor != 1 else losses).backward()
         elif self.session.tasks is None:
-            total = torch.stack([loss.reshape(()) for loss in losses.values()]).sum()
-            (total * factor if factor != 1 else total).backward()
+            total = sum(list(losses.values())[1:], start=next(iter(losses.values())))
         else:
-            total = self.session.tasks.tasks.backward(losses, grad_scale=factor)
+            total = self.session.tasks.tasks.begin(losses)
+        scaled = total * factor if factor != 1 else total
+        self.session.before_backward(scaled, scale=scale, parts=parts)
+        try:
+            scaled.backward()
+        finally:
+            self.session.after_backward(last=last, scale=scale, parts=parts, batch_size=batch_size)
         self._losses.append(total.detach())
         return total.detach()
 

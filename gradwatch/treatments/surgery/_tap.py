@@ -41,7 +41,7 @@ class _Step:
         if not total.detach().allclose(output["loss"].detach(), rtol=1e-4):
             raise ConfigError(
                 'combine=\'direct\' needs "loss" to be the sum of "losses". '
-                f"Got {float(output['loss']):.6g} where the sum is {float(total):.6g}: return "
+                f"Got {float(output['loss'].detach()):.6g} where the sum is {float(total.detach()):.6g}: return "
                 "gradwatch.split(...) + the other terms instead."
             )
         return {**output, "loss": total, "losses": {name: loss.detach() for name, loss in losses.items()}}
