@@ -2,9 +2,9 @@
 
     python benchmarks/hooks.py [--quick]
 
-The first table hooks each of 50 small Linear layers (so that what a hook itself costs shows), and gives microseconds per
-module call. The second runs a model of the size of GPT-2 small. Times are processor time of this thread, which other
-programs on the machine disturb less than the clock on the wall.
+The first table hooks each of 50 small Linear layers (so that what a hook itself costs shows), and gives microseconds
+per module call. The second runs a model of the size of GPT-2 small. Times are processor time of this thread, which
+other programs on the machine disturb less than the clock on the wall.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class FastOutput(_Fast):
             return self.site.after(module, args, {}, output)
         run = self.runs.run
         point = self.point
-        # Three references: ours, this variable, the argument. With any more someone keeps the point: it must not change.
+        # Three references: ours, this variable, the argument. With any more someone keeps the point: make another.
         if getrefcount(point) != 3:
             self.point = point = _RunPoint(self.entry, point.call + 1 if point.run is run else 0, run)
         elif point.run is run:

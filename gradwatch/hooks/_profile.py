@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ._gradients import hook_gradient
 from ._profile_records import Clock, Record
 from ._profile_report import ModuleProfile, chrome_trace, summarise, table
 from ._pytree import tensors_of
@@ -127,7 +128,9 @@ class Profile(Sequence[ModuleProfile]):
                 seen.add(pointer)
                 record.activation_bytes += size
             if tensor.requires_grad and torch.is_grad_enabled():
-                self._keep_if_leaf(tensor, tensor.register_hook(_Mark(self, record, "backward_start")))
+                mark = _Mark(self, record, "backward_start")
+                handle = hook_gradient(tensor, mark, inputs[0]) if tensor is output else tensor.register_hook(mark)
+                self._keep_if_leaf(tensor, handle)
 
     def _keep_if_leaf(self, tensor: Tensor, handle: Any) -> None:
         if tensor.is_leaf:

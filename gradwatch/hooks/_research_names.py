@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from ._aliases import Alias, Unavailable
 from ._names import ModelNames
 from ._views import Heads
@@ -29,7 +31,7 @@ def research_aliases(names: ModelNames) -> Meanings:
     found: Meanings = {}
     taken: list[str] = []
     for path, module in names.modules.items():
-        builder = _BUILDERS.get(type(module).__name__)
+        builder = _builder_of(module)
         if builder is None or any(path == t or path.startswith(t + ".") for t in taken if t) or "" in taken:
             continue
         prefix = f"{path}." if found and path else ""
@@ -38,6 +40,14 @@ def research_aliases(names: ModelNames) -> Meanings:
             found[prefix + name] = meaning
         taken.append(path)
     return found
+
+
+def _builder_of(module: nn.Module) -> Callable[[Any, str], Meanings] | None:
+    """Return the builder of a known class, itself or a subclass; a user's class that is merely named so is not one."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith(("torch.nn.", "transformers.")) and kind.__name__ in _BUILDERS:
+            return _BUILDERS[kind.__name__]
+    return None
 
 
 def _pattern(model: Any, target: str, block: str) -> Alias | Unavailable:

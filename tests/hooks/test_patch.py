@@ -79,7 +79,7 @@ def test_noise_draws_from_a_generator_of_its_own_and_alike_for_alike(tensor):
     spread = (changed(torch.zeros(1000, 10), noise(0.5))).std()
     assert abs(spread - 0.5) < 0.02
     assert (changed(tensor, noise(0.0, relative=True)) == tensor).all()
-    with pytest.raises(ConfigError, match="`std` is a number from 0 up. Got nan"):
+    with pytest.raises(ConfigError, match=r"`std` is a number from 0 up. Got nan"):
         noise(float("nan"))
 
 

@@ -67,12 +67,12 @@ def test_a_pattern_that_matches_nothing_suggests():
 
 
 def test_an_unknown_port_lists_the_ports(net):
-    with pytest.raises(UnknownNameError, match="head:ouput: there is no port 'ouput'. Did you mean 'output'"):
+    with pytest.raises(UnknownNameError, match=r"head:ouput: there is no port 'ouput'. Did you mean 'output'"):
         HookManager(net).add("head:ouput", print)
 
 
 def test_a_parameter_port_on_a_module_suggests_its_parameters(net):
-    with pytest.raises(UnknownPathError, match="head.weight:grad"):
+    with pytest.raises(UnknownPathError, match=r"head.weight:grad"):
         HookManager(net).add("head:grad", print)
 
 
@@ -80,7 +80,7 @@ def test_layers_are_the_one_stack_of_like_blocks():
     assert HookManager(Net(2)).layers == ["blocks.0", "blocks.1"]
     assert HookManager(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).layers == ["0", "1"]
     both = nn.Transformer(8, 2, 2, 2, 16, batch_first=True)
-    with pytest.raises(ConfigError, match="Found 2: 'encoder.layers', 'decoder.layers'"):
+    with pytest.raises(ConfigError, match=r"Found 2: 'encoder.layers', 'decoder.layers'"):
         _ = HookManager(both).layers
     assert HookManager(both, layers="decoder.layers").layers[1] == "decoder.layers.1"
     with pytest.raises(ConfigError, match="Found none"):
@@ -124,7 +124,7 @@ def test_a_hook_under_an_alias_is_told_the_alias(net, x):
 
 
 def test_an_alias_that_leads_nowhere_is_an_error(net):
-    with pytest.raises(UnknownPathError, match="path for the alias 'a' that matches 'blocs.0'"):
+    with pytest.raises(UnknownPathError, match=r"path for the alias 'a' that matches 'blocs.0'"):
         HookManager(net, aliases={"a": "blocs.0:output"})
     with pytest.raises(ConfigError, match="need the same placeholders"):
         HookManager(net, aliases={"a.{i}": "blocks.0:output"})

@@ -177,7 +177,7 @@ def test_torch_attention_is_functional_and_says_so():
     assert "encoder.blocks.0.attn.hook_q" in listed
     assert "decoder.blocks.0.cross_attn.hook_pattern" in listed
     assert all("functionally" in reason for reason in listed.values())
-    with pytest.raises(UnavailablePointError, match="nn.MultiheadAttention computes it functionally"):
+    with pytest.raises(UnavailablePointError, match=r"nn.MultiheadAttention computes it functionally"):
         hooks.add("encoder.blocks.0.attn.hook_z", print)
     with pytest.raises(UnavailablePointError, match="holds no embedding"):
         hooks.add("encoder.hook_embed", print)
@@ -189,3 +189,15 @@ def test_torch_attention_is_functional_and_says_so():
 def test_names_that_are_not_wanted_can_be_left_out():
     hooks = HookManager(gpt2(), research_names=False)
     assert not [p for p in hooks.points("*") if "hook_" in p]
+
+
+def test_a_users_class_of_a_known_name_is_not_taken_for_it():
+    class Transformer(nn.Linear):
+        pass
+
+    class Mine(nn.TransformerEncoder):
+        pass
+
+    assert not [p for p in HookManager(Transformer(2, 2)).points("*") if "hook_" in p]
+    mine = Mine(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1, enable_nested_tensor=False)
+    assert HookManager(mine).add("blocks.0.hook_resid_post", print).points[0].path == "layers.0.norm2"

@@ -66,7 +66,9 @@ def test_nested_outputs_are_dicts_by_leaf():
 
 def test_gradients_come_beside_activations_and_parameters_are_left_alone(net, x):
     hooks = HookManager(net)
-    _, cache = hooks.run_with_cache(x, points=["blocks.?:output", "blocks.?:input"], gradients=lambda out: out.square().sum())
+    _, cache = hooks.run_with_cache(
+        x, points=["blocks.?:output", "blocks.?:input"], gradients=lambda out: out.square().sum()
+    )
     assert all(p.grad is None for p in net.parameters())
     kept = []
     hooks.add("blocks.2:grad_output", lambda g, p: kept.append(g))
@@ -161,7 +163,7 @@ def test_closing_silences_hooks_of_run_with_hooks_too(net, x):
 
 
 def test_run_with_hooks_refuses_parameters_since_backward_comes_later(net, x):
-    with pytest.raises(ConfigError, match="use `with hooks.temporary"):
+    with pytest.raises(ConfigError, match=r"use `with hooks.temporary"):
         HookManager(net).run_with_hooks(x, hooks=[("head.weight:grad", print)])
 
 

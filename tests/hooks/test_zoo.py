@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 
-from gradwatch.hooks import HookManager, Observer
+from gradwatch.hooks import HookManager
+from gradwatch.hooks._pytree import tensors_of
 from tests.zoo import zoo
 
 CASES = [pytest.param(case, id=case.id) for case in zoo()]
@@ -22,8 +23,6 @@ def run(case, hook=lambda model: None):
         output = model(*args, **kwargs)
         if case.has_grad:
             case.loss(output).backward()
-    from gradwatch.hooks._pytree import tensors_of
-
     found = [(f"output {leaf}", tensor.detach()) for leaf, tensor in tensors_of(output)]
     found += [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     found += [(name, b) for name, b in model.named_buffers()]
@@ -47,6 +46,29 @@ def observe_all(ports, seen):
         return manager
 
     return hook
+
+
+def hook_by_hand(model, outputs, grads):
+    """What ours should see, with bare torch hooks."""
+
+    def keep(table, key, tensor):
+        if tensor is not None:  # a state that got no gradient: torch calls hooks with None
+            table.setdefault(key, []).append(tensor.detach().clone())
+
+    def hook_for(path):
+        def hook(module, args, output):
+            is_recompute = torch._C._current_graph_task_id() != -1
+            for leaf, tensor in tensors_of(output):
+                key = (path, leaf)
+                if not is_recompute:
+                    keep(outputs, key, tensor)
+                if tensor.requires_grad and torch.is_grad_enabled() and not tensor.is_leaf:
+                    tensor.register_hook(lambda g, key=key: keep(grads, key, g))
+
+        return hook
+
+    for path, module in model.named_modules():
+        module.register_forward_hook(hook_for(path))
 
 
 def _has_trainable(model):
@@ -75,35 +97,9 @@ def test_observed_outputs_and_their_gradients_equal_those_of_a_plain_reference(c
         manager.observe("*:grad_output", lambda t, p: grads.setdefault((p.path, p.leaf), []).append(t.detach().clone()))
         return manager
 
-    from gradwatch.hooks._pytree import tensors_of
-
     plain, plain_grads = {}, {}
-
-    def by_hand(model):
-        def hook_for(path):
-            def hook(module, args, output):
-                if torch._C._current_graph_task_id() != -1:
-                    for leaf, tensor in tensors_of(output):
-                        if tensor.requires_grad:
-                            tensor.register_hook(lambda g, k=(path, leaf): keep(plain_grads, k, g))
-                    return
-                for leaf, tensor in tensors_of(output):
-                    keep(plain, (path, leaf), tensor)
-                    if tensor.requires_grad and torch.is_grad_enabled() and not tensor.is_leaf:
-                        tensor.register_hook(lambda g, k=(path, leaf): keep(plain_grads, k, g))
-
-            return hook
-
-        for path, module in model.named_modules():
-            module.register_forward_hook(hook_for(path))
-
-    def keep(table, key, tensor):
-        if tensor is None:  # a state that got no gradient: torch calls hooks with None
-            return
-        table.setdefault(key, []).append(tensor.detach().clone())
-
     run(case, ours)
-    run(case, by_hand)
+    run(case, lambda model: hook_by_hand(model, plain, plain_grads))
     assert seen.keys() == plain.keys()
     for key, tensors in seen.items():
         assert len(tensors) == len(plain[key])
@@ -153,7 +149,7 @@ SAFE_FOR_FULL_HOOKS = [p for p in CASES if "in-place" not in p.id]
 
 @pytest.mark.parametrize("case", SAFE_FOR_FULL_HOOKS)
 def test_grad_input_sees_what_torchs_full_backward_hook_sees(case):
-    """At grad_input sit torch's full hooks, with their dangers (B1): in-place operations raise, attention changes bits."""
+    """At grad_input sit torch's full hooks and their dangers (B1): in-place operations raise, attention changes bits."""
 
     def full(table):
         def hook(model):
@@ -185,4 +181,3 @@ def test_grad_input_sees_what_torchs_full_backward_hook_sees(case):
 
 def test_zoo_is_large():
     assert len(CASES) >= 40
-    assert Observer is not None
