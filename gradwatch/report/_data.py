@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tensorboard_plugin_gradwatch import MISSING, pool
 
 from ..protocols import RunMeta
-from ..records import Floats, Incident, Index, StepRecord, iter_scalars
+from ..records import Floats, Incident, Index, StepRecord, TreatmentReport, iter_scalars
 from ..runs import Run
 
 __all__ = ["COLUMNS", "ReportData", "Table", "TreatmentCount"]
@@ -106,8 +106,12 @@ class ReportData:
             when, values = run.matrix(name)
             columns[name] = table_of(when, values, run.measured(name))
         scalars = {name: run.scalar(name) for name in run.scalars}
-        told = [(r.step, r) for r in run.records() if r.treatments]
-        treatments, limits = count_treatments((step, t) for step, r in told for t in r.treatments)
+        told: list[tuple[int, TreatmentReport]] = []
+        histograms = Histograms()
+        for record in run.records():
+            told += [(record.step, t) for t in record.treatments]
+            histograms.add(record)
+        treatments, limits = count_treatments(told)
         if limits:
             scalars["limit"] = (np.array(list(limits), np.int64), np.array(list(limits.values())))
         times = scalars["time"][1]
@@ -119,7 +123,7 @@ class ReportData:
             index=index,
             tables=columns,
             scalars={n: (s.astype(np.float64), v) for n, (s, v) in scalars.items()},
-            histograms={p: found for p in index.paths if len((found := run.histograms(p))[0])},
+            histograms=histograms.stacked(),
             incidents=tuple(run.incidents),
             treatments=treatments,
             first_step=int(steps[0]) if len(steps) else 0,
@@ -151,6 +155,9 @@ class ReportData:
                 steps, values = scalars.setdefault(key, ([], []))
                 steps.append(record.step)
                 values.append(value)
+        histograms = Histograms()
+        for record in kept:
+            histograms.add(record)
         treatments, limits = count_treatments((r.step, t) for r in kept for t in r.treatments)
         if limits:
             scalars["limit"] = (list(limits), list(limits.values()))
@@ -163,7 +170,7 @@ class ReportData:
             index=index,
             tables=_tables(kept, index),
             scalars=arrays,
-            histograms=_histograms(kept),
+            histograms=histograms.stacked(),
             incidents=tuple(incidents),
             treatments=treatments,
             first_step=kept[0].step if kept else 0,
@@ -192,7 +199,9 @@ def table_of(steps: NDArray[Any], values_TN: Floats, measured_TN: NDArray[np.boo
     return Table(pooled_steps, pooled, len(steps), float(steps[-1]) if len(steps) else 0.0)
 
 
-def count_treatments(reports: Iterable[tuple[int, Any]]) -> tuple[tuple[TreatmentCount, ...], dict[int, float]]:
+def count_treatments(
+    reports: Iterable[tuple[int, TreatmentReport]],
+) -> tuple[tuple[TreatmentCount, ...], dict[int, float]]:
     """Return how often each treatment changed something, and the smallest limit stated at each step."""
     counts: dict[tuple[str, str], TreatmentCount] = {}
     limits: dict[int, float] = {}
@@ -218,14 +227,21 @@ def _tables(records: Sequence[StepRecord], index: Index) -> dict[str, Table]:
     return found
 
 
-def _histograms(records: Sequence[StepRecord]) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    found: dict[str, tuple[list[int], list[NDArray[np.int64]]]] = {}
-    for record in records:
+class Histograms:
+    """Exponent histograms of each path, gathered record by record."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[list[int], list[NDArray[np.int64]]]] = {}
+
+    def add(self, record: StepRecord) -> None:
         for path, histogram in record.histograms.items():
-            steps, counts = found.setdefault(path, ([], []))
+            steps, counts = self._found.setdefault(path, ([], []))
             steps.append(record.step)
             counts.append(histogram.counts)
-    return {p: (np.asarray(s, np.int64), np.stack(c)) for p, (s, c) in found.items()}
+
+    def stacked(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Return steps (T,) and counts (T, 512) by path."""
+        return {p: (np.asarray(s, np.int64), np.stack(c)) for p, (s, c) in self._found.items()}
 
 
 def _overhead(scalars: Mapping[str, tuple[Any, Floats]], given: float) -> float:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tensorboard_plugin_gradwatch import MISSING, STATIC, pool
 
-from ..records import Floats
+from ..records import MODULE, PARAMETER, Floats
 from ._bundle import bundle, styles
 from ._data import COLUMNS, ReportData, Table
 from ._quantise import encode_histograms, encode_tables, squeeze
@@ -25,6 +25,9 @@ __all__ = ["LIMIT", "to_html"]
 
 LIMIT = 490_000
 """Bytes of the whole file at most, as far as pooling can keep it."""
+
+MANY = 600
+"""Parameters above which biases are left out of the pictures."""
 
 FIRST = ("grad_norm", "update_ratio", "grad_output_norm", "output_rms", "zero_fraction", "param_norm")
 DROPPED = frozenset({"input_nonfinite", "row_spread", "update_norm", "param_absmax"})
@@ -91,47 +94,48 @@ def _inert(payload: Mapping[str, Any]) -> str:
 
 
 def _payload(data: ReportData, room: int) -> dict[str, Any]:
-    index = data.index
     fixed: dict[str, Any] = {
         "name": data.name,
-        "index": {
-            "paths": list(index.paths),
-            "kinds": list(index.kinds),
-            "numel": index.numel.tolist(),
-            "shapes": [list(s) for s in index.shapes],
-            "depth": index.depth.tolist(),
-            "types": list(index.types),
-            "trainable": index.trainable.tolist(),
-        },
+        "index": squeeze(json.dumps(data.index.to_json()).encode()),
         "meta": {"model": str(data.meta.get("model", ""))},
         "incidents": [{**i.to_json(), "labels": {}, "details": {}} for i in data.incidents],
         "scalars": _scalars(data),
     }
     room -= len(_inert(fixed)) + 4000
     told = list(dict.fromkeys(p for i in data.incidents for p in (i.first_path, *i.paths[:5])))
-    histograms = encode_histograms(data.histograms, told, int(0.22 * room))
+    histograms = encode_histograms(data.histograms, told, int(0.15 * room))
     room -= len(_inert(histograms))
-    named = [
-        (n, data.tables[n]) for n in (*FIRST, *sorted(set(data.tables) - set(FIRST) - DROPPED)) if n in data.tables
-    ]
-    chosen = [(name, table, *_over(data, table)) for name, table in named]
-    room -= sum(7 * min(COLUMNS, len(table.steps)) for _, table, _, _ in chosen[:2])
-    tables = encode_tables([(name, table, rows) for name, table, rows, _ in chosen if len(rows)], room)
-    for name, _, _, over in chosen:
-        if name in tables:
-            tables[name]["over"] = over
+    names = [n for n in (*FIRST, *sorted(set(data.tables) - set(FIRST) - DROPPED)) if n in data.tables]
+    over = {name: _over(data, data.tables[name]) for name in names}
+    rows = {name: _rows(data, over[name], told) for name in names}
+    names = [name for name in names if len(rows[name])]
+    tables = encode_tables(
+        [(name, data.tables[name], rows[name]) for name in names], room - 5 * COLUMNS - 400 * len(names)
+    )
+    for name in names:
+        whole = _rows(data, over[name], None)
+        tables[name]["over"] = over[name]
+        tables[name]["places"] = None if len(whole) == len(rows[name]) else np.searchsorted(whole, rows[name]).tolist()
     return {**fixed, "histograms": histograms, "tables": tables}
 
 
-def _over(data: ReportData, table: Table) -> tuple[NDArray[np.int64], str]:
-    """Return the rows to keep of a table and what they are: parameters or modules, whichever it measures."""
+def _over(data: ReportData, table: Table) -> str:
+    """Return what a table measures: `"parameter"`, `"module"` or `"all"`."""
     measured = (table.values != MISSING).any(axis=0)
-    is_parameter = data.index.is_parameter
-    if not (measured & ~is_parameter).any():
-        return np.flatnonzero(is_parameter), "parameter"
-    if not (measured & is_parameter).any():
-        return np.flatnonzero(~is_parameter), "module"
-    return np.arange(len(data.index)), "all"
+    if not (measured & data.index.is_module).any():
+        return PARAMETER
+    return MODULE if not (measured & data.index.is_parameter).any() else "all"
+
+
+def _rows(data: ReportData, over: str, told: Sequence[str] | None) -> NDArray[np.int64]:
+    """Return the places in the index of a table's rows. Where there are very many, and `told` is given, of
+    one-dimensional parameters (biases, which the page hides) only those that incidents name."""
+    index = data.index
+    chosen = {PARAMETER: index.is_parameter, MODULE: index.is_module}.get(over, np.ones(len(index), np.bool_))
+    if told is not None and int(index.is_parameter.sum()) > MANY and (index.ndim > 1).any():
+        named = np.isin(np.asarray(index.paths, dtype=object), list(told))
+        chosen = chosen & (index.is_module | (index.ndim > 1) | named)
+    return np.flatnonzero(chosen)
 
 
 def _scalars(data: ReportData) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,8 @@ from ._data import Table
 __all__ = ["decode_table", "encode_histograms", "encode_table", "encode_tables", "squeeze"]
 
 FIRST = 4
-LADDER = (
-    *((columns, 16) for columns in (1200, 800)),
-    *((columns, 8) for columns in (1200, 800, 600, 400, 300, 200, 150, 100, 60, 40, 20)),
-)
-"""Resolutions to try, best first."""
+FEWEST = 12
+"""Points in time that a table keeps however little room there is."""
 
 
 def squeeze(data: bytes) -> str:
@@ -69,22 +66,35 @@ def decode_table(packed: Mapping[str, Any]) -> NDArray[np.float64]:
     return np.select([codes == 0, codes == 1, codes == 2, codes == 3], [MISSING, 0.0, np.nan, np.inf], values)
 
 
-def encode_tables(tables: Iterable[tuple[str, Table, NDArray[np.int64]]], budget: int) -> dict[str, dict[str, Any]]:
-    """Return as fine a copy of each table as the budget of bytes allows; the first gets the largest share."""
-    waiting, packed = list(tables), {}
-    for place, (name, table, rows) in enumerate(waiting):
-        left = len(waiting) - place
-        share = budget if left == 1 else int(budget * (0.4 if place == 0 else 1.0 / left))
-        for columns, bits in LADDER:
-            if len(rows) * min(columns, len(table.steps)) * bits // 8 > 3 * share:
-                continue  # far too large, however well it compresses
-            packed[name] = encode_table(table, rows, columns, bits)
-            if len(packed[name]["data"]) <= share:
-                break
-        else:
-            packed[name] = encode_table(table, rows, *LADDER[-1])
-        budget = max(0, budget - len(packed[name]["data"]))
-    return packed
+def encode_tables(tables: Sequence[tuple[str, Table, NDArray[np.int64]]], budget: int) -> dict[str, dict[str, Any]]:
+    """Return as fine a copy of each table as the budget of bytes allows. The first gets half, and what is left."""
+    packed: dict[str, dict[str, Any]] = {}
+    share = budget // 2
+    for left, (name, table, rows) in zip(range(len(tables) - 1, 0, -1), reversed(tables[1:]), strict=False):
+        packed[name] = _fit(table, rows, share // left)
+        share = max(0, share - len(packed[name]["data"]))
+    if tables:
+        name, table, rows = tables[0]
+        packed[name] = _fit(table, rows, budget - sum(len(p["data"]) for p in packed.values()))
+    return {name: packed[name] for name, _, _ in tables}
+
+
+def _fit(table: Table, rows: NDArray[np.int64], share: int) -> dict[str, Any]:
+    """Return the finest copy of a table that takes at most `share` bytes, or else the coarsest there is."""
+    num_steps = len(table.steps)
+    for bits in (16, 8):
+        if len(rows) * num_steps * bits // 8 <= 3 * share:  # else far too large, however well it compresses
+            packed = encode_table(table, rows, num_steps, bits)
+            if len(packed["data"]) <= share:
+                return packed
+    columns = FEWEST
+    best = packed = encode_table(table, rows, columns, 8)
+    for _ in range(3):  # bytes grow with the number of columns, though not quite in proportion
+        columns = max(FEWEST, min(num_steps, int(0.97 * columns * share / max(1, len(packed["data"])))))
+        packed = encode_table(table, rows, columns, 8)
+        if len(best["data"]) < len(packed["data"]) <= share:
+            best = packed
+    return best
 
 
 def encode_histograms(

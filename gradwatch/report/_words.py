@@ -67,6 +67,24 @@ EXPLANATIONS = {
         "at the wrong size.",
         0,
     ),
+    "mistaken_loss": Explanation(
+        "The loss computes something else than it should",
+        "The numbers follow the formula of a known mistake: a broadcast over the batch, or softmax taken twice or along "
+        "the wrong axis. A network can make such a loss small without learning its task.",
+        0,
+    ),
+    "blown_up": Explanation(
+        "The first steps blew the network up",
+        "Within the first steps the loss rose far above that of the untrained network. The careful initialisation is "
+        "lost, and what is left often trains badly for ever.",
+        2,
+    ),
+    "crawling": Explanation(
+        "Training crawls",
+        "The loss falls, but every step changes the weights by far less than usual: the same result could be had in "
+        "a tenth of the time.",
+        3,
+    ),
     "act_scale": Explanation(
         "Activations start at the wrong size",
         "Outputs shrink or grow from layer to layer, and gradients do the same on the way back.",

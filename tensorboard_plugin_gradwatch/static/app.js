@@ -5,6 +5,7 @@ import {Detail, Tasks, emptyNote} from './detail.js';
 import {clear, el, keep, number, power} from './dom.js';
 import {incidentTable, verdict} from './incidents.js';
 import {bindKeys, keyHelp} from './keys.js';
+import {columnAt} from './matrix.js';
 import {Panel} from './panel.js';
 import {rowOf} from './rows.js';
 import {foldedSet, foldedText} from './state.js';
@@ -172,7 +173,7 @@ export class App {
     const panel = this.panels[0], {state} = this;
     if (!panel?.data.matrix?.count) return;
     const {steps, count} = panel.data.matrix;
-    const at = state.step === '' ? count - 1 : nearest(steps, state.step);
+    const at = state.step === '' ? count - 1 : columnAt(steps, state.step);
     const next = Math.min(count - 1, Math.max(0, at + columns));
     const list = panel.layout.rows, row = list.findIndex((r) => r.path === state.path);
     const path = rows && list.length ? list[Math.min(list.length - 1, Math.max(0, row < 0 ? 0 : row + rows))].path : undefined;
@@ -228,7 +229,7 @@ export class App {
     this.stepBox.hidden = !matrix;
     if (!matrix) return;
     this.slider.max = String(matrix.count - 1);
-    const at = this.state.step === '' ? matrix.count - 1 : nearest(matrix.steps, this.state.step);
+    const at = this.state.step === '' ? matrix.count - 1 : columnAt(matrix.steps, this.state.step);
     this.slider.value = String(at);
     this.stepText.textContent = `step ${matrix.steps[at]}`;
   }
@@ -303,10 +304,3 @@ function note(data, problem) {
   data.error = [data.error, problem.message].filter(Boolean).join(' ');
   return null;
 }
-
-function nearest(steps, step) {
-  let best = 0;
-  for (let i = 1; i < steps.length; i++) if (Math.abs(steps[i] - step) < Math.abs(steps[best] - step)) best = i;
-  return best;
-}
-

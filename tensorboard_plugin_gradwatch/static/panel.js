@@ -29,9 +29,11 @@ export class Panel {
     this.paths = data.matrix ? pathsOf(data.info.index, data.over) : [];
     if (data.matrix && this.paths.length !== data.matrix.rows) this.paths = [];
     // Modules that never ran have nothing to show; a parameter without a gradient is worth a row.
-    const listed = this.paths.length;
-    this.paths = this.paths.filter((p) => p.parameter || rowValues(data.matrix, p.place).some((v) => v !== -Infinity));
-    this.unseen = listed - this.paths.length;
+    const listed = this.paths.length, always = data.matrix && !data.matrix.partial;
+    this.paths = this.paths.filter((p) => (p.parameter && always) || rowValues(data.matrix, p.place).some((v) => v !== -Infinity));
+    const unseen = listed - this.paths.length;
+    this.unseen = !unseen ? '' : always ? `${unseen} modules without a measurement (never called by themselves) are left out.`
+      : `${unseen} rows (biases, and what was not measured) are left out to keep this file small.`;
   }
 
   /** The values of the rows that may be on view: what is hidden must not stretch the colours. */
@@ -57,7 +59,7 @@ export class Panel {
     this.layout = layoutRows(this.paths, {filter: state.filter, biases: state.biases, folded}, ROOM);
     if (!this.layout.rows.length) said.push('No path matches the filter.');
     if (!data.matrix.count) said.push('No measurement in these steps yet.');
-    else if (this.unseen) said.push(`${this.unseen} modules without a measurement (never called by themselves) are left out.`);
+    else if (this.unseen) said.push(this.unseen);
     this.note.textContent = said.join(' ');
     const view = {matrix: data.matrix, layout: this.layout, stat, range, dark, width, gutter,
       incidents: data.incidents, step: state.step, path: state.path};

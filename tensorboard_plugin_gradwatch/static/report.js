@@ -12,13 +12,20 @@ async function inflate(text) {
   return new Response(stream).arrayBuffer();
 }
 
-async function decodeTable(packed) {
+/** A table as a matrix over `rows` paths; those that were left out to save room were "not measured". */
+async function decodeTable(packed, rows) {
   const raw = await inflate(packed.data);
   const codes = packed.bits === 8 ? new Uint8Array(raw) : new Uint16Array(raw);
   const span = (packed.high - packed.low) / (2 ** packed.bits - 1 - FIRST), special = [-Infinity, 0, NaN, Infinity];
-  const values = Float32Array.from(codes, (c) => (c < FIRST ? special[c] : 10 ** (packed.low + (c - FIRST) * span)));
-  return {steps: Float64Array.from(packed.steps), count: packed.steps.length, rows: packed.rows, values,
-    last: packed.last, measured: packed.measured, left_out: 0};
+  const given = Float32Array.from(codes, (c) => (c < FIRST ? special[c] : 10 ** (packed.low + (c - FIRST) * span)));
+  const count = packed.steps.length;
+  let values = given;
+  if (packed.places) {
+    values = new Float32Array(rows * count).fill(-Infinity);
+    packed.places.forEach((place, i) => values.set(given.subarray(i * count, (i + 1) * count), place * count));
+  }
+  return {steps: Float64Array.from(packed.steps), count, rows, values,
+    last: packed.last, measured: packed.measured, left_out: 0, partial: Boolean(packed.places)};
 }
 
 /** Steps from `from` to `to`, and one row alone where a path is asked for. */
@@ -53,7 +60,7 @@ function embedded(data) {
     scalars,
     matrix: async (run, statistic, query) => {
       const packed = data.tables[statistic];
-      const matrix = await once(statistic, () => decodeTable(packed));
+      const matrix = await once(statistic, () => decodeTable(packed, pathsOver(packed.over).length));
       return part(matrix, query, query.path === undefined ? null : pathsOver(packed.over).indexOf(query.path));
     },
     histograms: async (run, path) => {
@@ -82,6 +89,7 @@ async function start() {
   };
   document.body.classList.toggle('gw-dark', view.dark());
   const data = JSON.parse(document.getElementById('data').textContent);
+  data.index = JSON.parse(new TextDecoder().decode(await inflate(data.index)));
   const app = new App(document.getElementById('app'), embedded(data), view);
   button.hidden = false;
   button.addEventListener('click', () => {

@@ -118,7 +118,10 @@ def test_html_stays_under_500_kb_at_500_layers_and_2000_steps():
         incidents=make_incidents(),
         num_steps=2000,
     )
-    assert len(to_html(data).encode()) < 500_000
+    page = to_html(data)
+    tables = json.loads(Elements(page).inside["script"][0])["tables"]
+    assert len(page.encode()) < 500_000
+    assert len(tables["grad_norm"]["steps"]) > 150
 
 
 def test_json_gives_the_story_to_programs(data):
