@@ -22,7 +22,8 @@ class Exploding(Rule):
     a suspicious or a non-finite norm is never in the window. Both conditions must hold: z sees the noise of the run,
     the ratio the size of the jump; twice running each jump must be sqrt(`ratio`). In a run whose norm is noisy z
     alone would let a thousandfold spike pass, so a norm `ceiling` times the level counts as `z`. A norm that the
-    run's first steps had as well is not an explosion: late in training norms are small and jump about.
+    run's first steps had as well is not an explosion: late in training norms are small and jump about. Once the level is
+    a hundredth of theirs, it takes `ratio` times theirs.
 
     With `paths`, the norm of those parameters together. The incident names the paths that left their own level
     (running mean of the log), the first of them in backward order.
@@ -114,6 +115,9 @@ class Exploding(Rule):
         ratio = math.log(caution * self.ratio)
         # The third largest of the first twenty: one odd step at the start does not count.
         early = sorted(state["first"])[-3] if len(state["first"]) > 2 else -math.inf
+        if center < early - math.log(100):
+            # A model that has fitted its data: one sample it gets wrong is a thousandfold spike, and harmless.
+            early += math.log(self.ratio)
         suspicious = max(self.z_again * sigma, ratio / 2)
         alarm = max(min(self.z * sigma, math.log(caution * self.ceiling)), self.z_again * sigma, ratio)
         return max(center + suspicious, early), max(center + alarm, early)
