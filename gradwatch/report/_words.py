@@ -69,8 +69,8 @@ EXPLANATIONS = {
     ),
     "mistaken_loss": Explanation(
         "The loss computes something else than it should",
-        "The numbers follow the formula of a known mistake: a broadcast over the batch, or softmax taken twice or along "
-        "the wrong axis. A network can make such a loss small without learning its task.",
+        "The numbers follow the formula of a known mistake: a broadcast over the batch, or softmax taken twice or "
+        "along the wrong axis. A network can make such a loss small without learning its task.",
         0,
     ),
     "blown_up": Explanation(
