@@ -99,6 +99,7 @@ class Engine:
         self.buffers = BufferKeeper(model) if any(isinstance(t, SkipStep) for t in acts) else None
         self._installed = attach(acts, model)
         self._step, self._begun = 0, -1
+        self._to_step: set[int] = set()
         self._measured: tuple[int, int | None] | None = None
         self._current: Draft | None = None
         self._failures = 0
@@ -153,6 +154,7 @@ class Engine:
             # Clears a veto whose step never came: it must not fall on this one (O4).
             self._gate(o).arm(False)
         if not self.guard.ok("measuring"):
+            self._give_up(inputs.step)
             return StepOutcome()
         try:
             outcome = self._run(inputs, optimizers, Decision())
@@ -161,9 +163,17 @@ class Engine:
         self._failures = 0
         return outcome
 
+    def _give_up(self, step: int, grads: Gradients | None = None) -> None:
+        """Let no rank wait for this one, which can't measure."""
+        if step % self.options.every == 0 and self.guard.ok("telling the other ranks"):
+            # If they are gone, torch's own next collective says so.
+            with self.guard("telling the other ranks"):
+                self._observer.give_up(step, grads)
+
     def _failed(self, error: Exception, optimizers: Sequence[Optimizer]) -> StepOutcome:
         """Measuring broke. Without treatments it is switched off; with them it must not fail open."""
         self.meter.disarm()
+        self._current = None
         if not self.treats:
             self.guard.report("measuring", error)
             return StepOutcome()
@@ -184,12 +194,17 @@ class Engine:
         return self._gates[id(optimizer)]
 
     def _run(self, inputs: StepInputs, optimizers: Sequence[Optimizer], decision: Decision) -> StepOutcome:
-        self.meter.refresh()
         due = inputs.step % self.options.every == 0
         if not due and not self.treatments:
+            self.meter.refresh()
             self.meter.disarm()
             return StepOutcome()
-        grads = self.meter.gradients(optimizers, inputs.grad_scale)
+        try:
+            self.meter.refresh()
+            grads = self.meter.gradients(optimizers, inputs.grad_scale)
+        except Exception:
+            self._give_up(inputs.step)
+            raise
         if not due:
             self.meter.disarm()
             jobs = [Job(t) for t in self.treatments]
@@ -198,6 +213,7 @@ class Engine:
             )
             self._report_failures(applied, inputs.step)
             return self._decide(None, decision, optimizers, ())
+        self._to_step = set(map(id, optimizers))
         draft = self._current = self._observer.observe(inputs, grads, optimizers)
         return self._act(draft, grads, decision, optimizers)
 
@@ -209,6 +225,8 @@ class Engine:
         limits = self.judge.limits(draft.optimizer)
         draft.note_limit(limits.values())
         if waits:
+            if draft.num_failed:
+                raise RuntimeError(f"this step could not be measured on {draft.num_failed} of {draft.num_ranks} ranks")
             norms = self.meter.look_again(grads, draft.numbers.result()["norms"])
             record = self.completion.build(draft, norms)
             judgement = self.judge.judge(record, "early")
@@ -222,10 +240,14 @@ class Engine:
                 actions += [(a, fired.incident) for a in fired.then if isinstance(a, Action)]
                 if fired.stop:
                     decision.requests.append(stop_request(fired))
+            decision.requests.extend(draft.out_of_step())
         else:
             jobs += limit_jobs(self.book, grads, limits)
+            if draft.failed is not None and self.treats:
+                decision.add_veto(draft.failed > 0, "")
         applied = run_treatments(jobs, grads, step=draft.step, optimizers=optimizers, decision=decision, can_read=waits)
         self._report_failures(applied, draft.step)
+        self._observer.num_failed_treatments = len(applied.failures)
         self.completion.ask(actions, draft.step, optimizers, decision)
         draft.applied = applied
         parts = {**applied.parts(), "global_norm_after": grads.global_norm}
@@ -291,7 +313,9 @@ class Engine:
 
     def _on_stepped(self, optimizer: Optimizer) -> None:
         draft = self._current
-        if draft is None or draft.updates is not None or not self.guard.ok("update ratios"):
+        self._to_step.discard(id(optimizer))
+        # Optimizers that step together are measured together, once the last of them has moved.
+        if draft is None or self._to_step or draft.updates is not None or not self.guard.ok("update ratios"):
             return
         with self.guard("update ratios", self.meter.drop_update):
             positions, parts = self.meter.after_update()

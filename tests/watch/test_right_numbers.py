@@ -185,3 +185,16 @@ def test_unfreezing_adding_and_replacing_parameters_in_mid_run_is_followed() -> 
             group["params"] = [model[4].weight if p is old else p for p in group["params"]]
         step()
         assert watch.history[-1]["grad_norm", "0.weight"] > 0
+
+
+def test_update_ratios_of_optimizers_that_step_together_are_all_measured() -> None:
+    model = small_model()
+    optimizers = [torch.optim.Adam(model[i].parameters(), lr=0.01) for i in (0, 2, 4)]
+    with Watch(model, optimizers, updates_every=1, on_error="raise") as watch:
+        for _ in range(3):
+            model(torch.randn(8, 6)).square().mean().backward()
+            watch.step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+        for record in watch.history:
+            assert all(record["update_norm", path] > 0 for path, _ in model.named_parameters())
