@@ -68,12 +68,22 @@ class Watched:
         owners = [
             p if k == MODULE else p.rpartition(".")[0] for p, k in zip(self.index.paths, self.index.kinds, strict=True)
         ]
-        keys = [(place.get(owner, last), i) for i, owner in enumerate(owners)]
+        keys = [(_place(owner, place, last), i) for i, owner in enumerate(owners)]
         # A container is called before its children, but its output comes after theirs: called order serves both.
         depth = np.empty(len(keys), np.int64)
         depth[sorted(range(len(keys)), key=keys.__getitem__)] = np.arange(len(keys))
         self.index = replace(self.index, depth=depth)
         return self.index
+
+
+def _place(owner: str, place: dict[str, int], last: int) -> int:
+    """Return the place of a module, or of the nearest one around it that was called: a part may be used without a call
+    (the projection inside `MultiheadAttention`, H19)."""
+    while owner:
+        if owner in place:
+            return place[owner]
+        owner = owner.rpartition(".")[0]
+    return last
 
 
 def signature(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[object, ...]:
