@@ -22,8 +22,8 @@ class Exploding(Rule):
     a suspicious or a non-finite norm is never in the window. Both conditions must hold: z sees the noise of the run,
     the ratio the size of the jump; twice running each jump must be sqrt(`ratio`). In a run whose norm is noisy z
     alone would let a thousandfold spike pass, so a norm `ceiling` times the level counts as `z`. A norm that the
-    run's first steps had as well is not an explosion: late in training norms are small and jump about. Once the level is
-    a hundredth of theirs, it takes `ratio` times theirs.
+    run's first steps had as well is not an explosion: late in training norms are small and jump about. Once they are
+    a hundredth of those, it takes `ratio` times those.
 
     With `paths`, the norm of those parameters together. The incident names the paths that left their own level
     (running mean of the log), the first of them in backward order.
