@@ -57,6 +57,13 @@ class TapStats:
     sums: Tensor
     maxima: Tensor
 
+    @classmethod
+    def blank(cls, paths: Sequence[str], device: torch.device) -> TapStats:
+        """Return statistics of nothing seen, which add nothing to those of other ranks."""
+        wide = wide_dtype(device)
+        sums = torch.zeros(len(paths), len(SUMS), dtype=wide, device=device)
+        return cls(tuple(paths), sums, torch.zeros(len(paths), len(MAXIMA), dtype=wide, device=device))
+
     def to_columns(
         self, sums: Floats, maxima: Floats, *, grad_scale: float = 1.0
     ) -> tuple[dict[str, Floats], dict[str, Bools]]:

@@ -105,7 +105,10 @@ class Completion:
     def _complete(self, draft: Draft) -> None:
         was_judged = draft.record is not None
         if not was_judged:
+            if draft.num_failed:
+                return
             self.build(draft)
+            self.late_requests.extend(draft.out_of_step())
             self.note(draft, waited=False)
         self.num_skipped += int(draft.vetoed)
         record = draft.add_updates()

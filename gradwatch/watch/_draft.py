@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..protocols import Request
 from ..records import Histogram, Index, StepRecord
 from ._columns import Columns
 from ._driver import Applied
+from ._ranks import merged_extras
 from ._transfer import Transfer
 
 __all__ = ["Draft", "StepInputs"]
@@ -64,6 +66,10 @@ class Draft:
         scalars: what is known on the host already.
         tap: turns the modules' sums into columns; None on steps without samples.
         loss_scale: of the loss scaler, that the gradients inside backward carry.
+        extras: names of the scalars that are means over what each rank knew for itself.
+        failed: on how many ranks this step could not be measured, on the device; None where there is one rank.
+        num_ranks: of the run.
+        num_batches: how many ranks work on batches of their own; the loss of the whole is the mean of theirs.
         tap_positions: in the index, of the modules.
         spread_positions: in the index, of the weights whose rows were compared.
         applied, treated: the treatments that ran, and their numbers on the way.
@@ -83,6 +89,10 @@ class Draft:
     scalars: dict[str, float]
     tap: Any = None
     loss_scale: float = 1.0
+    extras: tuple[str, ...] = ()
+    failed: Tensor | None = None
+    num_ranks: int = 1
+    num_batches: int = 1
     tap_positions: NDArray[np.int64] | None = None
     spread_positions: NDArray[np.int64] | None = None
     applied: Applied | None = None
@@ -131,19 +141,23 @@ class Draft:
         if "row_spread" in host and self.spread_positions is not None:
             columns.put("row_spread", self.spread_positions, host["row_spread"])
         if self.tap is not None and self.tap_positions is not None:
-            found = self.tap.to_columns(host["tap_sums"], host["tap_maxima"], grad_scale=self.loss_scale)
+            found = self.tap.to_columns(
+                host["tap_sums"], host["tap_maxima"], grad_scale=self.loss_scale * self.num_batches
+            )
             columns.put_modules(self.tap_positions, *found)
         scalars = self.scalars | {k[6:]: float(v) for k, v in host.items() if k.startswith("batch/")}
+        scalars |= self._of_ranks(host)
         overflow = self.scaler and not math.isfinite(global_norm)
         if self.scaler:
             scalars["amp_overflow"] = float(overflow)
         loss = host.get("loss")
+        loss = None if loss is None or loss[1] == 0 else loss
         self.record = StepRecord(
             step=self.step,
             index=self.index,
             epoch=self.epoch,
             batch_idx=self.batch_idx,
-            num_samples=int(host["samples"]),
+            num_samples=int(host["samples"]) * self.num_batches // self.num_ranks,
             time=self.when,
             loss=math.nan if loss is None else float(loss[0] / loss[1]),
             has_loss=loss is not None,
@@ -157,6 +171,35 @@ class Draft:
             skipped=overflow,
         )
         return self.record
+
+    @property
+    def num_failed(self) -> int:
+        """On how many ranks this step could not be measured."""
+        return int(self.numbers.result().get("failed", np.zeros(())))
+
+    def out_of_step(self) -> list[Request]:
+        """Ask for a stop where a treatment failed at the step before on some ranks only: their weights differ since."""
+        count = int(self.numbers.result().get("treatments_failed", np.zeros(())))
+        if not 0 < count < self.num_ranks:
+            return []
+        reason = (
+            f"a treatment failed on {count} of {self.num_ranks} ranks at the step before {self.step}, and these did "
+            "not step: weights differ between ranks. Resume from the last checkpoint."
+        )
+        return [Request(kind="stop", reason=reason, values={"error": True})]
+
+    def _of_ranks(self, host: dict[str, NDArray[np.float64]]) -> dict[str, float]:
+        """Return what tells ranks apart, and the means of what each knew for itself."""
+        found: dict[str, float] = {}
+        if "extras" in host:
+            found |= merged_extras(self.extras, host["extras"], self.num_ranks)
+        norms = host.get("norm_of_rank")
+        if norms is not None and norms.any() and np.isfinite(norms).all():
+            found["rank_spread"] = float((norms.max() - norms.min()) / norms.max())
+        own = host.get("local_norms")
+        if own is not None and own.any():
+            found |= {f"local_norm/{rank}": float(norm) for rank, norm in enumerate(own)}
+        return found
 
     def add_treatments(self) -> StepRecord:
         """Put what the treatments did into the record."""

@@ -14,6 +14,13 @@ from ..stats import flat_local, global_norm, tensor_norms
 __all__ = ["LocalNorms"]
 
 
+class _Inert:
+    """What a hook becomes in a copied or unpickled model: nothing (H14)."""
+
+    def __call__(self, param: Tensor) -> None:
+        return None
+
+
 class _Hook:
     """Holds its owner weakly; inert on copies."""
 
@@ -25,19 +32,11 @@ class _Hook:
         if owner is not None:
             owner.note(param)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook.__new__(_Hook)._inert()
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
+        return _Inert()
 
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return _inert, ()
-
-    def _inert(self) -> _Hook:
-        self._owner = lambda: None  # type: ignore[assignment]
-        return self
-
-
-def _inert() -> _Hook:
-    return _Hook.__new__(_Hook)._inert()
+    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
+        return _Inert, ()
 
 
 class LocalNorms:
@@ -51,6 +50,7 @@ class LocalNorms:
         self._handles: list[Any] = []
         self._norms: dict[int, Tensor] = {}
         self.num_sharded = 0
+        self.failure = ""
 
     def attach(self, params: Iterable[Tensor]) -> None:
         """Listen to these parameters, and to no others."""
@@ -65,8 +65,13 @@ class LocalNorms:
     @torch.no_grad()
     def note(self, param: Tensor) -> None:
         """Keep the norm of one gradient."""
-        if param.grad is not None:
-            self._norms[id(param)] = tensor_norms([flat_local(param.grad.detach())])[0]
+        try:
+            if param.grad is not None:
+                self._norms[id(param)] = tensor_norms([flat_local(param.grad.detach())])[0]
+        except Exception as error:
+            # In the midst of backward nothing may escape (H10).
+            self.failure = f"{type(error).__name__}: {error}"
+            self.close()
 
     def take(self, scale: float) -> Tensor | None:
         """Return the norm over all parameters since the last time, free of the loss scale; None if none was seen."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..hooks import ModuleTap, TapStats
 from ..records import Floats
 from ..stats import Gradients, UpdateMeter, row_spread, second_look
+from ._local_norms import LocalNorms
 from ._options import MeasureOptions, is_due
 from ._paths import Watched, clean_path, signature, watched
 
@@ -39,6 +40,12 @@ class Meter:
         self.alert_until = -1
         self._marks: dict[int, tuple[int, int] | None] = {}
         self.is_muted: Callable[[], bool] = lambda: False
+        self.local = LocalNorms() if options.local_norms else None
+        self._attach_local()
+
+    def _attach_local(self) -> None:
+        if self.local is not None:
+            self.local.attach(p for _, _, p in self.watched.params)
 
     def _make_tap(self) -> ModuleTap | None:
         if not self.watched.modules or self.options.activations_every is None:
@@ -62,6 +69,7 @@ class Meter:
         if self.tap is not None and self.watched.index.paths != old.paths:
             self.tap.close()
             self.tap = self._make_tap()
+        self._attach_local()
         self._updates = None
         self._ordered = False
         return True
@@ -112,6 +120,10 @@ class Meter:
             self.watched.reordered(self.tap.forward_order)
             self._ordered = True
         return stats
+
+    def blank_modules(self) -> TapStats | None:
+        """Return what `take_modules` would, had nothing been seen; None where no module is watched."""
+        return None if self.tap is None else TapStats.blank(self.tap.paths, self.device)
 
     def module_positions(self) -> NDArray[np.int64]:
         """Return the modules' places in the index, in the tap's order."""
@@ -214,6 +226,8 @@ class Meter:
         self.disarm()
         if self.tap is not None:
             self.tap.close()
+        if self.local is not None:
+            self.local.close()
         self._updates = None
         self._last = None
 

@@ -22,7 +22,6 @@ from ..stats import Exchange
 __all__ = [
     "BATCH_SCALARS",
     "NUM_SLOTS",
-    "blank_scalars",
     "combine",
     "is_writer",
     "merged_extras",
@@ -62,14 +61,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank_of_this() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def is_writer() -> bool:
     """Whether this rank writes: rank zero alone does."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
-def blank_scalars(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the batch's scalars of a rank that could tell none: what adds nothing to sums and to maxima."""
-    return _packed({}, device)
 
 
 def _packed(scalars: Mapping[str, Tensor | float], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

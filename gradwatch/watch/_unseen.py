@@ -17,6 +17,10 @@ def unseen(meter: Meter, judge: Judge) -> list[str]:
         notes.append(f"trainable, but in no optimizer: {_listed(meter.watched.missing)}")
     if meter.too_large:
         notes.append(f"updates not measured, larger than the memory limit: {_listed(meter.too_large)}")
+    if meter.local is not None and meter.local.num_sharded:
+        notes.append(f"local norms leave out {meter.local.num_sharded} sharded parameters: FSDP reduces first")
+    if meter.local is not None and meter.local.failure:
+        notes.append(f"local norms were switched off: {meter.local.failure}")
     reasons: dict[str, list[str]] = {}
     if meter.tap is not None:
         for path, reason in meter.tap.coverage().items():
