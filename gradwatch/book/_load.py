@@ -26,8 +26,8 @@ def load_rules(spec: Any = "default") -> RuleBook:
 
     Args:
         spec: the name of a preset (`"observe"`: measure, no rules; `"default"`: report only; `"autoclip"`: also clip
-            spikes and skip non-finite steps), the path of a rules file, a list of rules (objects or names), or a
-            RuleBook, which is returned as it is.
+            spikes and skip non-finite steps), the path of a rules file, a mapping of what such a file would hold, a
+            list of rules (objects, names, or mappings as in a rules file), or a RuleBook, which is returned as it is.
 
     Raises:
         ConfigError: with the file and line, and the nearest valid names.
@@ -39,11 +39,15 @@ def load_rules(spec: Any = "default") -> RuleBook:
     if isinstance(spec, str):
         return _Reader().read(_find(spec)).book()
     if isinstance(spec, (list, tuple)):
-        return RuleBook([_rule(item) for item in spec])
+        return RuleBook([_rule(item, f"rule {i} of the list") for i, item in enumerate(spec, 1)])
+    if isinstance(spec, Mapping):
+        return _Reader().take(spec, Lines("rules"), Path(), ()).book()
     raise ConfigError(f"`rules` is a preset, a rules file, a list of rules or a RuleBook. Got {spec!r}.")
 
 
-def _rule(item: Any) -> Any:
+def _rule(item: Any, where: str) -> Any:
+    if isinstance(item, Mapping):
+        return build_rule(item, Lines(where), where, {})[1]
     if isinstance(item, str):
         if item not in RULES:
             raise UnknownNameError("rule", item, RULES)
@@ -77,6 +81,9 @@ class _Reader:
         content, lines = read_yaml(path), Lines(str(path))
         if path.resolve() in above or len(above) > _MAX_EXTENDS:
             raise ConfigError(f"{lines.at(content, 'extends')}: this file extends itself.")
+        return self.take(content, lines, path.parent, (*above, path.resolve()))
+
+    def take(self, content: Mapping[str, Any], lines: Lines, folder: Path, above: tuple[Path, ...]) -> _Reader:
         for key in content:
             if key not in _KEYS:
                 raise UnknownNameError("key of a rules file", key, _KEYS, where=lines.at(content, key))
@@ -85,7 +92,7 @@ class _Reader:
             where = lines.at(content, "extends")
             if not isinstance(parent, str):
                 raise ConfigError(f"{where}: `extends` takes presets and rules files. Got {parent!r}.")
-            self.read(_find(parent, path.parent, where), (*above, path.resolve()))
+            self.read(_find(parent, folder, where), above)
         self._take_rules(content, lines)
         self._take_disabled(content, lines)
         self._take_rest(content, lines)

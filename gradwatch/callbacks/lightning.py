@@ -67,7 +67,7 @@ class GradWatch(_Callback):
         self,
         rules: Any = "default",
         *,
-        treatments: Any = (),
+        treatments: Any = None,
         surgery: Any = None,
         paths: str | Sequence[str] = "*",
         every: int = 1,

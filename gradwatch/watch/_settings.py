@@ -74,6 +74,8 @@ def resolve(
 
 
 def _treatments(given: Any) -> tuple[Treatment, ...]:
+    if given is None:
+        return ()
     if isinstance(given, str) or not isinstance(given, Iterable):
         given = [given]
     found = []
