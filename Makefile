@@ -16,10 +16,10 @@ demo: $(STAMP)
 	$(BIN)/gradwatch demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m "slow or browser"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or browser"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
