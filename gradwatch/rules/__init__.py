@@ -6,11 +6,12 @@ A rule is frozen settings and a pure function of (state, record), so the same co
 from __future__ import annotations
 
 from ._beginning import BlownUp, Crawling, MistakenLoss
-from ._engine import Fired, Judgement, RuleCoverage, RuleEngine
+from ._engine import RuleEngine
 from ._exploding import Exploding
 from ._findings import Findings, format_findings
 from ._gradients import Dead, Vanishing
 from ._growth import GradientGrowth
+from ._judgement import Fired, Judgement, RuleCoverage
 from ._learning import ConstantOutput, NotLearning
 from ._loss import BadInitialLoss, Diverging, LossSpike, Undertrained
 from ._non_finite import NonFinite
