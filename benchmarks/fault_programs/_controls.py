@@ -35,7 +35,7 @@ def sparse_embedding() -> Problem:
     own = y[:, None] * 90 + random.randint(0, 90, (2000, 4))
     words = np.concatenate([common, own], 1)
     model = nn.Sequential(nn.EmbeddingBag(1000, 16, mode="mean", sparse=True), nn.Linear(16, 4))
-    return Problem.of(model, split(words, one_hot(y, 4)), cross_entropy, sgd(5.0), 32, 600, accuracy, goal=0.9)
+    return Problem.of(model, split(words, one_hot(y, 4)), cross_entropy, sgd(1.0), 32, 800, accuracy, goal=0.9)
 
 
 def conv_norm_bias() -> Problem:
@@ -174,6 +174,8 @@ def curriculum() -> Problem:
         return random.choice(easy if step < 150 else len(x), 64)
 
     def announce(step: int, watch: object) -> None:
+        if step == 0:
+            watch.annotate("validated on all classes, taught two", rules="*val*", silence=350)
         if step == 150:
             watch.annotate("all classes from here on", silence=200)
 

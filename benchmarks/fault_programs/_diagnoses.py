@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 __all__ = ["DIAGNOSES", "is_diagnosed"]
 
-_TOO_FAR = {"diverging", "exploding", "gradient_growth", "loss_spike", "non_finite", "update_too_large"}
+_TOO_FAR = {"blown_up", "diverging", "exploding", "gradient_growth", "loss_spike", "non_finite", "update_too_large"}
 _FADED = {"vanishing", "dead", "dead_units", "saturated", "update_too_small"}
-_MISREAD = {"output_range", "target_semantics"}
+_MISREAD = {"output_range", "target_semantics", "mistaken_loss"}
 
 DIAGNOSES: dict[str, frozenset[str]] = {
     fault: frozenset(rules)
@@ -22,7 +22,7 @@ DIAGNOSES: dict[str, frozenset[str]] = {
         "symmetry": {"symmetric_units"},
         # What the optimizer does.
         "learning_rate_high": _TOO_FAR | {"dead_units", "saturated"},
-        "learning_rate_low": {"update_too_small", "undertrained", "not_learning"},
+        "learning_rate_low": {"crawling", "update_too_small", "undertrained", "not_learning"},
         "oscillation": _TOO_FAR,
         "regularisation": {"update_too_large", "bad_initial_loss", "constant_output"},
         "epsilon": _TOO_FAR,
@@ -33,7 +33,7 @@ DIAGNOSES: dict[str, frozenset[str]] = {
         "loss_sign": {"diverging", "gradient_growth", "exploding", "non_finite", "val_not_learning", "overfit"},
         "loss_reduction": _TOO_FAR,
         "log_of_zero": {"non_finite"},
-        "shape_broadcast": {"target_semantics", "output_range"},
+        "shape_broadcast": {"mistaken_loss", "target_semantics"},
         # What the data are.
         "unnormalised_input": {"unnormalised_input"},
         "tiny_input": {"unnormalised_input", "act_scale", "update_too_small"},

@@ -97,7 +97,7 @@ class Crawling(Rule):
         return {"loss": Progress(), "levels": (), "lr": 0.0, "running": 0}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
-        loss = progress(Progress(*state["loss"]), record.loss)
+        loss = progress(Progress(*state["loss"]), record.loss, record.num_samples)
         highest = max(state["lr"], record.lr) if math.isfinite(record.lr) else state["lr"]
         levels = state["levels"]
         if loss.seen != Progress(*state["loss"]).seen and loss.seen % 50 == 0:

@@ -50,7 +50,7 @@ class Vanishing(Rule):
         return {"loss": Progress()}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
-        loss = progress(Progress(*state["loss"]), record.loss)
+        loss = progress(Progress(*state["loss"]), record.loss, record.num_samples)
         state = {"loss": tuple(loss)}
         if loss.seen < 100 or "grad_norm" not in record.columns:
             return self.unjudged(record, "the loss is not known over 100 steps"), state
@@ -103,7 +103,7 @@ class Dead(Rule):
         return {"loss": Progress()}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
-        loss = progress(Progress(*state["loss"]), record.loss)
+        loss = progress(Progress(*state["loss"]), record.loss, record.num_samples)
         state = {"loss": tuple(loss)}
         if "grad_norm" not in record.columns:
             return self.unjudged(record, "no gradient was measured"), state

@@ -48,7 +48,7 @@ class GradientGrowth(Rule):
         return {"loss": Progress(), "block": (), "blocks": (), "early": 0.0, "seen": 0, "recent": ()}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
-        loss = progress(Progress(*state["loss"]), record.loss)
+        loss = progress(Progress(*state["loss"]), record.loss, record.num_samples)
         state = {**state, "loss": tuple(loss)}
         norm = record.global_norm
         if not (math.isfinite(norm) and norm > 0):

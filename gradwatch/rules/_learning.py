@@ -54,7 +54,7 @@ class NotLearning(Rule):
         ending = record.scalars.get("end_of_run", 0.0) > 0
         if not math.isfinite(record.loss) and not ending:
             return self.unjudged(record, "no finite loss was given"), state
-        state = remember(record.loss, state)
+        state = remember(record.loss, state, record.num_samples)
         loss = Progress(*state["loss"])
         due = loss.seen >= self.start and (loss.seen - self.start) % self.every == 0
         if not (due or (ending and loss.seen >= 100)):

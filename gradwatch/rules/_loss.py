@@ -117,7 +117,7 @@ class Diverging(Rule):
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         if not math.isfinite(record.loss):
             return self.unjudged(record, "no finite loss was given"), state
-        loss = progress(Progress(*state["loss"]), record.loss)
+        loss = progress(Progress(*state["loss"]), record.loss, record.num_samples)
         now = sorted(loss.recent[-self.span :])[min(self.span, len(loss.recent)) // 4]
         least = min(state["least"], now) if loss.seen >= self.span else math.inf
         classes = state["classes"] or _has_class_targets(record)
@@ -196,7 +196,7 @@ class Undertrained(Rule):
         return {"loss": Progress(), "kept": (), "stride": 1}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
-        state = remember(record.loss, state)
+        state = remember(record.loss, state, record.num_samples)
         if not record.scalars.get("end_of_run", 0.0) > 0:
             return self.unjudged(record, "judged at the end of the run"), state
         loss, kept = Progress(*state["loss"]), state["kept"]
@@ -213,11 +213,11 @@ class Undertrained(Rule):
 KEEP = 512
 
 
-def remember(value: float, state: State) -> State:
+def remember(value: float, state: State, samples: int = 0) -> State:
     """Return a state with "loss" (Progress) and "kept": every `stride`-th loss, whose stride doubles in time."""
     if not math.isfinite(value):
         return state
-    loss = progress(Progress(*state["loss"]), value)
+    loss = progress(Progress(*state["loss"]), value, samples)
     kept, stride = state["kept"], state["stride"]
     if loss.seen % stride == 0:
         kept = (*kept, value)

@@ -22,7 +22,7 @@ class _Share(Rule):
         return {"loss": Progress(), "per_path": {}}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
-        loss = progress(Progress(*state["loss"]), record.loss)
+        loss = progress(Progress(*state["loss"]), record.loss, record.num_samples)
         state = {**state, "loss": tuple(loss)}
         column, text = self._column
         if column not in record.columns:

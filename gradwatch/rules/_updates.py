@@ -30,7 +30,7 @@ class _UpdateRatio(Rule):
         return {"loss": Progress()}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
-        loss = progress(Progress(*state["loss"]), record.loss)
+        loss = progress(Progress(*state["loss"]), record.loss, record.num_samples)
         state = {"loss": tuple(loss)}
         if "update_ratio" not in record.columns or not is_effective(record):
             return self.unjudged(record, "no update was measured"), state

@@ -27,7 +27,7 @@ class _Evaluations(Rule):
         return {"loss": Progress(), "first": None, "best": None, "running": 0}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
-        loss = progress(Progress(*state["loss"]), record.loss)
+        loss = progress(Progress(*state["loss"]), record.loss, record.num_samples)
         value = record.scalars.get(self._value, math.nan)
         if not math.isfinite(value):
             return self.unjudged(record, f"`{self._value}` was not given"), {**state, "loss": tuple(loss)}
@@ -78,7 +78,7 @@ class ValNotLearning(_Evaluations):
     * validation loss at least 97 % of its first value and 60 % of the first training loss, which itself has fallen by
       more than a fifth and lies a third lower;
     * validation loss at least 97 % of its first value and 95 % of the first training loss, which itself has fallen by
-      more than a tenth;
+      more than a twelfth;
     * for a squared error: validation loss above the targets' variance over the batch, which a constant would reach,
       while the training loss is below 80 % of that.
 
@@ -118,7 +118,7 @@ class ValNotLearning(_Evaluations):
         if fall > 0.2:
             # What was learned before the first evaluation counts, too.
             limits.append(max(unmoved, loss.now + 0.3 * abs(loss.now), loss.start - 0.4 * abs(loss.start)))
-        if fall > 0.1:
+        if fall > 0.08:
             limits.append(max(unmoved, loss.start - 0.05 * abs(loss.start)))
         return min(limits)
 

@@ -15,6 +15,7 @@ from ..records import Bools, Floats
 __all__ = ["TAIL", "Level", "Progress", "level", "median", "progress", "push", "stream"]
 
 HEAD = 5
+HEAD_SAMPLES = 64
 TAIL = 50
 MAD_TO_SIGMA = 1.4826
 """Median absolute deviation to standard deviation, for a normal distribution."""
@@ -61,14 +62,16 @@ class Progress(NamedTuple):
     """What is remembered of the loss, to say whether it improves.
 
     Attributes:
-        first: the first finite losses, at most `HEAD` of them.
+        first: the first finite losses: `HEAD` of them, more where batches are small: those of `HEAD_SAMPLES` samples.
         recent: the last finite losses, at most `TAIL`.
         seen: finite losses so far.
+        samples: that the first losses are of.
     """
 
     first: Window = ()
     recent: Window = ()
     seen: int = 0
+    samples: int = 0
 
     @property
     def start(self) -> float:
@@ -99,9 +102,17 @@ class Progress(NamedTuple):
         return self.start - self.now < share * abs(self.start)
 
 
-def progress(past: Progress, loss: float) -> Progress:
-    """Return what is remembered of the loss after one more; a non-finite loss leaves it as it is."""
+def progress(past: Progress, loss: float, samples: int = 0) -> Progress:
+    """Return what is remembered of the loss after one more; a non-finite loss leaves it as it is.
+
+    Args:
+        past: what was remembered.
+        loss: the next one.
+        samples: that it is the mean of; 0 where unknown, which counts as many.
+    """
     if not math.isfinite(loss):
         return past
-    first = past.first if len(past.first) >= HEAD else (*past.first, loss)
-    return Progress(first, push(past.recent, loss, TAIL), past.seen + 1)
+    first, counted = past.first, past.samples
+    if len(first) < HEAD or counted < HEAD_SAMPLES:
+        first, counted = (*first, loss), counted + (samples or HEAD_SAMPLES)
+    return Progress(first, push(past.recent, loss, TAIL), past.seen + 1, counted)
