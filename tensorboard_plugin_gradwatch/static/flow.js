@@ -24,14 +24,15 @@ export class Flow {
     this.view = view;
     const {matrix, layout, stat, range, dark, width, gutter, path} = view;
     const rows = layout.rows, named = rows.length <= 64;
-    const height = named ? 430 : 300;
+    const below = named ? 24 + Math.min(126, 5.2 * Math.max(4, ...rows.map((row) => shortName(row).length))) : 24;
+    const height = 280 + below;
     const g = sizeCanvas(this.canvas, width, height);
     g.clearRect(0, 0, width, height);
     g.font = '11px system-ui, sans-serif';
     if (!matrix.count || !rows.length) return;
     const at = columnAt(matrix.steps, view.step === '' ? matrix.steps[matrix.count - 1] : view.step);
     this.values = rows.map((row) => displayValues(matrix, row, stat.combine)[at]);
-    const box = {left: gutter, right: width - MARGIN, top: 22, bottom: height - (named ? 150 : 24)};
+    const box = {left: gutter, right: width - MARGIN, top: 22, bottom: height - below};
     const [low, high] = this.#range(range);
     const y = (v) => box.bottom - Math.min(1, Math.max(0.004, ((range.linear ? v : Math.log10(v)) - low) / (high - low))) * (box.bottom - box.top);
     this.#grid(g, box, low, high, range.linear);
@@ -86,7 +87,7 @@ export class Flow {
     g.rotate(-Math.PI / 3.2);
     g.textAlign = 'right';
     g.fillStyle = cssColor('--gw-text');
-    g.fillText(elide(g, row.path.replace(/\.weight$/, '') || '(root)', 158), 0, 4);
+    g.fillText(elide(g, shortName(row), 158), 0, 4);
     g.restore();
   }
 
@@ -106,4 +107,8 @@ export class Flow {
     this.tip.style.right = right ? `${this.canvas.clientWidth - event.offsetX + 14}px` : '';
     this.tip.style.top = `${event.offsetY + 14}px`;
   }
+}
+
+function shortName(row) {
+  return row.path.replace(/\.weight$/, '') || '(root)';
 }
