@@ -12,6 +12,7 @@ from ._version import __version__
 from .errors import ConfigError, GradwatchError, GradwatchWarning, suggest
 
 if TYPE_CHECKING:
+    from ._preflight import check_lightning as check_lightning
     from ._preflight import preflight as preflight
     from .book import load_rules as load_rules
     from .records import Finding as Finding
@@ -33,6 +34,7 @@ _DOORS = {
     "StepRecord": "records",
     "Surgery": "treatments.surgery",
     "Watch": "watch",
+    "check_lightning": "_preflight",
     "load_rules": "book",
     "preflight": "_preflight",
     "split": "treatments.surgery",

@@ -37,6 +37,22 @@ class PreflightFinding:
         where = f" at {self.path}" if self.path else ""
         return f"[{self.severity}] {self.check}{where}: {self.message}"
 
+    def as_incident(self) -> Incident:
+        """Return it as an incident of step 0, for a run that begins with a pre-flight."""
+        return Incident(
+            rule=self.check,
+            name=f"preflight-{self.check}",
+            severity=self.severity,
+            first_step=0,
+            last_step=0,
+            paths=(self.path,) if self.path else (),
+            first_path=self.path,
+            value=self.value,
+            limit=self.limit,
+            message=self.message,
+            advice=" ".join(part for part in (self.cause, self.advice) if part),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreflightReport:

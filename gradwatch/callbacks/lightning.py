@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._preflight import PreflightReport, check_lightning
 from ..errors import TrainingStopped
 from ..protocols import Request
 from ..records import Incident, StepRecord
@@ -115,6 +116,7 @@ class GradWatch(_Callback):
         self._run_dir = run_dir
         self._on_incident = incident_target(on_incident)
         self._preflight = preflight
+        self.preflight_report: PreflightReport | None = None
         self._verbose = verbose
         self._session: Session | None = None
         self._state: dict[str, Any] | None = None
@@ -210,10 +212,20 @@ class GradWatch(_Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._session is not None:
+            if self._preflight and trainer.global_step == 0 and self.preflight_report is None:
+                self._check(pl_module, batch)
             self._batch, self._batch_idx = batch, batch_idx
             self._session.before_forward(trainer.global_step)
             if self.settings.options.autopsy and pl_module.automatic_optimization:
                 self._session.engine.remember(lambda: run_quietly(pl_module, batch, batch_idx))
+
+    def _check(self, pl_module: Any, batch: Any) -> None:
+        session = self._session
+        assert session is not None
+        with session.engine.guard("the pre-flight"):
+            self.preflight_report = check_lightning(pl_module, batch)
+            for finding in self.preflight_report.findings:
+                session.engine.judge.report(finding.as_incident())
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         if self._session is None:

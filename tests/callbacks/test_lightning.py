@@ -353,3 +353,20 @@ def test_the_callback_survives_pickle_and_deepcopy_before_and_after_a_fit(tmp_pa
         assert twin.state_key == "gradwatch:gradwatch"
         copy.deepcopy(watch)
         trainer(tmp_path, watch).fit(Net(), loader())
+
+
+def test_a_preflight_speaks_before_step_zero_and_changes_no_bit(tmp_path: Path) -> None:
+    def fit(*callbacks):
+        model = Net()
+        model.body[3].requires_grad_(False)
+        run = trainer(tmp_path, *callbacks)
+        torch.manual_seed(5)
+        run.fit(model, loader())
+        # Not `losses`: a list that training_step itself appends to is the user's own.
+        return everything(model, run)[:-1]
+
+    watch = quiet(preflight=True, run_dir=False)
+    bare, watched = fit(), fit(watch)
+    assert all(torch.equal(a, b) for a, b in zip(bare, watched, strict=True))
+    assert watch.preflight_report is not None
+    assert all(i.first_step == 0 for i in watch.incidents if i.name.startswith("preflight-"))
