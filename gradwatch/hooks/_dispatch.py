@@ -261,7 +261,9 @@ class Site:
                 entry.placed += 1
             # Only a bare output is sure to be all that came of its base.
             given = GradientCall(here, call, step, leaf)
-            handle = hook_gradient(tensor, given, inputs) if tree is tensor else tensor.register_hook(given)
+            handle = (
+                hook_gradient(tensor, given, inputs, self.module) if tree is tensor else tensor.register_hook(given)
+            )
             if tensor.is_leaf:  # outlives the graph: at most one stays
                 previous = self.leaf_handles.pop((leaf, here[0].spot.port), None)
                 if previous is not None:

@@ -157,10 +157,14 @@ class FastGradient(_Fast):
         if output.requires_grad and is_grad_enabled():
             entry.placed += 1
             call = OneGradient(entry, self.call, run.step)
-            if output._is_view():
-                hook_gradient(output, call, args)
-            else:
+            if not output._is_view():
                 output.register_hook(call)
+            elif type(module) is nn.Linear:
+                # The view of a matrix product that nothing else can have used: a hook on the product sees the gradient
+                # also when the view is changed in place later (see `hook_gradient`), and is as cheap as on the view.
+                output._base.register_hook(_OfBase(call, output.shape))
+            else:
+                hook_gradient(output, call, args, module)
 
 
 class OneGradient:
@@ -180,3 +184,20 @@ class OneGradient:
             return None
         entry.count()
         return hook.fire(grad, Point(entry.spot, hook, self.call, self.step, False, ""), True)
+
+
+class _OfBase:
+    """Shows the gradient of a view's base as that of the view."""
+
+    __slots__ = ("call", "shape")
+    __torch_unserializable__ = True
+
+    def __init__(self, call: OneGradient, shape: torch.Size) -> None:
+        self.call, self.shape = call, shape
+
+    @untraced
+    def __call__(self, grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        new = self.call(grad.reshape(self.shape))
+        return None if new is None else new.reshape(grad.shape)

@@ -14,7 +14,7 @@ from sys import getrefcount
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._runs import graph_task_id, untraced
 
@@ -54,20 +54,25 @@ def private_base(tensor: Tensor, inputs: Iterable[Any]) -> Tensor | None:
     return base
 
 
-def hook_gradient(tensor: Tensor, fn: GradientFunction, inputs: Iterable[Any] = ()) -> Any:
+def hook_gradient(
+    tensor: Tensor, fn: GradientFunction, inputs: Iterable[Any] = (), module: nn.Module | None = None
+) -> Any:
     """Call `fn` with the gradient of a tensor, as it is now, when backward computes it; return the handle.
 
     Args:
         tensor: requires a gradient.
         fn: gets the gradient; what it returns replaces it. Must not hold the tensor: that would keep the graph alive.
         inputs: of the module that made it.
+        module: that made it. Of a plain `nn.Linear` it is certain that nothing else used the base, and one hook does;
+            elsewhere (an auxiliary loss on the base, say) the view's own hook has the first word.
     """
     base = private_base(tensor, inputs)
     if base is None:
         return tensor.register_hook(fn)
     both = _ViewGradient(fn, tensor.shape, base.output_nr)
-    base.grad_fn.register_prehook(both.at_base)  # type: ignore[union-attr]
-    return tensor.register_hook(both)
+    node: Any = base.grad_fn
+    handle = node.register_prehook(both.at_base)
+    return handle if type(module) is nn.Linear else tensor.register_hook(both)
 
 
 class _ViewGradient:
