@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ..errors import ConfigError
 from ..records import Incident, StepRecord
 from ..sinks import sinks_for_loggers
-from ..watch import IncidentTarget, Watch, incident_target, resolve, unwrap
+from ..watch import IncidentTarget, Stepper, Watch, incident_target, resolve, unwrap
 from ._backward_end import BackwardEnd, Pass
 from ._run_dir import free_run_dir
 
@@ -33,15 +34,14 @@ class GradWatch:
         optimizer.zero_grad()
     ```
 
-    Every optimizer that steps parameters of a module that was set up gets a `Watch` of its own at its first step.
+    Every optimizer that steps parameters of a module that was set up gets a `Watch` of its own at its first step; the
+    modules of step 0 have run by then, and are sampled from step 1 on. `fabric.call("watch", optimizer)` after the
+    setup begins in good time; with several optimizers, `fabric.call("watch", first, second)`, they share one.
     Gradients are measured as they come to `optimizer.step`, that is after `fabric.clip_gradients`; a line
     `fabric.call("on_before_optimizer_step", optimizer)` ahead of the clip moves the measurement there. The loss is
     known where the module returns it (as a scalar, or as `loss` in a mapping), or from
     `fabric.call("on_before_backward", loss)`. `fabric.call("on_train_end")`, `close()` or a `with` end the run.
     `fabric.save` and `fabric.load` take the object in their state.
-
-    A model whose parameters are shared out to several optimizers: use `Watch(model, [first, second])`, which takes
-    what `fabric.setup` returns.
 
     Args:
         rules: `"observe"`, `"default"`, `"autoclip"`, a rules file, a list of rules or a `RuleBook`.
@@ -84,8 +84,8 @@ class GradWatch:
 
     @property
     def watches(self) -> list[Watch]:
-        """One for each optimizer that has stepped."""
-        return list(self._watches.values())
+        """One for each optimizer that has stepped, or for those that were named together."""
+        return list(dict.fromkeys(self._watches.values()))
 
     @property
     def incidents(self) -> list[Incident]:
@@ -119,6 +119,15 @@ class GradWatch:
         if self._hook is None:
             self._hook = register_optimizer_step_pre_hook(self._before_step)
 
+    def watch(self, *optimizers: Any) -> None:
+        """Begin before the first step. Optimizers named together share one `Watch`, and may step in turns.
+
+        Raises:
+            ConfigError: they hold no parameter of a module that was set up.
+        """
+        if self._make([Stepper(o).raw for o in optimizers]) is None:
+            raise ConfigError("these optimizers hold no parameter of a module that went through `fabric.setup`.")
+
     def _on_backward_end(self, seen: Pass) -> None:
         self._passes.append(seen)
 
@@ -126,7 +135,7 @@ class GradWatch:
         self._losses.append(loss.detach())
 
     def on_before_optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        raw = getattr(optimizer, "optimizer", optimizer)
+        raw = Stepper(optimizer).raw
         self._measure(raw)
         self._measured.add(id(raw))
 
@@ -148,7 +157,7 @@ class GradWatch:
         return (args[0], measured, *args[2:]), kwargs
 
     def _measure(self, optimizer: Optimizer) -> None:
-        watch = self._watches.get(id(optimizer)) or self._make(optimizer)
+        watch = self._watches.get(id(optimizer)) or self._make([optimizer])
         if watch is None:
             return
         last = self._passes[-1] if self._passes else None
@@ -158,7 +167,10 @@ class GradWatch:
             watch.micro_batch(batch=seen.batch)
         for loss in losses[:-1]:
             watch.micro_batch(loss)
-        watch.after_backward(losses[-1] if losses else None, batch=batch, outputs=last and last.outputs)
+        alone = optimizer if len(watch.optimizers) > 1 else None
+        watch.after_backward(
+            losses[-1] if losses else None, batch=batch, outputs=last and last.outputs, optimizer=alone
+        )
         self._forget()
 
     def _all_losses(self, watch: Watch) -> list[Tensor]:
@@ -169,21 +181,21 @@ class GradWatch:
         # What reaches backward counts, whatever it was divided by.
         return [p.loss * p.weight * (len(found) / scale) for p in found if p.loss is not None and p.weight is not None]
 
-    def _make(self, optimizer: Optimizer) -> Watch | None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    def _make(self, optimizers: Sequence[Optimizer]) -> Watch | None:
+        held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         models = [m for m, _ in self._ends.values() if any(id(p) in held for p in m.parameters())]
         if not models:
             return None  # not of this Fabric
-        number = len(self._watches)
+        number = len(self.watches)
         given = dict(self._given)
         given["name"] = name = given["name"] + (f"-{number + 1}" if number else "")
         if given.get("sinks") is None:
             given["sinks"] = sinks_for_loggers(self._fabric.loggers, name=name)
         scaler = getattr(self._fabric.strategy.precision, "scaler", None)
-        watch = Watch(models[0], optimizer, scaler=scaler, run_dir=self._folder(name), **given)
+        watch = Watch(models[0], optimizers, scaler=scaler, run_dir=self._folder(name), **given)
         if number < len(self._waiting):
             watch.load_state_dict(self._waiting[number])
-        self._watches[id(optimizer)] = watch
+        self._watches |= dict.fromkeys(map(id, optimizers), watch)
         return watch
 
     def _folder(self, name: str) -> Path | None:

@@ -13,11 +13,10 @@ from ..errors import TrainingStopped
 from ..protocols import Request
 from ..records import Incident, StepRecord
 from ..report import write_session
-from ..sinks import sinks_for_loggers
 from ..watch import Session, StepInputs, StepOutcome, incident_target, resolve, scale_left_in_gradients
 from ._lightning_base import callback_bases
+from ._lightning_run import choose_run_dir, open_session, validation_scalars
 from ._quiet import run_quietly
-from ._run_dir import free_run_dir
 
 __all__ = ["GradWatch"]
 
@@ -175,40 +174,18 @@ class GradWatch(_Callback):
             if carried is None and trainer.global_step > 0:
                 carried = self._session.state_dict()
             self._session.close()
-        log_every = self.settings.log_every or trainer.log_every_n_steps
-        loggers = [] if trainer.fast_dev_run else trainer.loggers
-        sinks = self.settings.sinks
-        if sinks is None:
-            sinks = tuple(
-                sinks_for_loggers(
-                    loggers, name=self.settings.name, histogram_scale=self.settings.options.histogram_scale
-                )
-            )
-        self._session = Session(
+        self._session = open_session(
+            trainer,
             pl_module,
-            [getattr(o, "_optimizer", o) for o in trainer.optimizers],
             self.settings,
-            sinks=sinks,
-            run_dir=self._folder(trainer, fresh=carried is None),
-            log_every=max(1, int(log_every)),
+            run_dir=choose_run_dir(trainer, self._run_dir, self.settings.name, fresh=carried is None),
             say=lambda line: self._say(trainer, line),
             on_incident=self._on_incident,
-            start_step=trainer.global_step,
         )
         if carried is not None:
             self._session.load_state_dict(carried)
         self._state = None
         self._session.begin(pl_module)
-
-    def _folder(self, trainer: Any, *, fresh: bool) -> Path | None:
-        # `log_dir` is a collective: every rank asks.
-        log_dir = trainer.log_dir or trainer.default_root_dir
-        if self._run_dir is False or trainer.fast_dev_run:
-            return None
-        if isinstance(self._run_dir, (str, Path)):
-            return Path(self._run_dir)
-        folder = Path(log_dir) / self.settings.name
-        return free_run_dir(folder) if fresh else folder
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._session is not None:
@@ -318,11 +295,7 @@ class GradWatch(_Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self._session is None or trainer.sanity_checking:
             return
-        for key, value in trainer.callback_metrics.items():
-            word = key.replace("/", "_")
-            if word.startswith("val"):
-                word = word.removeprefix("valid").removeprefix("val").removeprefix("idation").lstrip("_") or "value"
-                self._scalars[f"val_{word}"] = float(value)
+        self._scalars |= validation_scalars(trainer.callback_metrics)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._session is None:

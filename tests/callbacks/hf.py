@@ -33,8 +33,6 @@ def bert(dropout: float = 0.1) -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
-
-
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
     settings = {"per_device_train_batch_size": 4, "max_steps": 12, "logging_steps": 3, "save_strategy": "no"}
     settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "learning_rate": 2e-3, "seed": 7}
