@@ -18,7 +18,7 @@ from ._terminal import say
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("demo", "summary", "report")
+COMMANDS = ("demo", "summary", "report", "watch", "replay", "test", "check", "compare", "doctor")
 
 EXIT_CODES = """exit codes:
   0    fine: nothing at or above --fail-on

@@ -11,7 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["STYLES", "Grid", "columns", "plain", "printable", "rich_console", "say", "show", "show_grid", "show_json"]
+__all__ = [
+    "STYLES",
+    "Grid",
+    "columns",
+    "plain",
+    "printable",
+    "rich_console",
+    "say",
+    "show",
+    "show_grid",
+    "show_json",
+    "show_lines",
+]
 
 STYLES = {
     "critical": "bold red",
@@ -101,17 +113,18 @@ def show(text: str = "", style: str = "", *, indent: int = 0) -> None:
             break_on_hyphens=False,
         )
         lines += wrapped or [""]
-    _print([(line, style) for line in lines])
+    show_lines([(line, style) for line in lines])
 
 
 def show_grid(grid: Grid) -> None:
     """Print a table to stdout."""
     console = rich_console()
     head, *rows = grid.lines(columns() if console is not None else None)
-    _print([(head, "head"), *zip(rows, grid.styles, strict=True)])
+    show_lines([(head, "head"), *zip(rows, grid.styles, strict=True)])
 
 
-def _print(lines: Sequence[tuple[str, str]]) -> None:
+def show_lines(lines: Sequence[tuple[str, str]]) -> None:
+    """Print lines, each with its style, to stdout."""
     console = rich_console()
     if console is None:
         print("\n".join(line for line, _ in lines), flush=True)

@@ -1,0 +1,116 @@
+"""`gradwatch watch RUN`: a running job, live in the terminal. Ctrl-C ends it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from ._find import add_run, open_run
+from ._outcome import FINE, add_fail_on, verdict
+from ._terminal import STYLES, columns, rich_console, say
+
+if TYPE_CHECKING:
+    from ..runs import Run
+    from ._live import Frame
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "a running job, live: norms, worst layers, incidents"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--once", action="store_true", help="show it once, and end")
+    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
+    parser.add_argument("--layers", type=int, default=12, metavar="N", help="layers shown (default: 12)")
+    parser.add_argument("--json", action="store_true", help="one line of JSON per look that found something new")
+    add_fail_on(parser, "never")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Look again and again until the run is complete, or Ctrl-C."""
+    from ..runs import Run
+
+    if not options.every > 0:
+        raise ConfigError(f"--every takes seconds above 0. Got {options.every}.")
+    opened = open_run(options.run)
+    if not isinstance(opened, Run):
+        raise ConfigError(
+            f"{opened.path} is another program's log: `watch` needs a run folder. Try `gradwatch summary`."
+        )
+    view = _view(options)
+    try:
+        with view:
+            while True:
+                frame = _look(opened, options.layers)
+                view.update(frame)
+                if options.once or frame.is_complete:
+                    break
+                while not opened.refresh():
+                    time.sleep(options.every)
+    except KeyboardInterrupt:
+        return FINE
+    return verdict((i.severity for i in opened.incidents), options.fail_on)
+
+
+def _look(run: Run, max_layers: int) -> Frame:
+    from ._live import look
+
+    return look(run, max_layers=max(max_layers, 1))
+
+
+def _view(options: argparse.Namespace) -> Any:
+    if options.json:
+        return _JsonLines()
+    return _Screen() if rich_console() is not None and not options.once else _Pages()
+
+
+class _Pages:
+    """One page after the other, for pipes and terminals without rich."""
+
+    def __enter__(self) -> _Pages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def update(self, frame: Frame) -> None:
+        from ._terminal import show_lines
+
+        show_lines(frame.lines(columns()))
+
+
+class _JsonLines(_Pages):
+    def update(self, frame: Frame) -> None:
+        import json
+
+        from ._terminal import plain
+
+        print(json.dumps(plain(frame.document()), allow_nan=False), flush=True)
+
+
+class _Screen(_Pages):
+    """The page in place, redrawn."""
+
+    def __enter__(self) -> _Screen:
+        from rich.live import Live
+
+        self._live = Live(console=rich_console(), auto_refresh=False, transient=False)
+        self._live.__enter__()
+        say("Ctrl-C ends the view, not the run.")
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._live.__exit__(*problem)
+        sys.stdout.flush()
+
+    def update(self, frame: Frame) -> None:
+        from rich.text import Text
+
+        text = Text(no_wrap=True, overflow="ellipsis")
+        for line, style in frame.lines(columns()):
+            text.append(line + "\n", style=STYLES[style])
+        self._live.update(text, refresh=True)
