@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from ._paths import clean_path
 
-__all__ = ["Autopsy", "Replay", "examine", "rng_state"]
+__all__ = ["Autopsy", "Replay", "examine", "remember_forward", "rng_state"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,24 @@ def _run_one(model: nn.Module, replay: Replay, params: Sequence[Tensor]) -> Auto
         if not row["output_is_finite"] and row["input_is_finite"]:
             return Autopsy(born=row["path"], phase="forward", modules=rows)
     return Autopsy(born=backward[0] if backward else "", phase="backward" if backward else "", modules=rows)
+
+
+def remember_forward(model: nn.Module, remember: Callable[[Callable[[], Any]], None]) -> RemovableHandle:
+    """Hand every training forward of a model over as something that can be run again, until the handle is removed."""
+    examining: list[bool] = []
+
+    def again(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        examining.append(True)
+        try:
+            return module(*args, **kwargs)
+        finally:
+            examining.clear()
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module.training and torch.is_grad_enabled() and not examining:
+            remember(lambda: again(module, args, kwargs))
+
+    return model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..protocols import Request
-from ..records import Finding
+from ..records import Finding, StepRecord
 
-__all__ = ["Decision", "StepContext"]
+__all__ = ["Decision", "StepContext", "StepOutcome"]
 
 
 @dataclass
@@ -41,6 +41,23 @@ class Decision:
             self.veto = flag
         else:
             self.veto = torch.logical_or(torch.as_tensor(self.veto), torch.as_tensor(flag))
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What came of one step.
+
+    Attributes:
+        skip: the optimizer must not move anything (it will not: a gate sees to it).
+        record: what was measured; None while its numbers are on their way from the device.
+        findings: what the rules saw.
+        requests: what actions ask of the trainer.
+    """
+
+    skip: bool = False
+    record: StepRecord | None = None
+    findings: Sequence[Finding] = ()
+    requests: Sequence[Request] = ()
 
 
 @dataclass

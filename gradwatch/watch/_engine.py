@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,15 +15,16 @@ from ..stats import Gradients
 from ..treatments import BufferKeeper, LearningRates, SkipStep
 from ._autopsy import Autopsy, Replay, examine, rng_state
 from ._completion import Completion, stop_request
-from ._context import Decision
+from ._context import Decision, StepOutcome
 from ._draft import Draft, StepInputs
 from ._driver import Applied, Job, attach, fired_jobs, learning_jobs, limit_jobs, load_treatments, run_treatments
-from ._gate import StepGate
+from ._gate import Gates, StepGate
 from ._guard import Guard
 from ._judge import Judge, own_incident
 from ._meter import Meter
 from ._observe import Observer
 from ._options import MeasureOptions
+from ._timed import timed
 from ._transfer import Transfer
 
 __all__ = ["Engine", "StepInputs", "StepOutcome"]
@@ -35,23 +35,6 @@ MAX_FAILURES = 10
 ALARMS = ("non_finite", "exploding")
 """Rules whose incidents make gradwatch look closer."""
 ALERT_STEPS = 3
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What came of one step.
-
-    Attributes:
-        skip: the optimizer must not move anything (it will not: a gate sees to it).
-        record: what was measured; None while its numbers are on their way from the device.
-        findings: what the rules saw.
-        requests: what actions ask of the trainer.
-    """
-
-    skip: bool = False
-    record: StepRecord | None = None
-    findings: Sequence[Finding] = ()
-    requests: Sequence[Request] = ()
 
 
 class Engine:
@@ -89,9 +72,7 @@ class Engine:
         size = 3 * 8 * max(len(self.meter.watched.index), 1)
         fits = max(16, min(options.history, options.memory_limit_bytes // 4 // size))
         self.completion = Completion(self.judge, self.optimizers, self.guard, on_record, history=fits)
-        self._gates: dict[int, StepGate] = {}
-        for o in optimizers:
-            self._gate(o)
+        self._gates = Gates(self.optimizers, self._on_stepped)
         behind_rules = [t for rule in book.rules for t in rule.then if isinstance(t, Treatment)]
         acts = self.all_treatments = (*self.treatments, *behind_rules)
         self.treats = bool(acts)
@@ -99,6 +80,7 @@ class Engine:
         self.buffers = BufferKeeper(model) if any(isinstance(t, SkipStep) for t in acts) else None
         self._installed = attach(acts, model)
         self._step, self._begun = 0, -1
+        self.spent = 0.0
         self._to_step: set[int] = set()
         self._measured: tuple[int, int | None] | None = None
         self._current: Draft | None = None
@@ -118,6 +100,7 @@ class Engine:
         limits = self.judge.limits()
         return any(any(isinstance(t, Treatment) for t in r.then) and r.name not in limits for r in self.book.rules)
 
+    @timed
     def before_forward(self, step: int) -> None:
         """Say that the forward passes of a step begin. May be called once per micro-batch."""
         if self._begun != step:
@@ -140,6 +123,7 @@ class Engine:
         for handle in self._installed:
             handle.grad_scale = scale
 
+    @timed
     def after_backward(self, inputs: StepInputs, optimizers: Sequence[Optimizer] | None = None) -> StepOutcome:
         """Measure, judge and treat the gradients that lie complete in `.grad`, before the optimizer steps."""
         optimizers = self.optimizers if optimizers is None else tuple(optimizers)
@@ -150,9 +134,8 @@ class Engine:
         self.finish_step()
         self._measured = key
         self._step = inputs.step
-        for o in optimizers:
-            # Clears a veto whose step never came: it must not fall on this one (O4).
-            self._gate(o).arm(False)
+        # Clears a veto whose step never came: it must not fall on this one (O4).
+        self._gates.arm(optimizers, False)
         if not self.guard.ok("measuring"):
             self._give_up(inputs.step)
             return StepOutcome()
@@ -178,20 +161,14 @@ class Engine:
             self.guard.report("measuring", error)
             return StepOutcome()
         self._failures += 1
-        self.judge.report(
-            own_incident("measuring_failed", self._step, f"{type(error).__name__}: {error}; the step was vetoed")
-        )
+        what = f"{type(error).__name__}: {error}; the step was vetoed"
+        self.judge.report(own_incident("measuring_failed", self._step, what))
         self.guard.report("measuring for treatments (the step was vetoed)", error)
         decision = Decision(veto=True)
         if self._failures >= MAX_FAILURES:
             reason = f"{self._failures} steps in a row could not be measured, and were vetoed: {error}"
             decision.requests.append(Request(kind="stop", reason=reason, values={"error": True}))
         return self._decide(None, decision, optimizers, ())
-
-    def _gate(self, optimizer: Optimizer) -> StepGate:
-        if id(optimizer) not in self._gates:
-            self._gates[id(optimizer)] = StepGate(optimizer, self._on_stepped)
-        return self._gates[id(optimizer)]
 
     def _run(self, inputs: StepInputs, optimizers: Sequence[Optimizer], decision: Decision) -> StepOutcome:
         due = inputs.step % self.options.every == 0
@@ -214,6 +191,8 @@ class Engine:
             self._report_failures(applied, inputs.step)
             return self._decide(None, decision, optimizers, ())
         self._to_step = set(map(id, optimizers))
+        inputs.scalars = {**inputs.scalars, "overhead_seconds": self.spent}
+        self.spent = 0.0
         draft = self._current = self._observer.observe(inputs, grads, optimizers)
         return self._act(draft, grads, decision, optimizers)
 
@@ -281,13 +260,11 @@ class Engine:
     ) -> StepOutcome:
         veto = decision.veto
         if isinstance(veto, Tensor) and draft is not None and self._can_veto_on_device(draft, optimizers):
-            for o in optimizers:
-                self._gate(o).arm_on_device(veto)
+            self._gates.arm_on_device(optimizers, veto)
             return StepOutcome(findings=findings, requests=tuple(decision.requests))
         # A veto that was decided on the device must be known before the step: the one wait that can't be avoided.
         veto = bool(veto)
-        for o in optimizers:
-            self._gate(o).arm(veto)
+        self._gates.arm(optimizers, veto)
         if veto:
             self.completion.num_skipped += int(draft is None)
             if self.buffers is not None:
@@ -322,6 +299,7 @@ class Engine:
             if parts:
                 draft.update_positions, draft.updates = positions, Transfer(parts)
 
+    @timed
     def finish_step(self) -> None:
         """Complete the last step's record: called after the optimizer has stepped, or at the latest before the next."""
         draft, self._current = self._current, None
@@ -347,9 +325,7 @@ class Engine:
         for handle in self._installed:
             handle.remove()
         self._installed = []
-        for gate in self._gates.values():
-            gate.close()
-        self._gates = {}
+        self._gates.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as plain values and tensors (loads with `weights_only=True`, L4)."""

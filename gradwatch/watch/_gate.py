@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["StepGate"]
+__all__ = ["Gates", "StepGate"]
 
 
 class _Inert:
@@ -122,3 +122,33 @@ class StepGate:
                 vars(optimizer).pop(name, None)
         if self._on_stepped is not None:
             self._on_stepped(optimizer)
+
+
+class Gates:
+    """The gates of all optimizers of a run; one that turns up later gets its own."""
+
+    def __init__(self, optimizers: Iterable[Optimizer], on_stepped: Callable[[Optimizer], None]) -> None:
+        self._on_stepped = on_stepped
+        self._gates: dict[int, StepGate] = {}
+        for optimizer in optimizers:
+            self._of(optimizer)
+
+    def _of(self, optimizer: Optimizer) -> StepGate:
+        if id(optimizer) not in self._gates:
+            self._gates[id(optimizer)] = StepGate(optimizer, self._on_stepped)
+        return self._gates[id(optimizer)]
+
+    def arm(self, optimizers: Iterable[Optimizer], veto: bool) -> None:
+        """Set whether the next step of these optimizers is vetoed."""
+        for optimizer in optimizers:
+            self._of(optimizer).arm(veto)
+
+    def arm_on_device(self, optimizers: Iterable[Optimizer], veto: Tensor) -> None:
+        """Let fused optimizers decide from a flag on the device."""
+        for optimizer in optimizers:
+            self._of(optimizer).arm_on_device(veto)
+
+    def close(self) -> None:
+        for gate in self._gates.values():
+            gate.close()
+        self._gates = {}

@@ -8,13 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError, TrainingStopped
 from ..protocols import Request, Sink, Treatment
 from ..records import Incident, StepRecord
+from ._autopsy import remember_forward
 from ._batch import num_samples
 from ._draft import StepInputs
 from ._engine import StepOutcome
@@ -128,26 +128,10 @@ class Watch:
             on_incident=incident_target(on_incident),
         )
         self.session.begin()
-        self._forward_handle = self._remember_forward(model) if settings.options.autopsy else None
+        self._forward_handle = (
+            remember_forward(model, self.session.engine.remember) if settings.options.autopsy else None
+        )
         self.session.before_forward(0)
-
-    def _remember_forward(self, model: nn.Module) -> Any:
-        engine = self.session.engine
-
-        def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if module.training and torch.is_grad_enabled() and not examining:
-                engine.remember(lambda: again(module, args, kwargs))
-
-        examining: list[bool] = []
-
-        def again(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            examining.append(True)
-            try:
-                return module(*args, **kwargs)
-            finally:
-                examining.clear()
-
-        return model.register_forward_pre_hook(remember, with_kwargs=True)
 
     @property
     def num_steps(self) -> int:
