@@ -127,8 +127,6 @@ def _tensorboard() -> list[Line]:
 def _extras() -> list[Line]:
     versions = {name: _version(name) for name in OPTIONAL}
     return [Line(name, "fine" if v else "absent", v or "not installed") for name, v in versions.items()]
-        Line(name, "fine" if version else "absent", version or "not installed") for name, version in versions.items()
-    ]
 
 
 def _switches() -> list[Line]:
