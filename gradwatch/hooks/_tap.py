@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UnknownNameError, UnknownPathError
 from ..stats import flat_local, num_beyond, num_nonfinite
+from ._gradients import hook_gradient
 from ._pytree import tensors_of
 from ._tap_full import Preflight, register_full_hook
 from ._tap_probe import BackwardProbe, ForwardProbe, GradProbe, PreForwardProbe, is_recompute
@@ -186,17 +187,17 @@ class ModuleTap:
         if self.gate is not None and not self.gate():
             return
         try:
-            outputs = _distinct(output)
+            inputs, outputs = _distinct([args, kwargs]), _distinct(output)
             for tensor in outputs:
                 if tensor.requires_grad and not self._has_full_hook(row):
-                    handle = tensor.register_hook(GradProbe(self, row))
+                    handle = hook_gradient(tensor, GradProbe(self, row), inputs, self._modules[row])
                     if tensor.is_leaf:
                         self._leaf_handles.append(handle)
             if self._preflight is not None and self._needs_verdict(row):
                 self._preflight.on_forward(row, output)
             if not is_recompute():
                 with torch.no_grad():
-                    self._measure(row, _distinct([args, kwargs]), outputs)
+                    self._measure(row, inputs, outputs)
         except Exception as error:
             self._fail(row, "output", error)
 

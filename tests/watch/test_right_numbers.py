@@ -198,3 +198,20 @@ def test_update_ratios_of_optimizers_that_step_together_are_all_measured() -> No
                 optimizer.zero_grad()
         for record in watch.history:
             assert all(record["update_norm", path] > 0 for path, _ in model.named_parameters())
+
+
+def test_grad_output_of_a_linear_on_sequences_survives_an_in_place_activation() -> None:
+    # The output is a view there: a later in-place operation drops plain tensor hooks on it.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 1))
+    twin = nn.Sequential(model[0], nn.ReLU(), model[2])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x = torch.randn(4, 5, 6)
+    norms = []
+    for net in (model, twin):
+        with Watch(net, optimizer, activations_every=1, on_error="raise") as watch:
+            net(x).square().mean().backward()
+            norms.append(watch.step().record["grad_output_norm", "0"])
+        optimizer.zero_grad()
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert norms[0] > 0
