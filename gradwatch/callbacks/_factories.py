@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ..errors import ConfigError, UnknownNameError
@@ -10,8 +11,8 @@ from .lightning import GradWatch
 
 __all__ = ["AutoClip", "GradientSurgery", "HistogramLogger"]
 
-_CLIPS = {"norm": ClipByGlobalNorm, "quantile": QuantileClip, "zclip": ZClip}
-"""Ways for `AutoClip` to find its bound."""
+_CLIPS = {"norm": ClipByGlobalNorm, "quantile": partial(QuantileClip, 0.9), "zclip": ZClip}
+"""Ways for `AutoClip` to find its bound. The 90th percentile: the 10th, as published, slows healthy runs (C4)."""
 
 
 def AutoClip(  # noqa: N802 - used as a class
@@ -21,7 +22,8 @@ def AutoClip(  # noqa: N802 - used as a class
 
     Args:
         method: None: the preset `autoclip`, which clips only what its rules call a spike, to the rule's own bound.
-            `"zclip"`, `"quantile"`: at every step, to a bound from past norms. `"norm"`: at every step, to `max_norm`.
+            `"zclip"`, `"quantile"` (the 90th percentile): at every step, to a bound from past norms. `"norm"`: at every
+            step, to `max_norm`.
         max_norm: for `"norm"`; stands for it where no method is named.
         name: see `GradWatch`.
         **options: of `GradWatch`.

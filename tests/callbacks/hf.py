@@ -39,6 +39,9 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **{**settings, **options})
 
 
-def trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, data: Any = None, **options: Any) -> Trainer:
+def trainer(
+    folder: Path, *callbacks: TrainerCallback, model: Any = None, evaluated: Dataset | None = None, **options: Any
+) -> Trainer:
     model = bert() if model is None else model
-    return Trainer(model, arguments(folder, **options), train_dataset=data or Sentences(), callbacks=list(callbacks))
+    settings = arguments(folder, **options)
+    return Trainer(model, settings, train_dataset=Sentences(), eval_dataset=evaluated, callbacks=list(callbacks))

@@ -39,7 +39,7 @@ def assert_same(mine: StepRecord, other: StepRecord) -> None:
     ]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_same_training_gives_the_same_records_and_incidents_by_every_trainer(
     tmp_path: Path, accumulate: int
 ) -> None:
@@ -67,7 +67,7 @@ def test_the_same_training_gives_the_same_records_and_incidents_by_every_trainer
 
 
 @every_adapter
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_observing_is_bitwise_neutral(tmp_path: Path, adapter: str, accumulate: int) -> None:
     def train(watched: dict | None) -> list[torch.Tensor]:
         job = Job(tmp_path, Batches(12), accumulate=accumulate, watched=watched, dropout=0.2)
@@ -97,6 +97,7 @@ def test_a_nan_batch_is_skipped_as_in_a_loop_that_drops_it(tmp_path: Path, adapt
 
 
 @every_adapter
+@pytest.mark.slow
 def test_state_resumes(tmp_path: Path, adapter: str) -> None:
     data, options = Batches(40, bad=(30,)), {"rules": "autoclip"}
     (tmp_path / "half").mkdir()
