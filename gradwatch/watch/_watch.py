@@ -55,8 +55,9 @@ class Watch:
         on_incident: told of incidents in a thread of its own: a callable (each one, when it opens and when it is over),
             an http(s) address that takes a POST of JSON, or `"module:function"`.
         on_checkpoint: called with a file name when a rule asks for a checkpoint.
-        name, paths, every, activations_every, updates_every, histograms_every, backward, memory_limit_mb, on_error,
-            **options: see `MeasureOptions`.
+        name: of the run; tags and state keys begin with it.
+        options: `paths`, `every`, `activations_every`, `updates_every`, `histograms_every`, `backward`,
+            `memory_limit_mb`, `on_error`, ...: see `MeasureOptions`.
 
     Raises:
         ConfigError: a setting that can't be, with the nearest valid names.
