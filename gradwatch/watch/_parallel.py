@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._ranks import world_size
@@ -24,22 +25,24 @@ def num_batches_at_once(model: nn.Module, params: Iterable[Tensor]) -> int:
     tensor_module = sys.modules.get("torch.distributed.tensor")
     if ranks == 1 or tensor_module is None:
         return ranks
-    sizes: dict[str, int] = {}
-    for p in params:
-        if isinstance(p, tensor_module.DTensor):
-            mesh = p.device_mesh
-            for dim in range(mesh.ndim):
-                sizes[mesh.get_group(dim).group_name] = mesh.size(dim)
-    own = {name for module in model.modules() for name in _data_groups(module)}
-    return ranks // math.prod(size for name, size in sizes.items() if name not in own)
+    # By the ranks in them: equal meshes, made at different times, have process groups of different names.
+    groups = {g for p in params if isinstance(p, tensor_module.DTensor) for g in _groups(p.device_mesh)}
+    own = {g for module in model.modules() for g in _data_groups(module)}
+    return ranks // math.prod(len(g) for g in groups - own)
 
 
-def _data_groups(module: Any) -> list[str]:
-    """Return the names of the process groups over which `fully_shard` splits batches for this module."""
+def _groups(mesh: Any) -> list[tuple[int, ...]]:
+    """Return the ranks that this one is joined with along each dimension of a mesh."""
+    return [tuple(dist.get_process_group_ranks(mesh.get_group(dim))) for dim in range(mesh.ndim)]
+
+
+def _data_groups(module: Any) -> list[tuple[int, ...]]:
+    """Return the ranks over which `fully_shard` splits batches for this module."""
     state = getattr(module, "_get_fsdp_state", None)
     if state is None:
         return []
-    # Private, and guarded: without it losses and samples are right as long as there is no tensor parallelism.
-    group = getattr(state(), "_fsdp_param_group", None)
-    mesh = getattr(getattr(group, "mesh_info", None), "mesh", None)
-    return [] if mesh is None else [mesh.get_group(dim).group_name for dim in range(mesh.ndim)]
+    # Private, and guarded: without it only counts of samples are too small.
+    state = state()
+    found = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    meshes = [getattr(getattr(group, "mesh_info", None), "mesh", None) for group in found]
+    return [ranks for mesh in meshes if mesh is not None for ranks in _groups(mesh)]
