@@ -1,0 +1,76 @@
+"""Every block of Python in README.md and docs/ runs, page by page, in order, in a folder of its own."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import ModuleType
+
+import pytest
+
+from .pages import HOWS, PAGES, ROOT, blocks
+from .preludes import common, write_runs
+
+WITH_CODE = [page for page in PAGES if blocks(page, "python")]
+
+
+def run_page(page, *, slow: bool, request, tmp_path, monkeypatch) -> int:
+    """Run the blocks of a page, and the tests that they define; return how many ran."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = "".join(b.code for b in blocks(page, "python"))
+    if "runs/" in text:
+        write_runs(tmp_path)
+    # Dataclasses look their module up.
+    module = ModuleType("gradwatch_docs_page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    namespace, num_run = vars(module), 0
+    namespace.update(common())
+    before = set(sys.modules)
+    try:
+        for block in blocks(page, "python"):
+            if block.how == "skip" or (block.how == "slow" and not slow):
+                continue
+            if block.how == "file":
+                target = tmp_path / block.what
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(block.code)
+                continue
+            known = set(namespace)
+            exec(block.compiled(), namespace)
+            for name in [n for n in namespace if n.startswith("test_") and n not in known]:
+                test = namespace.pop(name)
+                test(**{argument: request.getfixturevalue(argument) for argument in inspect.signature(test).parameters})
+            num_run += 1
+    finally:
+        for name in set(sys.modules) - before:
+            if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
+    return num_run
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_code_of_a_page_runs(page, request, tmp_path, monkeypatch, capsys) -> None:
+    run_page(page, slow=False, request=request, tmp_path=tmp_path, monkeypatch=monkeypatch)
+
+
+SLOW = [page for page in WITH_CODE if any(b.how == "slow" for b in blocks(page, "python"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SLOW, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_slow_code_of_a_page_runs(page, request, tmp_path, monkeypatch, capsys) -> None:
+    run_page(page, slow=True, request=request, tmp_path=tmp_path, monkeypatch=monkeypatch)
+
+
+def test_directives_are_known_and_say_why() -> None:
+    for page in PAGES:
+        for block in blocks(page, "python"):
+            assert block.how in ("", *HOWS), f"{page.name}, line {block.line}: {block.how!r}"
+            assert block.how in ("", "slow") or block.what, f"{page.name}, line {block.line}: {block.how} needs a word"
+
+
+def test_most_blocks_run() -> None:
+    found = [b for page in PAGES for b in blocks(page, "python")]
+    assert len(found) > 30
+    assert sum(b.how == "skip" for b in found) <= len(found) // 10
