@@ -68,6 +68,8 @@ class Session:
     ) -> None:
         self.settings = settings
         self.model = unwrap(model)
+        # Lightning takes the compiled module apart, and keeps the compiler's context on the one inside.
+        self._is_compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiler_ctx", None) is not None
         self._say = say or _log.warning
         self._num_lines = 0
         self._said: set[tuple[int, str]] = set()
@@ -127,6 +129,8 @@ class Session:
         """What gradwatch could not see, or has switched off."""
         notes = [f"{part} was switched off: {why}" for part, why in self.engine.guard.failed.items()]
         notes += [f"sink {name} was switched off: {error}" for name, error in self.sinks.failed.items()]
+        if self._is_compiled and self.settings.options.activations_every is not None:
+            notes.append("the model is compiled: what hooks on modules should measure is not seen there")
         notes += unseen(self.engine.meter, self.engine.judge)
         return notes
 

@@ -138,7 +138,7 @@ def neutral(rank: int, world: int, folder: Path) -> None:
 
 def one_small_sum(rank: int, world: int, folder: Path) -> None:
     with counted() as made:
-        fit(Net(), rank, world, watch_options={k: None for k in EVERYTHING} | {"rules": "default"})
+        fit(Net(), rank, world, watch_options=dict.fromkeys(EVERYTHING) | {"rules": "default"})
     assert [(op, ranks) for op, _, ranks in made] == [("SUM", world)] * STEPS
     assert max(size for _, size, _ in made) <= 100
     with counted() as made:

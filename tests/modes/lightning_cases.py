@@ -177,7 +177,7 @@ def rank_zero_writes(rank: int, world: int, folder: Path) -> None:
     assert (version / "gradwatch").is_dir()
     # Lightning's writer, and TensorBoard's own file of hyperparameters: none is another rank's.
     assert all(str(os.getpid()) in p.name for p in version.rglob("*tfevents*")) == (rank == 0)
-    assert len([p for p in folder.rglob("meta.json")]) <= 1
+    assert len(list(folder.rglob("meta.json"))) <= 1
 
 
 def one_small_sum(rank: int, world: int, folder: Path) -> None:

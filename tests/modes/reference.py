@@ -162,10 +162,11 @@ def near(got: float, want: float, rel: float, what: str) -> None:
 
 def same(records: Any) -> list[tuple[Any, ...]]:
     """Return what must be equal on all ranks: all numbers that decisions are made from."""
-    return [
-        (r.step, str(r.loss), str(r.global_norm), str(r.global_norm_after), r.skipped, r.num_samples)
-        + tuple(sorted((k, str(v)) for k, v in r.scalars.items() if not k.startswith("local_norm")))
-        + tuple((k, v.tobytes()) for k, v in sorted(r.columns.items()))
-        + tuple((t.name, str(t.after), t.applied) for t in r.treatments)
-        for r in records
-    ]
+    found = []
+    for r in records:
+        scalars = sorted((k, str(v)) for k, v in r.scalars.items())
+        columns = [(k, v.tobytes()) for k, v in sorted(r.columns.items())]
+        treatments = [(t.name, str(t.after), t.applied) for t in r.treatments]
+        numbers = [r.step, str(r.loss), str(r.global_norm), str(r.global_norm_after), r.skipped, r.num_samples]
+        found.append((*numbers, *scalars, *columns, *treatments))
+    return found

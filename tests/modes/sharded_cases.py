@@ -166,7 +166,7 @@ def neutral(mode: str) -> Callable[[int, int, Path], None]:
 def collectives(mode: str) -> Callable[[int, int, Path], None]:
     def case(rank: int, world: int, folder: Path) -> None:
         distribute, at_once, num_dims = modes(mode)
-        never = {k: None for k in EVERYTHING}
+        never = dict.fromkeys(EVERYTHING)
         net, data = Net(), batches(at_once(world))
         distribute(net, world)
         number = rank * at_once(world) // world
@@ -193,7 +193,7 @@ def collectives(mode: str) -> Callable[[int, int, Path], None]:
 def ignored(rank: int, world: int, folder: Path) -> None:
     """Parameters that FSDP leaves alone: the user averages their gradients."""
     net = Net()
-    twin, expected = train_in_float64(net, batches(world))
+    _twin, expected = train_in_float64(net, batches(world))
     shard(net, init_device_mesh("cpu", (world,)), ignore=True)
     optimizer = sgd(net)
     with Watch(net, optimizer, rules="observe", on_error="raise", **EVERYTHING) as watch:

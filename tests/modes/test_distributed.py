@@ -12,7 +12,7 @@ from tests.modes import ddp_cases, lightning_cases, sharded_cases
 from tests.modes.ranks import run_group
 from tests.modes.reference import Net, batches
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 DDP, LIGHTNING = list(ddp_cases.CASES), list(lightning_cases.CASES)
 TWO, FOUR = list(sharded_cases.TWO), list(sharded_cases.FOUR)
