@@ -18,12 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -58,7 +60,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=(), metavar="PREFIX", help="programs whose names begin so")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rules", default="default", help="preset or rules file")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; all cores unless given")
     parser.add_argument("--json", type=Path, help="write all runs and rates to this file")
     parser.add_argument("--preflight", action="store_true", help="check before step 0 instead of training")
     return parser.parse_args(arguments)
@@ -76,7 +78,8 @@ def train_all(programs: Sequence[Program], seeds: Sequence[int], rules: str, job
     keys = [(p.name, s, f) for p in programs for s in seeds for f in ((False,) if p.is_control else (True, False))]
     different = list({twin_of(key): key for key in reversed(keys)}.values())
     if jobs > 1:
-        with ProcessPoolExecutor(jobs) as pool:
+        # Spawned: a forked child of a process that ran torch may hang in its thread pool.
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             done = list(pool.map(partial(train_one, rules), different))
     else:
         done = [train_one(rules, key) for key in different]
