@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingStopped
 from ..records import Incident, StepRecord
 from ..sinks import sinks_for_loggers
 from ..watch import IncidentTarget, Stepper, Watch, incident_target, resolve, unwrap
@@ -54,6 +54,7 @@ class GradWatch:
 
     Raises:
         ConfigError: a setting that can't be, with the nearest valid names.
+        TrainingStopped: from `optimizer.step`, where a rule or treatment asks for a stop.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class GradWatch:
         self._waiting: list[dict[str, Any]] = []
         self._measured: set[int] = set()
         self._hook: Any = None
+        self._stops: list[str] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -168,9 +170,10 @@ class GradWatch:
         for loss in losses[:-1]:
             watch.micro_batch(loss)
         alone = optimizer if len(watch.optimizers) > 1 else None
-        watch.after_backward(
+        outcome = watch.after_backward(
             losses[-1] if losses else None, batch=batch, outputs=last and last.outputs, optimizer=alone
         )
+        self._stops += [r.reason for r in outcome.requests if r.kind == "stop"]
         self._forget()
 
     def _all_losses(self, watch: Watch) -> list[Tensor]:
@@ -211,6 +214,9 @@ class GradWatch:
         watch = self._watches.get(id(optimizer))
         if watch is not None and not watch.session.closed:
             watch.after_step()
+        if self._stops:
+            self.close()
+            raise TrainingStopped(self._stops[0])
 
     def on_validation_end(self, *args: Any, **metrics: Any) -> None:
         for watch in self.watches:

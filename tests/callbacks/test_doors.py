@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import lightning.fabric
 import lightning.pytorch
 import pytest
 import pytorch_lightning
@@ -22,7 +23,7 @@ from gradwatch.runs import read_run, replay
 from gradwatch.sinks import MemorySink
 
 from . import told
-from .loops import Batches, Job, LitNet
+from .loops import Batches, Job, LitNet, Net, adam
 
 GROUPS = {
     "lightning.pytorch.callbacks_factory": lightning.pytorch.callbacks.Callback,
@@ -71,6 +72,20 @@ def test_a_script_is_watched_without_a_changed_line(
     (watch,) = (c for c in trainer.callbacks if isinstance(c, GradWatch))
     assert [r.step for r in watch.history if r.skipped] == [3]
     assert "non_finite" in capsys.readouterr().out
+
+
+def test_a_fabric_script_is_watched_without_a_changed_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADWATCH", "1")
+    monkeypatch.setenv("GRADWATCH_RULES", "autoclip")
+    fabric, inner = lightning.fabric.Fabric(accelerator="cpu"), Net()
+    model, optimizer = fabric.setup(inner, adam(inner))
+    for batch in Job(tmp_path, Batches(6, bad=(3,))).loader():
+        fabric.backward(model(**batch)["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+    (watch,) = fabric._callbacks
+    assert [r.step for r in watch.history if r.skipped] == [3]
+    watch.close()  # as at the end of the process
 
 
 def test_the_environments_callback_steps_back_where_the_script_has_its_own(

@@ -7,11 +7,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from lightning.fabric import Fabric
+from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.plugins import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from gradwatch import ConfigError, Watch
 from gradwatch.callbacks.fabric import GradWatch
+from gradwatch.errors import TrainingStopped
 
 from .loops import Batches, Job, Net, adam, fabric
 
@@ -106,6 +109,41 @@ def test_watch_takes_what_fabric_has_set_up_and_gives_the_callbacks_records(tmp_
             optimizer.zero_grad()
     assert [r.index.paths for r in watch.history] == [r.index.paths for r in by_callback]
     assert [r.global_norm for r in watch.history] == pytest.approx([r.global_norm for r in by_callback], rel=1e-6)
+
+
+def test_ten_bad_steps_stop_a_fabric_loop_with_an_error(tmp_path: Path) -> None:
+    inner, watch = Net(), quiet("autoclip")
+
+    def train() -> None:
+        runs = Fabric(accelerator="cpu", callbacks=[watch])
+        model, optimizer = runs.setup(inner, adam(inner))
+        for batch in Job(tmp_path, Batches(20, bad=tuple(range(2, 20)))).loader():
+            runs.backward(model(**batch)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.raises(TrainingStopped, match="10 optimizer steps in a row"):
+        train()
+    assert len(watch.history) == 12
+    assert all(torch.isfinite(p).all() for p in inner.parameters())
+    assert not any(m._forward_hooks for m in inner.modules())
+
+
+def test_fabrics_loggers_and_validation_are_used(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="tb")
+    with quiet(log_every=1) as watch:
+        runs = Fabric(accelerator="cpu", callbacks=[watch], loggers=[logger])
+        inner = Net()
+        model, optimizer = runs.setup(inner, adam(inner))
+        for batch in Job(tmp_path, Batches(3)).loader():
+            runs.backward(model(**batch)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+            runs.call("on_validation_end", loss=0.5)
+    assert [r.scalars.get("val_loss") for r in watch.history] == [None, 0.5, 0.5]
+    events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0}).Reload()
+    assert len(events.Scalars("gradwatch/global_norm")) == 3
+    assert (Path(logger.log_dir) / "gradwatch" / "meta.json").exists()
 
 
 def test_optimizers_named_together_share_one_watch_and_step_in_turns(tmp_path: Path) -> None:
