@@ -85,6 +85,7 @@ def test_what_was_written_before_a_kill_can_be_read(tmp_path: Path) -> None:
         process.wait(30)
     finally:
         process.kill()
+        process.communicate()
     (version,) = (tmp_path / "tb").iterdir()
     records = list(read_run(version / "gradwatch").records())
     steps = [r.step for r in records]
