@@ -23,7 +23,7 @@ def table() -> str:
     for file, title in GROUPS.items():
         module = __import__(f"tests.modes.{file.removesuffix('.py')}", fromlist=["CASES"])
         rows += [f"| {title} | {name.replace('-', ' ')} | `tests/modes/{file}` |" for name in module.CASES]
-    for file in ("test_single.py", "test_faults.py", "test_module_db.py", "test_soak.py"):
+    for file in ("test_single.py", "test_lightning_single.py", "test_faults.py", "test_module_db.py", "test_soak.py"):
         tree = ast.parse((ROOT / "tests" / "modes" / file).read_text())
         names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
         rows += [f"| one process | {_words(name)} | `tests/modes/{file}` |" for name in names]
