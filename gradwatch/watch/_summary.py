@@ -40,6 +40,11 @@ def summarize(
     treated = sum(any(t.applied for t in r.treatments) for r in history)
     if treated or num_skipped:
         lines.append(f"treated steps: {treated} of the last {len(history)}; skipped in all: {num_skipped}")
+    if "trainer_clip" in last.scalars:
+        lines.append(
+            f"the Trainer clips after gradwatch, to {_short(last.scalars['trainer_clip'])}: the norm that the optimizer "
+            "gets is on record as global_norm_applied"
+        )
     if incidents:
         lines.append(f"{len(incidents)} incident{'s' if len(incidents) > 1 else ''}:")
         for incident in incidents:

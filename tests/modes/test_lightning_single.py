@@ -56,6 +56,7 @@ def test_numbers_are_right(tmp_path: Path, micro: int) -> None:
 def test_the_trainers_clip_after_ours_is_on_record_with_both_norms(tmp_path: Path) -> None:
     watch, module = quiet(treatments=ClipByGlobalNorm(0.5)), Module(Net(), 0)
     fit(tmp_path, module, watch, gradient_clip_val=0.1)
+    assert "the Trainer clips after gradwatch, to 0.1" in watch.summary()
     twin, want = train_in_float64(Net(), batches(1), max_norm=0.1)
     for record, step in zip(watch.history, want, strict=True):
         assert record.global_norm == pytest.approx(step.global_norm, rel=1e-4)
