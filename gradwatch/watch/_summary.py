@@ -42,7 +42,7 @@ def summarize(
         lines.append(f"treated steps: {treated} of the last {len(history)}; skipped in all: {num_skipped}")
     if "trainer_clip" in last.scalars:
         lines.append(
-            f"the Trainer clips after gradwatch, to {_short(last.scalars['trainer_clip'])}: the norm that the optimizer "
+            f"the Trainer clips after gradwatch, to {_short(last.scalars['trainer_clip'])}: the norm the optimizer "
             "gets is on record as global_norm_applied"
         )
     if incidents:
