@@ -11,9 +11,9 @@ from torch import Tensor
 from .._preflight import PreflightReport, check_lightning
 from ..errors import TrainingStopped
 from ..protocols import Request
-from ..records import Incident, StepRecord
-from ..report import write_session
+from ..records import Incident
 from ..watch import Session, StepInputs, StepOutcome, incident_target, resolve, scale_left_in_gradients
+from ._door import SessionDoor
 from ._lightning_base import callback_bases
 from ._lightning_run import choose_run_dir, open_session, validation_scalars
 from ._quiet import run_quietly
@@ -23,7 +23,7 @@ __all__ = ["GradWatch"]
 _Callback: Any = type("_Callback", callback_bases(), {})
 
 
-class GradWatch(_Callback):
+class GradWatch(SessionDoor, _Callback):
     """Watches a Lightning run's gradients, layer by layer, and acts if asked. Observing changes no bit of the training.
 
     ```python
@@ -129,44 +129,6 @@ class GradWatch(_Callback):
     @property
     def state_key(self) -> str:
         return f"gradwatch:{self.settings.name}"
-
-    @property
-    def incidents(self) -> list[Incident]:
-        """All incidents so far, as they stand now."""
-        return [] if self._session is None else self._session.incidents
-
-    @property
-    def history(self) -> list[StepRecord]:
-        """The recent records, oldest first; bounded."""
-        return [] if self._session is None else self._session.history
-
-    @property
-    def run_dir(self) -> Path | None:
-        """Where this run's files are."""
-        return None if self._session is None else self._session.run_dir
-
-    def summary(self) -> str:
-        """Return a text table of layers, and the incidents with advice."""
-        return "gradwatch: no fit has begun." if self._session is None else self._session.summary()
-
-    def report(self, path: str | Path) -> Path:
-        """Write the run as one self-contained file (.html, .md, .json or .png).
-
-        Raises:
-            RuntimeError: no fit has begun.
-        """
-        if self._session is None:
-            raise RuntimeError("there is nothing to report: call `report` during or after `trainer.fit`.")
-        written = write_session(self._session, path)
-        self._session.sinks.report(written)
-        return written
-
-    def annotate(
-        self, text: str, *, silence: int = 0, paths: str | Sequence[str] = "*", rules: str | Sequence[str] = "*"
-    ) -> None:
-        """Put a note on record, and keep rules silent for `silence` optimizer steps."""
-        if self._session is not None:
-            self._session.annotate(text, silence=silence, paths=paths, rules=rules)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         carried = self._state

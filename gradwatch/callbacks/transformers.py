@@ -16,8 +16,6 @@ from transformers import TrainerCallback
 
 from ..errors import ConfigError, TrainingStopped
 from ..protocols import Request, Sink
-from ..records import Incident, StepRecord
-from ..report import write_session
 from ..sinks import sinks_for_loggers
 from ..watch import (
     IncidentTarget,
@@ -29,6 +27,7 @@ from ..watch import (
     scale_left_in_gradients,
 )
 from ._backward_end import BackwardEnd, Pass
+from ._door import SessionDoor
 from ._run_dir import free_run_dir
 
 __all__ = ["GradWatchCallback"]
@@ -38,7 +37,7 @@ _TRAINERS = ("runtime", "per_second", "epoch", "num_input_tokens_seen", "total_f
 _ELSEWHERE = ("surgery", "conflicts_every", "autopsy")
 
 
-class GradWatchCallback(TrainerCallback):
+class GradWatchCallback(SessionDoor, TrainerCallback):
     """Watches a Hugging Face Trainer's gradients, and acts if asked. Observing changes no bit of the training.
 
     ```python
@@ -67,6 +66,8 @@ class GradWatchCallback(TrainerCallback):
     Raises:
         ConfigError: a setting that can't be, with the nearest valid names.
     """
+
+    _starter = "trainer.train"
 
     def __init__(
         self,
@@ -101,42 +102,6 @@ class GradWatchCallback(TrainerCallback):
     def _begin_step(self, step: int) -> None:
         self._step, self._measured, self._num_samples = step, False, 0
         self._losses: list[Tensor] = []
-
-    @property
-    def incidents(self) -> list[Incident]:
-        """All incidents so far, as they stand now."""
-        return [] if self._session is None else self._session.incidents
-
-    @property
-    def history(self) -> list[StepRecord]:
-        """The recent records, oldest first; bounded."""
-        return [] if self._session is None else self._session.history
-
-    @property
-    def run_dir(self) -> Path | None:
-        """Where this run's files are."""
-        return None if self._session is None else self._session.run_dir
-
-    def summary(self) -> str:
-        """Return a text table of layers, and the incidents with advice."""
-        return "gradwatch: no training has begun." if self._session is None else self._session.summary()
-
-    def report(self, path: str | Path) -> Path:
-        """Write the run as one self-contained file (.html, .md, .json or .png).
-
-        Raises:
-            RuntimeError: no training has begun.
-        """
-        if self._session is None:
-            raise RuntimeError("there is nothing to report: call `report` during or after `trainer.train`.")
-        written = write_session(self._session, path)
-        self._session.sinks.report(written)
-        return written
-
-    def annotate(self, text: str, *, silence: int = 0, paths: Any = "*", rules: Any = "*") -> None:
-        """Put a note on record, and keep rules silent for `silence` optimizer steps."""
-        if self._session is not None:
-            self._session.annotate(text, silence=silence, paths=paths, rules=rules)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         carried = _unpacked(state.stateful_callbacks.get(self._key)) if state.global_step else None

@@ -97,7 +97,7 @@ def test_the_environments_callback_steps_back_where_the_script_has_its_own(
     other = next(c for c in trainer.callbacks if isinstance(c, GradWatch) and c is not mine)
     assert len(mine.history) == 6
     assert other.history == []
-    assert other.summary() == "gradwatch: no fit has begun."
+    assert other.summary() == "gradwatch: no training has begun."
 
 
 def test_factories_give_callbacks_that_work_side_by_side(tmp_path: Path) -> None:
