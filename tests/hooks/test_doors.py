@@ -18,6 +18,7 @@ def test_an_unknown_name_suggests():
         gradwatch.hooks.HookManger  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_hook_manager_needs_neither_matplotlib_nor_safetensors_nor_the_compiler():
     code = (
         "import sys, torch; from gradwatch.hooks import HookManager, patch; m = torch.nn.Linear(2, 2);"

@@ -118,6 +118,7 @@ def test_modules_compiled_before_watching_are_said_not_to_be_seen() -> None:
     assert record.measured("grad_norm").sum() == len(list(net.parameters()))
 
 
+@pytest.mark.slow
 def test_a_compiled_optimizer_step_is_the_same_watched() -> None:
     def run(watched: bool) -> list[Tensor]:
         torch._dynamo.reset()

@@ -102,6 +102,7 @@ def test_hostile_names_are_text_everywhere():
     assert json.loads(to_json(data))["incidents"][0]["rule"] == EVIL
 
 
+@pytest.mark.slow
 def test_html_stays_under_500_kb_at_500_layers_and_2000_steps():
     rng = np.random.default_rng(0)
     index = make_index(blocks=125)  # 502 weights, 1,002 parameters with their biases
