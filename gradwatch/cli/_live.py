@@ -16,7 +16,7 @@ from ._terminal import Grid
 if TYPE_CHECKING:
     from ..runs import Run
 
-__all__ = ["Frame", "LayerLook", "look"]
+__all__ = ["Frame", "LayerLook", "is_over", "look"]
 
 MAX_INCIDENTS = 8
 RECENT = 200
@@ -42,7 +42,7 @@ class Frame:
         step: the last one recorded, -1 before the first.
         steps_per_second: over the recent steps; nan where not known.
         age: seconds since the last record.
-        is_complete: the run has ended.
+        is_over: the run has ended, well or not.
         curves: name -> values over the whole run.
         last: name -> the newest value.
         layers: the worst first: non-finite, zero, then by how far they are from their own level.
@@ -54,7 +54,7 @@ class Frame:
     step: int
     steps_per_second: float
     age: float
-    is_complete: bool
+    is_over: bool
     curves: dict[str, Floats]
     last: dict[str, float]
     layers: list[LayerLook]
@@ -62,7 +62,7 @@ class Frame:
 
     def lines(self, width: int) -> list[tuple[str, str]]:
         """Return lines with their styles."""
-        state = "complete" if self.is_complete else f"{self.age:.0f} s ago"
+        state = "over" if self.is_over else f"{self.age:.0f} s ago"
         speed = f", {self.steps_per_second:.3g} steps/s" if np.isfinite(self.steps_per_second) else ""
         out = [(f"{self.name} {self.model}: step {self.step} ({state}{speed}), lr {short(self.last['lr'])}", "head")]
         for name, values in self.curves.items():
@@ -92,7 +92,7 @@ class Frame:
             "step": self.step,
             "steps_per_second": self.steps_per_second,
             "age_seconds": self.age,
-            "complete": self.is_complete,
+            "over": self.is_over,
             **self.last,
             "layers": [{"path": w.path, "last": w.last, "median": w.median, "ratio": w.ratio} for w in self.layers],
             "incidents": [i.to_json() for i in self.incidents],
@@ -112,12 +112,18 @@ def look(run: Run, *, max_layers: int = 12) -> Frame:
         step=int(steps[-1]) if len(steps) else -1,
         steps_per_second=float(steps[-1] - steps[recent][0]) / passed if passed > 0 else float("nan"),
         age=max(time.time() - float(times[-1]), 0.0) if len(times) else float("nan"),
-        is_complete=run.complete,
+        is_over=is_over(run),
         curves={name: values for name, values in curves.items() if len(values)},
         last={name: float(values[-1]) if len(values) else float("nan") for name, values in newest.items()},
         layers=_layers(run)[:max_layers],
         incidents=list(run.incidents),
     )
+
+
+def is_over(run: Run) -> bool:
+    """Return whether the run's last session was closed; one that was killed never is."""
+    sessions = run.meta.get("sessions") or [{}]
+    return run.complete or sessions[-1].get("finished") is not None
 
 
 def _layers(run: Run) -> list[LayerLook]:

@@ -88,9 +88,7 @@ def _module(place: str) -> ModuleType:
     except (ImportError, ValueError):
         spec = None
     if spec is None:
-        raise ConfigError(
-            f"there is no module {place!r} here or in this environment. For a file, give its path: x.py:Net."
-        )
+        raise ConfigError(f"there is no module {place!r} here, nor installed. For a file, give its path: x.py:Net.")
     return _tried(lambda: importlib.import_module(place), place)
 
 

@@ -33,23 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Look again and again until the run is complete, or Ctrl-C."""
     from ..runs import Run
+    from ._live import is_over
 
     if not options.every > 0:
         raise ConfigError(f"--every takes seconds above 0. Got {options.every}.")
     opened = open_run(options.run)
     if not isinstance(opened, Run):
-        raise ConfigError(
-            f"{opened.path} is another program's log: `watch` needs a run folder. Try `gradwatch summary`."
-        )
+        raise ConfigError(f"{opened.path} is another program's log; `watch` takes a run folder. Try gradwatch summary.")
     view = _view(options)
     try:
         with view:
             while True:
                 frame = _look(opened, options.layers)
                 view.update(frame)
-                if options.once or frame.is_complete:
+                if options.once or frame.is_over:
                     break
-                while not opened.refresh():
+                time.sleep(options.every)
+                # In place, the age of the last record is redrawn too; a pipe gets what is new.
+                while not opened.refresh() and not is_over(opened) and not view.in_place:
                     time.sleep(options.every)
     except KeyboardInterrupt:
         return FINE
@@ -70,6 +71,8 @@ def _view(options: argparse.Namespace) -> Any:
 
 class _Pages:
     """One page after the other, for pipes and terminals without rich."""
+
+    in_place = False
 
     def __enter__(self) -> _Pages:
         return self
@@ -94,6 +97,8 @@ class _JsonLines(_Pages):
 
 class _Screen(_Pages):
     """The page in place, redrawn."""
+
+    in_place = True
 
     def __enter__(self) -> _Screen:
         from rich.live import Live

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from gradwatch.cli import FINE, FOUND, USAGE, main
+from gradwatch.cli._live import look
+from gradwatch.runs import read_run
+
+from .conftest import write_run
+
+
+def test_watch_once_shows_layers_and_incidents(spiked, capsys) -> None:
+    assert main(["watch", str(spiked), "--once", "--fail-on", "warning"]) == FOUND
+    said = capsys.readouterr().out
+    assert said.startswith("spiked Toy: step 39 (over, 1 steps/s), lr 0.001\n")
+    assert "decoder.weight" in said
+    assert "over at 31" in said
+
+
+def test_watch_ends_when_the_run_is_complete(healthy, capsys) -> None:
+    assert main(["watch", str(healthy), "--json"]) == FINE
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    told = json.loads(lines[0])
+    assert (told["step"], told["over"], told["incidents"]) == (39, True, [])
+
+
+def test_worst_layer_stands_first(tmp_path) -> None:
+    frame = look(read_run(write_run(tmp_path / "run", steps=40, spike=39)))
+    assert [layer.ratio for layer in frame.layers] == [1000.0, 1000.0]
+    assert frame.last["global_norm"] == pytest.approx(np.sqrt(1 + 0.01 + 4) * 1000)
+
+
+def test_run_without_records_can_be_watched(tmp_path, capsys) -> None:
+    assert main(["watch", str(write_run(tmp_path / "run", steps=0)), "--once"]) == FINE
+    assert capsys.readouterr().out.startswith("run Toy: step -1")
+
+
+def test_log_of_another_program_can_not(tmp_path, capsys) -> None:
+    log = tmp_path / "metrics.csv"
+    log.write_text("step,loss\n0,1\n1,1\n")
+    assert main(["watch", str(log)]) == USAGE
+    assert "`watch` takes a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("every", ["0", "-1", "nan"])
+def test_cadence_must_be_above_zero(every, healthy, capsys) -> None:
+    assert main(["watch", str(healthy), f"--every={every}"]) == USAGE
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_view_of_a_running_job_with_0(healthy) -> None:
+    meta = json.loads((healthy / "meta.json").read_text())
+    meta["sessions"][-1]["finished"] = None
+    (healthy / "meta.json").write_text(json.dumps(meta))
+    command = [sys.executable, "-m", "gradwatch", "watch", str(healthy), "--json", "--every", "0.2"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    ) as job:
+        assert job.stdout is not None
+        assert json.loads(job.stdout.readline())["over"] is False
+        time.sleep(0.3)
+        job.send_signal(signal.SIGINT)
+        assert job.wait(timeout=30) == FINE
