@@ -1,12 +1,17 @@
-"""Every block of Python in README.md and docs/ runs, page by page, in order, in a folder of its own."""
+"""Every block of Python in README.md and docs/ runs, page by page, in order, in a folder of its own; commands parse."""
 
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from types import ModuleType
 
 import pytest
+
+from gradwatch.book import load_rules
+from gradwatch.cli._main import COMMANDS as known_commands
+from gradwatch.cli._main import _parser
 
 from .pages import HOWS, PAGES, ROOT, blocks
 from .preludes import common, write_runs
@@ -63,6 +68,31 @@ def test_the_slow_code_of_a_page_runs(page, request, tmp_path, monkeypatch, caps
     run_page(page, slow=True, request=request, tmp_path=tmp_path, monkeypatch=monkeypatch)
 
 
+COMMANDS = [
+    pytest.param(line, id=f"{block.page.name}-{line}")
+    for page in PAGES
+    for language in ("text", "console")
+    for block in blocks(page, language)
+    for line in (text.removeprefix("$ ").partition("  ")[0].strip() for text in block.code.splitlines())
+    if line.startswith("gradwatch ") and line.split()[1] in known_commands
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_on_the_pages_are_understood(line) -> None:
+    command = line.partition(" > ")[0].partition(" #")[0]
+    assert _parser().parse_args(shlex.split(command)[1:]).command in known_commands
+
+
+RULES = [b for page in PAGES if page.name != "rules.md" for b in blocks(page, "yaml") if "\nrules:" in "\n" + b.code]
+
+
+@pytest.mark.parametrize("block", RULES, ids=lambda b: f"{b.page.name}-{b.line}")
+def test_rules_on_the_pages_load(block, tmp_path) -> None:
+    (tmp_path / "rules.yaml").write_text(block.code)
+    assert len(load_rules(tmp_path / "rules.yaml").rules) > 0
+
+
 def test_directives_are_known_and_say_why() -> None:
     for page in PAGES:
         for block in blocks(page, "python"):
@@ -72,5 +102,5 @@ def test_directives_are_known_and_say_why() -> None:
 
 def test_most_blocks_run() -> None:
     found = [b for page in PAGES for b in blocks(page, "python")]
-    assert len(found) > 30
+    assert len(found) > 40
     assert sum(b.how == "skip" for b in found) <= len(found) // 10
