@@ -8,7 +8,7 @@ from ..records import StepRecord
 from ._findings import Findings
 from ._loss import remember
 from ._rule import Rule, State
-from ._windows import Progress, median
+from ._windows import HEAD, Progress, median
 
 __all__ = ["ConstantOutput", "NotLearning"]
 
@@ -18,8 +18,9 @@ class NotLearning(Rule):
 
     Judged when `start` losses were seen, then every `every`, and at the end of a run of 100 losses or more: deep nets
     may lie on a plateau for their first hundreds of steps. Not flagged where the lower quartile of the last fifth is
-    30 % below the least of the first losses: then outliers hide what was learned. Works for negative losses. Of all
-    single rules the one with the best record on published faulty programs.
+    30 % below the least of the first losses: then outliers hide what was learned; nor where the loss rose by more than
+    half, which is for `diverging`. In batches of fewer than a dozen samples means stand for medians. Works for negative
+    losses. Of all single rules the one with the best record on published faulty programs.
 
     Args:
         share: of the first level by which the loss must have fallen.
@@ -62,10 +63,15 @@ class NotLearning(Rule):
         kept = state["kept"]
         recent = sorted(kept[-max(5, len(kept) // 5) :])
         now, easy, easiest = median(tuple(recent)), recent[len(recent) // 4], min(loss.first)
-        limit = loss.start - self.share * abs(loss.start)
-        # Where half of the batches hold an outlier the median says little, and the easy batches say much.
-        stuck = now > limit and easy > easiest - 0.3 * abs(easiest)
-        return self.whole(record, stuck, now, limit, f"loss {now:.4g}, it began at {loss.start:.4g}"), state
+        start = loss.start
+        if len(loss.first) > HEAD:
+            # Small batches: what is learned shows in how bad the bad ones are, and not in the median.
+            start, now = math.fsum(loss.first) / len(loss.first), math.fsum(recent) / len(recent)
+        limit = start - self.share * abs(start)
+        # Where half of the batches hold an outlier the median says little, and the easy batches say much. What rose
+        # by half is left to `diverging`, which asks the gradients, too.
+        stuck = limit < now < start + 0.5 * abs(start) and easy > easiest - 0.3 * abs(easiest)
+        return self.whole(record, stuck, now, limit, f"loss {now:.4g}, it began at {start:.4g}"), state
 
 
 class ConstantOutput(Rule):

@@ -89,7 +89,9 @@ class Diverging(Rule):
 
     Up: the lower quartile of its last `span` values lies above its own minimum by more than the minimum's size, and
     above the first level by more than half of that. Both are differences, so negative losses work, and a quartile:
-    when training diverges even the easy batches get worse, and outliers don't count. Down: a loss whose targets are
+    when training diverges even the easy batches get worse, and outliers don't count. Losses that balance each other (a
+    generator's against its critic's) rise too, but without their gradients: so, up to 10 times the first level, the
+    gradient norm must be 5 times that of the first steps. Down: a loss whose targets are
     classes (indices, or rows that sum to 1) has fallen below -10 times its first level or -10: no cross-entropy does
     that, so its sign is wrong.
 
@@ -105,14 +107,14 @@ class Diverging(Rule):
         "(`then: [lower_learning_rate]`), add warm-up, clip gradients; check that the loss is what is to be minimised."
     )
 
-    needs = frozenset({"loss", "target_is_integer", "target_row_sum_min", "target_row_sum_max"})
+    needs = frozenset({"loss", "grad_norm", "target_is_integer", "target_row_sum_min", "target_row_sum_max"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("span", 1 <= self.span <= TAIL, TAIL, "1 to")
 
     def init(self) -> State:
-        return {"loss": Progress(), "least": math.inf, "classes": False}
+        return {"loss": Progress(), "least": math.inf, "classes": False, "early": (), "norms": ()}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         if not math.isfinite(record.loss):
@@ -121,7 +123,10 @@ class Diverging(Rule):
         now = sorted(loss.recent[-self.span :])[min(self.span, len(loss.recent)) // 4]
         least = min(state["least"], now) if loss.seen >= self.span else math.inf
         classes = state["classes"] or _has_class_targets(record)
-        state = {"loss": tuple(loss), "least": least, "classes": classes}
+        norm, early = record.global_norm, state["early"]
+        early = push(early, norm, 20) if len(early) < 20 else early
+        norms = push(state["norms"], norm, 20)
+        state = {"loss": tuple(loss), "least": least, "classes": classes, "early": early, "norms": norms}
         if loss.seen < 30:
             return self.unjudged(record, "fewer than 30 losses"), state
         start = loss.start
@@ -130,7 +135,8 @@ class Diverging(Rule):
             return self.whole(record, True, now, lowest, "loss {value:.4g}, far below zero"), state
         limit = max(least + abs(least), start + 0.5 * abs(start))
         text = f"loss {{value:.4g}}, it began at {start:.4g} and was {least:.4g}"
-        return self.whole(record, now > limit, now, limit, text), state
+        far = now > start + 9 * abs(start) or not early or not median(norms) < 5 * median(early)
+        return self.whole(record, now > limit and far, now, limit, text), state
 
 
 def _has_class_targets(record: StepRecord) -> bool:

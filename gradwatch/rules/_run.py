@@ -7,7 +7,6 @@ import math
 from ..records import StepRecord
 from ._findings import Findings
 from ._rule import Rule, State
-from ._windows import median
 
 __all__ = [
     "AmpOverflow",
@@ -224,7 +223,7 @@ class DeadSignal(Rule):
         loss_same = state["loss_same"] + 1 if loss == state["loss"] else 0
         norm_same = state["norm_same"] + 1 if norm == state["norm"] else 0
         state = {"loss": loss, "norm": norm, "loss_same": loss_same, "norm_same": norm_same, "early": early}
-        moving = bool(early) and norm > 1e-3 * median(early)
+        moving = bool(early) and norm > 1e-3 * max(early)
         if loss_same >= self.steps and moving and norm_same < self.steps:
             return self.whole(record, True, loss, loss, f"the loss is {loss:.4g} for {loss_same} steps"), state
         if norm == 0 and norm_same >= self.steps and (not record.has_loss or abs(loss) > 1e-4):

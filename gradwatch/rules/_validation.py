@@ -80,7 +80,7 @@ class ValNotLearning(_Evaluations):
     * validation loss at least 97 % of its first value and 95 % of the first training loss, which itself has fallen by
       more than a twelfth;
     * for a squared error: validation loss above the targets' variance over the batch, which a constant would reach,
-      while the training loss is below 80 % of that.
+      while the training loss is below 90 % of that.
 
     Args:
         evaluations: running.
@@ -129,7 +129,7 @@ class ValNotLearning(_Evaluations):
         if n < 5 or abs(state["loss_sum"] - state["error_sum"]) > 0.2 * state["error_sum"]:
             return math.inf
         variance = state["variance_sum"] / n
-        return variance if variance > 0 and loss.now < 0.8 * variance else math.inf
+        return variance if variance > 0 and loss.now < 0.9 * variance else math.inf
 
 
 class TrainEvalMismatch(_Evaluations):

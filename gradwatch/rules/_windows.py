@@ -12,7 +12,7 @@ import numpy as np
 
 from ..records import Bools, Floats
 
-__all__ = ["TAIL", "Level", "Progress", "level", "median", "progress", "push", "stream"]
+__all__ = ["HEAD", "TAIL", "Level", "Progress", "level", "median", "progress", "push", "stream"]
 
 HEAD = 5
 HEAD_SAMPLES = 64
