@@ -65,9 +65,7 @@ class _Turns:
         return time.process_time() - start
 
 
-def race(
-    arms: list[Arm], make_batch: Callable[[int], Any], *, rounds: int, warmup: int, say: Callable[[str], None] = print
-) -> None:
+def race(arms: list[Arm], make_batch: Callable[[int], Any], *, rounds: int, warmup: int) -> None:
     """Fill every arm's `seconds` per step, one entry per round."""
     turns = {arm.name: _Turns(make_batch) for arm in arms}
 
@@ -86,7 +84,8 @@ def race(
     for r in range(rounds):
         for arm in arms[:: 1 if r % 2 == 0 else -1]:
             arm.seconds.append(turns[arm.name].block(arm.steps) / arm.steps)
-        say(f"round {r + 1}/{rounds}: " + "  ".join(f"{a.name} {a.seconds[-1] * 1e3:.1f} ms" for a in arms))
+        shown = "  ".join(f"{a.name} {a.seconds[-1] * 1e3:.1f} ms" for a in arms)
+        print(f"round {r + 1}/{rounds}: {shown}", flush=True)
     for arm in arms:
         turns[arm.name].finished = True
         turns[arm.name].go.release()

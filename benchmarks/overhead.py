@@ -162,6 +162,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, float, float, fl
     parser.add_argument("--model", choices=("gpt", "mlp"), default="gpt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--block", type=int, default=100, help="steps per round of the quick arms")
+    parser.add_argument("--warmup", type=int, default=70, help="steps of each arm before the first round")
     parser.add_argument("--only", nargs="+", help="these arms beside the bare one")
     parser.add_argument("--ours", action="store_true", help="leave the other monitors out")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")
@@ -175,7 +176,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, float, float, fl
         logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         found = arms(options, Path(folder))
-        race(found, batches(options.model), rounds=options.rounds, warmup=70)
+        race(found, batches(options.model), rounds=options.rounds, warmup=options.warmup)
     rows = table(found, "bare")
     print(f"\n{options.model}, one thread, {options.rounds} rounds of {options.block} steps, CPU time\n")
     print("| monitor | x bare step | quartiles | ms a step |\n|---|---|---|---|")
