@@ -112,7 +112,7 @@ def arm(
         torch.manual_seed(0)
         trainer = pl.Trainer(
             accelerator="cpu",
-            max_steps=10**9,
+            max_epochs=1,
             logger=TensorBoardLogger(folder, name=name.replace(" ", "-"), version=""),
             callbacks=[callback()] if callback else [],
             enable_checkpointing=False,
