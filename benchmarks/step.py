@@ -2,8 +2,8 @@
 
     python benchmarks/step.py
 
-Every round takes one step of each kind, so that a shared machine's noise falls on all alike; CPU time, medians of in-round
-ratios. These are the steps between the sampled ones; `overhead.py` pays for those too.
+Every round takes one step of each kind, so that a shared machine's noise falls on all alike; CPU time, medians of
+in-round ratios. These are the steps between the sampled ones; `overhead.py` pays for those too.
 """
 
 from __future__ import annotations
