@@ -12,6 +12,7 @@ from ._version import __version__
 from .errors import ConfigError, GradwatchError, GradwatchWarning, suggest
 
 if TYPE_CHECKING:
+    from ._preflight import PreflightReport as PreflightReport
     from ._preflight import check_lightning as check_lightning
     from ._preflight import preflight as preflight
     from .book import load_rules as load_rules
@@ -30,6 +31,7 @@ _DOORS = {
     "Histogram": "records",
     "Incident": "records",
     "Index": "records",
+    "PreflightReport": "_preflight",
     "StepOutcome": "watch",
     "StepRecord": "records",
     "Surgery": "treatments.surgery",

@@ -37,22 +37,6 @@ class PreflightFinding:
         where = f" at {self.path}" if self.path else ""
         return f"[{self.severity}] {self.check}{where}: {self.message}"
 
-    def as_incident(self) -> Incident:
-        """Return it as an incident of step 0, for a run that begins with a pre-flight."""
-        return Incident(
-            rule=self.check,
-            name=f"preflight-{self.check}",
-            severity=self.severity,
-            first_step=0,
-            last_step=0,
-            paths=(self.path,) if self.path else (),
-            first_path=self.path,
-            value=self.value,
-            limit=self.limit,
-            message=self.message,
-            advice=" ".join(part for part in (self.cause, self.advice) if part),
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreflightReport:
@@ -120,7 +104,7 @@ class PreflightReport:
                 first_path=f.path,
                 value=f.value,
                 limit=f.limit,
-                advice=f.advice,
+                advice=" ".join(part for part in (f.cause, f.advice) if part),
                 message=f.message,
             )
             for f in self.findings

@@ -163,8 +163,8 @@ class GradWatch(SessionDoor, _Callback):
         assert session is not None
         with session.engine.guard("the pre-flight"):
             self.preflight_report = check_lightning(pl_module, batch)
-            for finding in self.preflight_report.findings:
-                session.engine.judge.report(finding.as_incident())
+            for incident in self.preflight_report.incidents():
+                session.engine.judge.report(incident)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         if self._session is None:

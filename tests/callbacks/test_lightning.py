@@ -355,10 +355,14 @@ def test_the_callback_survives_pickle_and_deepcopy_before_and_after_a_fit(tmp_pa
         trainer(tmp_path, watch).fit(Net(), loader())
 
 
+class Forgetful(Net):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.body[0].parameters(), lr=0.05)
+
+
 def test_a_preflight_speaks_before_step_zero_and_changes_no_bit(tmp_path: Path) -> None:
     def fit(*callbacks):
-        model = Net()
-        model.body[3].requires_grad_(False)
+        model = Forgetful()
         run = trainer(tmp_path, *callbacks)
         torch.manual_seed(5)
         run.fit(model, loader())
@@ -369,4 +373,7 @@ def test_a_preflight_speaks_before_step_zero_and_changes_no_bit(tmp_path: Path) 
     bare, watched = fit(), fit(watch)
     assert all(torch.equal(a, b) for a, b in zip(bare, watched, strict=True))
     assert watch.preflight_report is not None
-    assert all(i.first_step == 0 for i in watch.incidents if i.name.startswith("preflight-"))
+    told = [i for i in watch.incidents if i.rule.startswith("preflight_")]
+    assert [i.rule for i in told] == [f"preflight_{f.check}" for f in watch.preflight_report]
+    assert "preflight_not_in_optimizer" in [i.rule for i in told]
+    assert {i.first_step for i in told} == {0}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -62,11 +63,15 @@ def test_ctrl_c_ends_the_view_of_a_running_job_with_0(healthy) -> None:
     meta["sessions"][-1]["finished"] = None
     (healthy / "meta.json").write_text(json.dumps(meta))
     command = [sys.executable, "-m", "gradwatch", "watch", str(healthy), "--json", "--every", "0.2"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-    ) as job:
-        assert job.stdout is not None
-        assert json.loads(job.stdout.readline())["over"] is False
-        time.sleep(0.3)
-        job.send_signal(signal.SIGINT)
-        assert job.wait(timeout=30) == FINE
+    # A test run in a shell's background ignores Ctrl-C, and so would its children: here somebody types it.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, preexec_fn=listen) as job:
+        try:
+            assert job.stdout is not None
+            assert json.loads(job.stdout.readline())["over"] is False
+            time.sleep(0.3)
+            job.send_signal(signal.SIGINT)
+            assert job.wait(timeout=30) == FINE
+        finally:
+            job.kill()

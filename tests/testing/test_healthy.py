@@ -10,7 +10,6 @@ from torch.optim import SGD, Adam
 
 from gradwatch.errors import ConfigError
 from gradwatch.testing import assert_healthy
-from gradwatch.testing.plugin import gradwatch_healthy  # noqa: F401 - a fixture, used by its name
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -36,7 +35,7 @@ def test_sound_model_passes_without_an_optimizer(net, batch):
     assert_healthy(net, batch, LOSS)
 
 
-def test_fixture_is_the_function(gradwatch_healthy, net, batch):  # noqa: F811
+def test_fixture_is_the_function(gradwatch_healthy, net, batch):
     gradwatch_healthy(net, batch, LOSS, SGD(net.parameters(), 0.1))
 
 
