@@ -42,12 +42,12 @@ def _callback(package: str) -> Any:
     callback = import_module(f"{package}.callbacks").Callback
     if arm == "empty":
         return callback()
-    from gradwatch.callbacks.lightning import GradWatch
+    from gradwatch.callbacks._from_environment import trainer_callback
 
     settings = {**_EVERYTHING, "backward": "full", "on_error": "raise"} if arm == "everything" else {}
     runs = Path(os.environ.get(_FOLDER, _folder_at_start)) / "runs"
     runs.mkdir(exist_ok=True)
-    return GradWatch(run_dir=tempfile.mkdtemp(dir=runs), **settings)
+    return trainer_callback(callback, "default", run_dir=tempfile.mkdtemp(dir=runs), **settings)
 
 
 _arm_at_start, _folder_at_start = os.environ.get(_ARM, "empty"), os.environ.get(_FOLDER, "")

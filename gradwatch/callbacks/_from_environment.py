@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 from .lightning import GradWatch
 
@@ -10,24 +11,53 @@ __all__ = ["trainer_callback"]
 
 
 class _FromEnvironment(GradWatch):
-    """A GradWatch that steps back where the script has one of its own."""
+    """A GradWatch that steps back where the script has one of its own.
 
+    Lightning appends it to the very list that the script gave. Where that list goes to one Trainer after another, the
+    callbacks of the earlier ones come along: they are told apart by age, and step back too.
+    """
+
+    _living: ClassVar[WeakSet[Any]] = WeakSet()
     _stepped_back = False
+
+    def __init__(self, rules: Any = "default", **settings: Any) -> None:
+        super().__init__(rules, **settings)
+        self._age = 0
+        for older in self._living:
+            older._age += 1
+        self._living.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy of the script's list holds copies: they age as well.
+        self.__dict__.update(state)
+        self._living.add(self)
 
     @property
     def state_key(self) -> str:
-        # Two callbacks with one key would be an error.
-        return f"gradwatch:{self.settings.name}:environment"
+        # Two callbacks with one key would be an error; the one in charge keeps its key from run to run.
+        key = f"gradwatch:{self.settings.name}:environment"
+        return f"{key}:{self._age}" if self._age else key
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        others = [c for c in trainer.callbacks if isinstance(c, GradWatch) and c is not self]
-        self._stepped_back = bool(others)
+        self._stepped_back = any(self._yields_to(callback) for callback in trainer.callbacks)
         if not self._stepped_back:
             super().on_train_start(trainer, pl_module)
+        elif self._session is not None:
+            # Of the Trainer that it was made for; nothing of this fit is its own.
+            self._session.close()
+            self._session = None
+
+    def _yields_to(self, callback: Any) -> bool:
+        if isinstance(callback, _FromEnvironment):
+            return callback._age < self._age
+        return isinstance(callback, GradWatch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._stepped_back else super().state_dict()
 
 
-def trainer_callback(base: type[Any], rules: str) -> Any:
+def trainer_callback(base: type[Any], rules: str, **settings: Any) -> Any:
     """Return a callback that is a `Callback` of the package that asks, whatever was imported first."""
     if issubclass(_FromEnvironment, base):
-        return _FromEnvironment(rules)
-    return type("GradWatch", (_FromEnvironment, base), {})(rules)
+        return _FromEnvironment(rules, **settings)
+    return type("GradWatch", (_FromEnvironment, base), {})(rules, **settings)

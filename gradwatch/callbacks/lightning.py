@@ -13,6 +13,7 @@ from ..errors import TrainingStopped
 from ..protocols import Request
 from ..records import Incident
 from ..watch import Session, StepInputs, StepOutcome, incident_target, resolve, scale_left_in_gradients
+from ._bar import NumberInBar
 from ._door import SessionDoor
 from ._lightning_base import callback_bases
 from ._lightning_run import choose_run_dir, open_session, validation_scalars
@@ -125,6 +126,7 @@ class GradWatch(SessionDoor, _Callback):
         self._batch_idx = -1
         self._scalars: dict[str, float] = {}
         self._requests: list[Request] = []
+        self._bar = NumberInBar(f"{self.settings.name}/norm", self._latest_norm)
 
     @property
     def state_key(self) -> str:
@@ -148,6 +150,7 @@ class GradWatch(SessionDoor, _Callback):
             self._session.load_state_dict(carried)
         self._state = None
         self._session.begin(pl_module)
+        self._bar.attach(trainer.progress_bar_callback)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._session is not None:
@@ -227,19 +230,13 @@ class GradWatch(SessionDoor, _Callback):
             self._losses, self._num_samples = [], 0
         self._batch = None
         session.after_step()
-        self._show(trainer, pl_module)
         requests, self._requests = self._requests + session.take_requests(), []
         for request in requests:
             self._carry_out(trainer, request)
 
-    def _show(self, trainer: Any, pl_module: Any) -> None:
-        assert self._session is not None
-        history = self._session.engine.completion.history
-        every = self.settings.log_every or trainer.log_every_n_steps
-        if history and trainer.progress_bar_callback is not None and trainer.global_step % max(1, every) == 0:
-            # `log` of one value costs 0.3 ms (T2): not at every step.
-            norm = float(history[-1].global_norm)
-            pl_module.log(f"{self.settings.name}/norm", norm, prog_bar=True, logger=False, rank_zero_only=True)
+    def _latest_norm(self) -> float | None:
+        history = self._session.engine.completion.history if self._session is not None else None
+        return float(history[-1].global_norm) if history else None
 
     def _carry_out(self, trainer: Any, request: Request) -> None:
         assert self._session is not None
@@ -270,10 +267,12 @@ class GradWatch(SessionDoor, _Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         # On an exception or Ctrl-C this alone runs: no teardown (H23).
+        self._bar.detach()
         if self._session is not None:
             self._session.close()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._bar.detach()
         if self._session is not None and stage == "fit":
             self._session.close()
 

@@ -1,8 +1,10 @@
 """Factories, entry points, who is told of incidents, and what reaches the sinks."""
 
+import copy
 import json
 import threading
 import warnings
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -41,7 +43,7 @@ def made(group: str) -> list:
 def fit(tmp_path: Path, package, *callbacks, batches: int = 6, model=None, **options):
     settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     settings |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
-    trainer = package.Trainer(callbacks=list(callbacks), **settings, **options)
+    trainer = package.Trainer(callbacks=list(callbacks), **settings | options)
     data = Batches(batches, bad=(3,))
     trainer.fit(model or LitNet(), Job(tmp_path, data).loader())
     return trainer
@@ -98,6 +100,43 @@ def test_the_environments_callback_steps_back_where_the_script_has_its_own(
     assert len(mine.history) == 6
     assert other.history == []
     assert other.summary() == "gradwatch: no training has begun."
+
+
+@pytest.mark.parametrize("hand_over", [list, copy.deepcopy, lambda x: x], ids=["list", "deepcopy", "same"])
+def test_a_list_of_callbacks_given_to_two_trainers_is_watched_once_by_each(
+    hand_over: Callable[[list], list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADWATCH", "1")
+    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    callbacks = [pytorch_lightning.Callback()]
+    for number in range(3):
+        # Lightning appends the environment's callback to the list itself.
+        callbacks = hand_over(callbacks)
+        trainer = pytorch_lightning.Trainer(callbacks=callbacks, default_root_dir=tmp_path / str(number), **settings)
+        trainer.fit(LitNet(), Job(tmp_path, Batches(6)).loader())
+        ours = [c for c in trainer.callbacks if isinstance(c, GradWatch)]
+        assert [len(c.history) for c in ours] == [0] * (len(ours) - 1) + [6]
+        saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["callbacks"]
+        assert [key for key in saved if "gradwatch" in key] == ["gradwatch:gradwatch:environment"]
+    assert len(ours) == 3
+
+
+def test_the_norm_is_in_the_bar_and_not_among_the_scripts_metrics(tmp_path: Path) -> None:
+    class Bar(pytorch_lightning.callbacks.ProgressBar):
+        shown: list = []
+
+        def disable(self) -> None: ...
+
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            self.shown.append(self.get_metrics(trainer, pl_module))
+
+    bar, mine = Bar(), GradWatch(verbose=False, run_dir=False)
+    trainer = fit(tmp_path, pytorch_lightning, mine, bar, log_every_n_steps=1, enable_progress_bar=True)
+    norms = [m["gradwatch/norm"] for m in bar.shown if "gradwatch/norm" in m]
+    assert norms[:3] == [r.global_norm for r in mine.history[:3]]
+    assert "gradwatch/norm" not in {**trainer.callback_metrics, **trainer.progress_bar_metrics}
+    assert "get_metrics" not in vars(bar)
+    assert "gradwatch/norm" not in bar.get_metrics(trainer, trainer.lightning_module)
 
 
 def test_factories_give_callbacks_that_work_side_by_side(tmp_path: Path) -> None:
