@@ -39,25 +39,23 @@ class _Turns:
     def __init__(self, make_batch: Callable[[int], Any]) -> None:
         self.make_batch = make_batch
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.left, self.finished, self.count = 0, False, 0
+        self.steps, self.finished, self.count = 0, False, 0
         self.error: BaseException | None = None
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            if self.left == 0:
-                if self.count:
-                    self.done.release()
-                self.go.acquire()
-                if self.finished:
-                    return
-            self.left -= 1
-            self.count += 1
-            yield self.make_batch(self.count)
+            self.go.acquire()
+            if self.finished:
+                return
+            for _ in range(self.steps):
+                self.count += 1
+                yield self.make_batch(self.count)
+            self.done.release()
 
     def block(self, steps: int) -> float:
         """Let the arm take this many steps; return the process's CPU seconds."""
         start = time.process_time()
-        self.left = steps
+        self.steps = steps
         self.go.release()
         self.done.acquire()
         if self.error is not None:

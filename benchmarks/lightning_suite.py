@@ -3,12 +3,13 @@
 ```
 python benchmarks/lightning_suite.py CHECKOUT/tests             all of trainer, loops, precision, callbacks, models
 python benchmarks/lightning_suite.py CHECKOUT/tests --select callbacks/test_lambda_function.py
-python benchmarks/lightning_suite.py CHECKOUT/tests --everything      hooks, histograms and updates at every step
+python benchmarks/lightning_suite.py CHECKOUT/tests --everything           a third time, with all hooks at every step
 ```
 
-pytest runs twice over the same files, in processes of their own. Both times a callback is put into every Trainer
+pytest runs twice over the same files, in a process of its own each. Both times a callback is put into every Trainer
 through Lightning's entry point for callback factories: first an empty `Callback()`, then `GradWatch()`. Tests that
-compare the list of callbacks fail both times; what fails with GradWatch alone is GradWatch's doing.
+compare the list of callbacks fail both times; what fails with GradWatch alone is GradWatch's doing. `--everything`
+runs them once more with every measurement at every step, full backward hooks, and gradwatch's own faults as errors.
 Lightning's source distribution holds no tests: this wants a checkout of the installed version, and what its
 `requirements/pytorch/test.txt` names.
 """
@@ -66,21 +67,23 @@ class Comparison:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     files = chosen(options.tests, options.select)
+    names = ("empty", "gradwatch", *(["everything"] if options.everything else []))
+    arms: dict[str, Arm] = {}
     with tempfile.TemporaryDirectory() as place:
-        arms = {}
-        for name in ("empty", "everything" if options.everything else "gradwatch"):
+        for name in names:
             folder = Path(place) / name
             arms[name] = run_arm(name, options.tests, files, folder, k=options.k, timeout=options.timeout)
             print(f"{name}: {len(arms[name].outcomes)} tests in {arms[name].seconds:.0f} s", flush=True)
-    empty, watched = arms.values()
+    if options.json:
+        options.json.write_text(json.dumps({name: vars(arm) for name, arm in arms.items()}, indent=1))
+    empty = arms.pop("empty")
     if not empty.outcomes:
         print("No test ran: see pytest's own output above.")
         return 2
-    result = compare(empty, watched)
-    show(result, watched)
-    if options.json:
-        options.json.write_text(json.dumps({name: vars(arm) for name, arm in arms.items()}, indent=1))
-    return 1 if result.only_gradwatch else 0
+    results = {name: compare(empty, arm) for name, arm in arms.items()}
+    for name, result in results.items():
+        show(name, result, arms[name])
+    return 1 if any(result.only_gradwatch for result in results.values()) else 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -99,7 +102,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"files and folders under tests_pytorch; {' '.join(SELECTED)} unless given",
     )
     parser.add_argument("-k", metavar="EXPRESSION", help="pytest's own: tests whose names match")
-    parser.add_argument("--everything", action="store_true", help="measure all there is at every step, raise on faults")
+    parser.add_argument("--everything", action="store_true", help="once more, measuring all there is at every step")
     parser.add_argument(
         "--timeout", type=float, default=3600, metavar="SECONDS", help="for each run; 3600 unless given"
     )
@@ -220,10 +223,10 @@ def compare(empty: Arm, watched: Arm) -> Comparison:
     return Comparison({"tests": len(pairs), **counts}, only_empty, only_gradwatch)
 
 
-def show(result: Comparison, watched: Arm) -> None:
-    print("\n| | |\n|---|---|")
-    for name, count in result.counts.items():
-        print(f"| {name} | {count} |")
+def show(name: str, result: Comparison, watched: Arm) -> None:
+    print(f"\n| {name} | |\n|---|---|")
+    for outcome, count in result.counts.items():
+        print(f"| {outcome} | {count} |")
     print(f"| fits watched into a run folder | {watched.num_runs} |")
     listed(
         "failed with gradwatch alone", [f"{t}  {watched.errors.get(t, 'did not run')}" for t in result.only_gradwatch]

@@ -54,4 +54,5 @@ def _with_number(
     metrics: Callable[..., dict[str, Any]], name: str, read: Callable[[], float | None], *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
     shown, number = metrics(*args, **kwargs), read()
-    return shown if number is None else {**shown, name: number}
+    # In front, as Lightning's own: what the script logged stays the end of the line.
+    return shown if number is None else {name: number, **shown}

@@ -55,7 +55,12 @@ def private_base(tensor: Tensor, inputs: Iterable[Any]) -> Tensor | None:
 
 
 def hook_gradient(
-    tensor: Tensor, fn: GradientFunction, inputs: Iterable[Any] = (), module: nn.Module | None = None
+    tensor: Tensor,
+    fn: GradientFunction,
+    inputs: Iterable[Any] = (),
+    module: nn.Module | None = None,
+    *,
+    any_shape: bool = False,
 ) -> Any:
     """Call `fn` with the gradient of a tensor, as it is now, when backward computes it; return the handle.
 
@@ -65,11 +70,12 @@ def hook_gradient(
         inputs: of the module that made it.
         module: that made it. Of a plain `nn.Linear` it is certain that nothing else used the base, and one hook does;
             elsewhere (an auxiliary loss on the base, say) the view's own hook has the first word.
+        any_shape: `fn` takes the gradient in the base's shape as well, and returns None.
     """
     base = private_base(tensor, inputs)
     if base is None:
         return tensor.register_hook(fn)
-    both = _ViewGradient(fn, tensor.shape, base.output_nr)
+    both = _ViewGradient(fn, None if any_shape else tensor.shape, base.output_nr)
     node: Any = base.grad_fn
     handle = node.register_prehook(both.at_base)
     return handle if type(module) is nn.Linear else tensor.register_hook(both)
@@ -81,7 +87,7 @@ class _ViewGradient:
     __slots__ = ("fn", "output_nr", "shape", "task")
     __torch_unserializable__ = True
 
-    def __init__(self, fn: GradientFunction, shape: torch.Size, output_nr: int) -> None:
+    def __init__(self, fn: GradientFunction, shape: torch.Size | None, output_nr: int) -> None:
         self.fn, self.shape, self.output_nr = fn, shape, output_nr
         self.task = -1
 
@@ -96,7 +102,7 @@ class _ViewGradient:
         grad = grads[self.output_nr]
         if grad is None or (task != -1 and task == self.task):
             return None
-        new = self.fn(grad.reshape(self.shape))
+        new = self.fn(grad if self.shape is None else grad.reshape(self.shape))
         if new is None:
             return None
         return (*grads[: self.output_nr], new.reshape(grad.shape), *grads[self.output_nr + 1 :])

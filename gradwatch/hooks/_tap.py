@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnknownNameError, UnknownPathError
-from ..stats import flat_local, num_beyond, num_nonfinite
+from ..stats import flat_local, is_readable, num_beyond, num_nonfinite
 from ._gradients import hook_gradient
 from ._pytree import tensors_of
+from ._runs import graph_task_id
 from ._tap_full import Preflight, register_full_hook
-from ._tap_probe import BackwardProbe, ForwardProbe, GradProbe, PreForwardProbe, is_recompute
+from ._tap_probe import BackwardProbe, ForwardProbe, GradProbe, PreForwardProbe
 from ._tap_stats import Ledger, Memo, TapStats, measured_extent, measured_moments
 from ._tap_units import UnitWindows, is_relu_like, is_saturating, layout_after
 
@@ -44,6 +45,8 @@ class ModuleTap:
     Attributes:
         armed: statistics are being gathered.
         forward_order: paths in the order of their first call.
+        last_output: the last floating tensor of two or more dimensions that a module returned, without its graph; it is
+            the owner's to take.
 
     Raises:
         UnknownPathError: the model has no module at one of the paths.
@@ -70,19 +73,26 @@ class ModuleTap:
         self.armed = False
         self.period = 0
         self.forward_order: list[str] = []
+        self.last_output: Tensor | None = None
         self._aliases: dict[str, str] = {}
         first_path: dict[nn.Module, str] = {}
         for path in self.paths:
             if first_path.setdefault(known[path], path) != path:
                 self._aliases[path] = first_path[known[path]]
         self._modules = [known[path] for path in self.paths]
+        # Of a module with several paths the first counts; scripted ones take no hooks.
+        self._hooked = {
+            module: row
+            for row, (path, module) in enumerate(zip(self.paths, self._modules, strict=True))
+            if path not in self._aliases and not isinstance(module, torch.jit.ScriptModule)
+        }
         self._compiled = [path for path, module in known.items() if _is_compiled(module)]
         self._layouts = [layout_after(module) for module in self._modules]
         self._relu_like = [is_relu_like(module) for module in self._modules]
         self._saturating = [is_saturating(module) for module in self._modules]
         self._layout: str | None = None
         self._ledger = Ledger(len(self.paths))
-        self._memo = Memo()
+        self._moments, self._extents, self._counts = Memo(), Memo(), Memo()
         self._windows = UnitWindows()
         self._preflight = Preflight(len(self.paths)) if backend == "full" else None
         self._handles: list[Any] = []
@@ -104,9 +114,8 @@ class ModuleTap:
         self.period += 1
         handles: list[Any] = []
         try:
-            for row, (path, module) in enumerate(zip(self.paths, self._modules, strict=True)):
-                if path not in self._aliases and not isinstance(module, torch.jit.ScriptModule):
-                    self._register(row, module, handles)
+            for module, row in self._hooked.items():
+                self._register(row, module, handles)
         except BaseException:
             _remove(handles)
             raise
@@ -120,10 +129,15 @@ class ModuleTap:
         if self._has_full_hook(row):
             handles.extend(register_full_hook(module, BackwardProbe(self, row)))
 
+    def listens_to(self, module: nn.Module) -> bool:
+        """Return whether this module's calls are seen while the tap is armed."""
+        return module in self._hooked
+
     def disarm(self) -> None:
         """Take every hook off, and silence those that graphs still hold. What was gathered stays for `take`."""
         self.armed = False
-        self._memo.clear()
+        for memo in (self._moments, self._extents, self._counts):
+            memo.clear()
         _remove(self._handles)
         _remove(self._leaf_handles)
         if self._preflight is not None:
@@ -132,6 +146,7 @@ class ModuleTap:
     def close(self) -> None:
         """Disarm for ever and forget everything gathered."""
         self.disarm()
+        self.last_output = None
         self._ledger.clear()
         self._windows = UnitWindows()
         self._closed = True
@@ -187,17 +202,20 @@ class ModuleTap:
         if self.gate is not None and not self.gate():
             return
         try:
-            inputs, outputs = _distinct([args, kwargs]), _distinct(output)
+            inputs, outputs = _inputs(args, kwargs), _distinct(output)
+            full = self._preflight is not None and self._has_full_hook(row)
             for tensor in outputs:
-                if tensor.requires_grad and not self._has_full_hook(row):
-                    handle = hook_gradient(tensor, GradProbe(self, row), inputs, self._modules[row])
+                if tensor.requires_grad and not full:
+                    handle = hook_gradient(tensor, GradProbe(self, row), inputs, self._modules[row], any_shape=True)
                     if tensor.is_leaf:
                         self._leaf_handles.append(handle)
             if self._preflight is not None and self._needs_verdict(row):
                 self._preflight.on_forward(row, output)
-            if not is_recompute():
-                with torch.no_grad():
-                    self._measure(row, inputs, outputs)
+            # Inside backward activation checkpointing runs a forward again: it was counted.
+            if graph_task_id() == -1:
+                self._measure(row, inputs, outputs)
+                if outputs and outputs[0] is output and output.ndim >= 2 and output.is_floating_point():
+                    self.last_output = output.detach()
         except Exception as error:
             self._fail(row, "output", error)
 
@@ -206,13 +224,12 @@ class ModuleTap:
         if self.gate is not None and not self.gate():
             return
         try:
-            with torch.no_grad():
-                found = self._memo.find("extent", grad)
-                if found is None:
-                    piece = _piece(grad)
-                    found = (piece.numel(), measured_extent(piece))
-                    self._memo.keep("extent", grad, found)
-                self._ledger.add_grad(row, *found)
+            found = self._extents.find(grad)
+            if found is None:
+                piece = _piece(grad)
+                found = (piece.numel(), measured_extent(piece))
+                self._extents.keep(grad, found)
+            self._ledger.add_grad(row, *found)
             if self._preflight is not None:
                 self._preflight.on_grad(row)
         except Exception as error:
@@ -221,29 +238,25 @@ class ModuleTap:
     def _measure(self, row: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         self._layout = self._layouts[row] or self._layout
         for tensor in outputs:
-            found = self._memo.find("moments", tensor)
+            found = self._moments.find(tensor)
             if found is None:
                 piece = _piece(tensor)
                 found = (piece.numel(), measured_moments(piece))
-                self._memo.keep("moments", tensor, found)
+                self._moments.keep(tensor, found)
             self._ledger.add_output(row, *found)
             if self._relu_like[row]:
-                self._windows.see(row, _local(tensor), self._layout)
+                self._windows.see(row, _local(tensor).detach(), self._layout)
         for tensor in inputs:
-            self._measure_input(row, tensor)
-
-    def _measure_input(self, row: int, tensor: Tensor) -> None:
-        known = self._memo.find("moments", tensor)
-        found = (known[0], known[1][3]) if known else self._memo.find("nonfinite", tensor)
-        if found is None:
-            piece = _piece(tensor)
-            found = (piece.numel(), num_nonfinite(piece))
-            self._memo.keep("nonfinite", tensor, found)
-        self._ledger.add(row, "input_numel", found[0])
-        self._ledger.add(row, "input_nonfinite", found[1])
-        if self._saturating[row]:
-            self._ledger.add(row, "saturated", num_beyond(_piece(tensor), _SATURATED))
-            self._ledger.add(row, "saturated_numel", found[0])
+            known = self._moments.find(tensor)
+            found = (known[0], known[1][3]) if known else self._counts.find(tensor)
+            if found is None:
+                piece = _piece(tensor)
+                found = (piece.numel(), num_nonfinite(piece))
+                self._counts.keep(tensor, found)
+            self._ledger.add_input(row, *found)
+            if self._saturating[row]:
+                self._ledger.add(row, "saturated", num_beyond(_piece(tensor).detach(), _SATURATED))
+                self._ledger.add(row, "saturated_numel", found[0])
 
     def _fail(self, row: int, port: str, error: Exception) -> None:
         self._failures.setdefault(row, f"{port} could not be measured: {type(error).__name__}: {error}")
@@ -257,6 +270,11 @@ def _distinct(tree: Any) -> list[Tensor]:
     return list(found.values())
 
 
+def _inputs(args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the floating tensors among arguments, each once."""
+    return _distinct(args[0] if len(args) == 1 and not kwargs else [args, kwargs])
+
+
 def _local(tensor: Any) -> Tensor:
     """Return this rank's part. No collective may run in a hook: ranks need not all come by."""
     dtensor = sys.modules.get("torch.distributed.tensor")
@@ -268,7 +286,8 @@ def _local(tensor: Any) -> Tensor:
 
 
 def _piece(tensor: Tensor) -> Tensor:
-    return flat_local(_local(tensor).detach())
+    """Return a tensor's elements for measuring; for a kernel that looks at memory alone, the tensor itself."""
+    return tensor if is_readable(tensor) else flat_local(_local(tensor).detach())
 
 
 def _remove(handles: list[Any]) -> None:

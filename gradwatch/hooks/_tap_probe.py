@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 if TYPE_CHECKING:
     from ._tap import ModuleTap
 
-__all__ = ["BackwardProbe", "ForwardProbe", "GradProbe", "PreForwardProbe", "is_recompute"]
-
-
-def is_recompute() -> bool:
-    """Return whether a forward runs inside backward: activation checkpointing runs it again.
-
-    Private torch function, there since 1.13; without it a recompute counts twice.
-    """
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return current is not None and current() != -1
+__all__ = ["BackwardProbe", "ForwardProbe", "GradProbe", "PreForwardProbe"]
 
 
 class _Inert:
@@ -63,7 +54,7 @@ class PreForwardProbe(_Probe):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.compiler.is_compiling() and self.live:
+        if not is_compiling() and self.live:
             self.tap.on_enter(self.row, args, kwargs)
 
 
@@ -73,8 +64,9 @@ class ForwardProbe(_Probe):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and self.live:
-            self.tap.on_forward(self.row, args, kwargs, output)
+        tap = self.tap
+        if tap.armed and tap.period == self.period and not is_compiling():
+            tap.on_forward(self.row, args, kwargs, output)
 
 
 class GradProbe(_Probe):
@@ -84,8 +76,9 @@ class GradProbe(_Probe):
 
     def __call__(self, grad: Tensor | None) -> None:
         # None: torch's way to say zero, to a hook on an output of a fused function that nothing used.
-        if grad is not None and self.live:
-            self.tap.on_grad(self.row, grad)
+        tap = self.tap
+        if grad is not None and tap.armed and tap.period == self.period:
+            tap.on_grad(self.row, grad)
 
 
 class BackwardProbe(_Probe):

@@ -37,6 +37,8 @@ SUMS = (
 MAXIMA = ("output_absmax", "grad_absmax")
 """Columns of `TapStats.maxima`, merged by maximum."""
 _S = {name: i for i, name in enumerate(SUMS)}
+_OUTPUT_NUMEL, _GRAD_NUMEL = _S["output_numel"], _S["grad_numel"]
+_INPUT_NUMEL, _INPUT_NONFINITE = _S["input_numel"], _S["input_nonfinite"]
 
 Found = Tensor | tuple[float, ...]
 Floats = NDArray[np.float64]
@@ -109,17 +111,17 @@ class Memo:
     most inputs are outputs. Holds weak references only."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, int], tuple[ref[Tensor], int, Any]] = {}
+        self._seen: dict[int, tuple[ref[Tensor], int, Any]] = {}
 
-    def find(self, kind: str, tensor: Tensor) -> Any:
+    def find(self, tensor: Tensor) -> Any:
         """Return what was kept for this very tensor, or None."""
-        kept = self._seen.get((kind, id(tensor)))
+        kept = self._seen.get(id(tensor))
         if kept is None or kept[0]() is not tensor or kept[1] != _version(tensor):
             return None
         return kept[2]
 
-    def keep(self, kind: str, tensor: Tensor, value: Any) -> None:
-        self._seen[kind, id(tensor)] = (ref(tensor), _version(tensor), value)
+    def keep(self, tensor: Tensor, value: Any) -> None:
+        self._seen[id(tensor)] = (ref(tensor), _version(tensor), value)
 
     def clear(self) -> None:
         self._seen.clear()
@@ -147,34 +149,50 @@ class Ledger:
         self.clear()
 
     def clear(self) -> None:
-        self._host = np.zeros((self._rows, len(SUMS)))
-        self._host_max = np.zeros((self._rows, len(MAXIMA)))
+        # Lists: adding a number to an array costs as much as measuring a small tensor.
+        self._host = [[0.0] * len(SUMS) for _ in range(self._rows)]
+        self._host_max = [[0.0] * len(MAXIMA) for _ in range(self._rows)]
         self._device: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.empty = True
 
     def add_output(self, row: int, numel: int, found: Found) -> None:
         """Add moments of a tensor among a module's outputs."""
         self.empty = False
-        self._host[row, _S["output_numel"]] += numel
+        host = self._host[row]
+        host[_OUTPUT_NUMEL] += numel
         if isinstance(found, Tensor):
             sums, maxima = self._on(found.device)
             sums[row, :4] += found[:4]
             maxima[row, 0] = torch.maximum(maxima[row, 0], found[4])
-        else:
-            self._host[row, :4] += found[:4]
-            self._host_max[row, 0] = max(self._host_max[row, 0], found[4])
+            return
+        host[0] += found[0]
+        host[1] += found[1]
+        host[2] += found[2]
+        host[3] += found[3]
+        self._host_max[row][0] = max(self._host_max[row][0], found[4])
 
     def add_grad(self, row: int, numel: int, found: Found) -> None:
         """Add the extent of the gradient w.r.t. an output of a module."""
         self.empty = False
-        self._host[row, _S["grad_numel"]] += numel
+        host = self._host[row]
+        host[_GRAD_NUMEL] += numel
         if isinstance(found, Tensor):
             sums, maxima = self._on(found.device)
             sums[row, 4:6] += found[:2]
             maxima[row, 1] = torch.maximum(maxima[row, 1], found[2])
+            return
+        host[4] += found[0]
+        host[5] += found[1]
+        self._host_max[row][1] = max(self._host_max[row][1], found[2])
+
+    def add_input(self, row: int, numel: int, nonfinite: Tensor | float) -> None:
+        """Add the number of non-finite elements of a tensor among a module's inputs."""
+        if isinstance(nonfinite, Tensor):
+            self.add(row, "input_nonfinite", nonfinite)
         else:
-            self._host[row, 4:6] += found[:2]
-            self._host_max[row, 1] = max(self._host_max[row, 1], found[2])
+            self._host[row][_INPUT_NONFINITE] += nonfinite
+        self._host[row][_INPUT_NUMEL] += numel
+        self.empty = False
 
     def add(self, row: int, name: str, value: Tensor | float) -> None:
         """Add a number, or a 0-dim tensor, to one sum."""
@@ -182,11 +200,12 @@ class Ledger:
         if isinstance(value, Tensor) and value.device.type != "cpu":
             self._on(value.device)[0][row, _S[name]] += value
         else:
-            self._host[row, _S[name]] += float(value)
+            self._host[row][_S[name]] += float(value)
 
     def take(self, paths: Sequence[str]) -> TapStats:
         """Return everything added so far on one device, and begin again."""
-        sums, maxima = torch.from_numpy(self._host), torch.from_numpy(self._host_max)
+        sums = torch.tensor(self._host, dtype=torch.float64).reshape(-1, len(SUMS))
+        maxima = torch.tensor(self._host_max, dtype=torch.float64).reshape(-1, len(MAXIMA))
         for more_sums, more_maxima in self._device.values():
             here = more_sums.device if sums.device.type == "cpu" else sums.device
             sums = _moved(sums, here) + _moved(more_sums, here)

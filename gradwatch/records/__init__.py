@@ -6,7 +6,7 @@ Two things are kept apart in a column: a value that *is* nan, and a path that wa
 
 from __future__ import annotations
 
-from ._histogram import NUM_BINS, Histogram
+from ._histogram import NUM_BINS, Buckets, Histogram
 from ._incident import SEVERITIES, Finding, Incident
 from ._index import MODULE, PARAMETER, Bools, Floats, Index, select_paths
 from ._step import StepRecord, TreatmentReport, iter_scalars
@@ -18,6 +18,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "SEVERITIES",
     "Bools",
+    "Buckets",
     "Finding",
     "Floats",
     "Histogram",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from ._index import Floats
 
-__all__ = ["NUM_BINS", "Histogram"]
+__all__ = ["NUM_BINS", "Buckets", "Histogram"]
 
 NUM_BINS = 512
 """Bins of an exponent histogram: 256 exponents, then 256 more for the negative values."""
@@ -57,19 +58,45 @@ class Histogram:
         Neighbouring exponents are merged until at most `max_buckets` remain; the outer edges are those of the
         outermost filled bins. Both arrays are empty where every value is zero or non-finite.
         """
-        finite = self.magnitude_counts[1:255]
-        filled = np.flatnonzero(finite)
-        if not len(filled):
-            return np.zeros(0), np.zeros(0, np.int64)
-        low, high = int(filled[0]), int(filled[-1]) + 1
-        width = -(-(high - low) // max_buckets)
-        high = low + width * -(-(high - low) // width)
-        padded = np.zeros(high - low, np.int64)
-        part = finite[low : min(high, len(finite))]
-        padded[: len(part)] = part
-        counts = padded.reshape(-1, width).sum(axis=1)
-        edges = (np.arange(low, high + 1, width) + 1 - 127) * np.log10(2.0)
-        return edges, counts
+        return Buckets.of([self], max_buckets)[0]
 
     def merge(self, other: Histogram) -> Histogram:
         return Histogram(self.counts + other.counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Buckets:
+    """Log10 buckets of n histograms at once; each as by `Histogram.log10_buckets`.
+
+    Attributes:
+        edges: float64, shape (n, max_buckets + 1); of equal distance in each row.
+        counts: int64, shape (n, max_buckets); zeros behind the last bucket of a row.
+        lengths: int64, shape (n,): buckets in each row; 0 where every value is zero or non-finite.
+        rest: int64, shape (n, 2): zeros, and non-finite values.
+    """
+
+    edges: Floats
+    counts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    rest: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, histograms: Sequence[Histogram], max_buckets: int) -> Buckets:
+        both = np.array([h.magnitude_counts for h in histograms], np.int64).reshape(-1, 256)
+        finite = both[:, 1:255]
+        filled = finite > 0
+        low = filled.argmax(axis=1)
+        high = np.where(filled.any(axis=1), 254 - filled[:, ::-1].argmax(axis=1), low)
+        width = np.maximum(1, -(-(high - low) // max_buckets))
+        places = low[:, None] + width[:, None] * np.arange(max_buckets + 1)
+        below = np.concatenate([np.zeros((len(both), 1), np.int64), finite.cumsum(axis=1)], axis=1)
+        counts = np.diff(np.take_along_axis(below, np.minimum(places, 254), axis=1), axis=1)
+        edges = (places + 1 - 127) * np.log10(2.0)
+        return cls(edges, counts, -(-(high - low) // width), both[:, [0, 255]])
+
+    def __getitem__(self, row: int) -> tuple[Floats, NDArray[np.int64]]:
+        """Return one histogram's edges (k+1,) and counts (k,)."""
+        length = int(self.lengths[row])
+        if not length:
+            return np.zeros(0), np.zeros(0, np.int64)
+        return self.edges[row, : length + 1], self.counts[row, :length]

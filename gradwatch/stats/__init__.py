@@ -10,6 +10,7 @@ from ._exponents import exponent_histograms
 from ._gradients import Gradients
 from ._measure import GradientMeasures, GradientPieces, measure_gradients, measure_pieces
 from ._moments import MOMENTS, extent, host_extent, host_moments, moments, num_nonfinite
+from ._native import is_readable
 from ._norms import global_norm, second_look, tensor_norms, wide_dtype
 from ._shards import Shards, flat_local, reduce_max_, reduce_sum_
 from ._spread import row_spread
@@ -35,6 +36,7 @@ __all__ = [
     "gramian",
     "host_extent",
     "host_moments",
+    "is_readable",
     "kernel_backends",
     "measure_gradients",
     "measure_pieces",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._counting import num_nonzero
 from ._device import scanned
-from ._native import Native, native
+from ._native import Native, native_for
 from ._norms import local_norms, wide_dtype
 
 __all__ = ["MOMENTS", "extent", "host_extent", "host_moments", "moments", "num_nonfinite"]
@@ -67,13 +67,13 @@ def extent(piece: Tensor) -> Tensor:
 
 
 def host_moments(piece: Tensor) -> tuple[float, float, float, float, float]:
-    """Return `moments` of a CPU tensor as plain numbers, where reading is free."""
+    """Return `moments` of a CPU tensor of any shape as plain numbers, where reading is free."""
     numel = piece.numel()
     if not numel:
         return 0.0, 0.0, 0.0, 0.0, 0.0
     if kernels := _kernels(piece):
-        total, sumsq, nought, bad, most = kernels.moments([piece])[0].tolist()
-        return total, sumsq, nought, bad, most
+        return kernels.moments_of(piece)
+    piece = piece.detach()
     total = piece.sum(dtype=torch.promote_types(piece.dtype, torch.float32)).item()
     sumsq, nonfinite, absmax = host_extent(piece)
     zeros = numel - num_nonzero(piece)
@@ -83,12 +83,13 @@ def host_moments(piece: Tensor) -> tuple[float, float, float, float, float]:
 
 
 def host_extent(piece: Tensor) -> tuple[float, float, float]:
-    """Return `extent` of a CPU tensor as plain numbers."""
+    """Return `extent` of a CPU tensor of any shape as plain numbers."""
     if not piece.numel():
         return 0.0, 0.0, 0.0
     if kernels := _kernels(piece):
-        _, sumsq, _, bad, most = kernels.moments([piece])[0].tolist()
+        _, sumsq, _, bad, most = kernels.moments_of(piece)
         return sumsq, bad, most
+    piece = piece.detach()
     norm = local_norms([piece]).item()
     low, high = torch.aminmax(piece)
     nonfinite, absmax = 0, max(high.item(), -low.item())
@@ -104,7 +105,8 @@ def num_nonfinite(piece: Tensor) -> Tensor | float:
     if piece.device.type != "cpu":
         return (~torch.isfinite(piece)).sum()
     if kernels := _kernels(piece):
-        return float(kernels.moments([piece])[0, 3])
+        return kernels.moments_of(piece)[3]
+    piece = piece.detach()
     if float(local_norms([piece])) < float("inf"):
         return 0.0
     return float(piece.numel() - int(torch.isfinite(piece).sum()))
@@ -114,4 +116,4 @@ def _kernels(piece: Tensor) -> Native | None:
     # Large tensors are read faster by several threads of torch, if there are.
     if piece.numel() > _WORTH_THREADS and torch.get_num_threads() > 1:
         return None
-    return native([piece], worth=_WORTH_NATIVE)
+    return native_for(piece, worth=_WORTH_NATIVE)

@@ -16,28 +16,25 @@ static inline float widen_half(const uint16_t *x) {
 }
 static inline double widen_double(const double *x) { return *x; }
 
-#define SUM(NAME, TYPE, WIDEN, TERM)                                                   \
-    static double NAME(const TYPE *x, size_t n) {                                      \
+#define SQUARES(KIND, TYPE)                                                            \
+    static double squares_##KIND(const TYPE *x, size_t n) {                            \
         double lanes[LANES] = {0}, total = 0;                                          \
         size_t i = 0;                                                                  \
         for (; i + LANES <= n; i += LANES)                                             \
             for (int j = 0; j < LANES; j++) {                                          \
-                double value = WIDEN(x + i + j);                                       \
-                lanes[j] += TERM;                                                      \
+                double value = widen_##KIND(x + i + j);                                \
+                lanes[j] += value * value;                                             \
             }                                                                          \
         for (; i < n; i++) {                                                           \
-            double value = WIDEN(x + i);                                               \
-            total += TERM;                                                             \
+            double value = widen_##KIND(x + i);                                        \
+            total += value * value;                                                    \
         }                                                                              \
         for (int j = 0; j < LANES; j++) total += lanes[j];                             \
         return total;                                                                  \
     }
-SUM(sum_float, float, widen_float, value)
-SUM(sum_half, uint16_t, widen_half, value)
-SUM(sum_double, double, widen_double, value)
-SUM(squares_float, float, widen_float, value *value)
-SUM(squares_half, uint16_t, widen_half, value *value)
-SUM(squares_double, double, widen_double, value *value)
+SQUARES(float, float)
+SQUARES(half, uint16_t)
+SQUARES(double, double)
 
 static inline uint32_t code_float(const float *x) {
     uint32_t bits;
@@ -71,7 +68,17 @@ static void add_tables(uint32_t tables[4][512], int64_t *out) {
 }
 
 /* BITS, EXPONENT, SIGNLESS: the integer of WIDE's size, the mask of its exponent, all but its sign. A nan's bits are
-   above the exponent mask; magnitudes order as their bits do. A block stays in the first cache for all loops over it. */
+   above the exponent mask; magnitudes order as their bits do. A block stays in the first cache for both loops over it. */
+#define LOOK(KIND, at, j, BITS, EXPONENT)                                              \
+    {                                                                                  \
+        double value = widen_##KIND(at);                                               \
+        sums[j] += value, squares[j] += value * value;                                 \
+        BITS magnitude = magnitude_##KIND(at);                                         \
+        BITS number = magnitude > EXPONENT ? 0 : magnitude;                            \
+        zero[j] += magnitude == 0;                                                     \
+        bad[j] += magnitude >= EXPONENT;                                               \
+        most[j] = number > most[j] ? number : most[j];                                 \
+    }
 #define MOMENTS(KIND, TYPE, WIDE, BITS, EXPONENT, SIGNLESS)                            \
     static inline BITS magnitude_##KIND(const TYPE *x) {                               \
         WIDE value = widen_##KIND(x);                                                  \
@@ -86,21 +93,19 @@ static void add_tables(uint32_t tables[4][512], int64_t *out) {
         int64_t zeros = 0, nonfinite = 0;                                              \
         BITS largest = 0;                                                              \
         for (size_t start = 0; start < n; start += 4096) {                             \
-            size_t size = n - start < 4096 ? n - start : 4096;                         \
+            size_t size = n - start < 4096 ? n - start : 4096, i = 0;                  \
             const TYPE *block = x + start;                                             \
-            BITS zero = 0, bad = 0, most = 0;                                          \
-            sum += sum_##KIND(block, size);                                            \
-            square += squares_##KIND(block, size);                                     \
-            for (size_t i = 0; i < size; i++) {                                        \
-                BITS magnitude = magnitude_##KIND(block + i);                          \
-                BITS number = magnitude > EXPONENT ? 0 : magnitude;                    \
-                zero += magnitude == 0;                                                \
-                bad += magnitude >= EXPONENT;                                          \
-                most = number > most ? number : most;                                  \
+            double sums[LANES] = {0}, squares[LANES] = {0};                            \
+            BITS zero[LANES] = {0}, bad[LANES] = {0}, most[LANES] = {0};               \
+            for (; i + LANES <= size; i += LANES)                                      \
+                for (int j = 0; j < LANES; j++) LOOK(KIND, block + i + j, j, BITS, EXPONENT) \
+            for (; i < size; i++) LOOK(KIND, block + i, 0, BITS, EXPONENT)             \
+            for (int j = 0; j < LANES; j++) {                                          \
+                sum += sums[j], square += squares[j];                                  \
+                zeros += zero[j], nonfinite += bad[j];                                 \
+                largest = most[j] > largest ? most[j] : largest;                       \
             }                                                                          \
             if (counts) count_##KIND(block, size, tables);                             \
-            zeros += zero, nonfinite += bad;                                           \
-            largest = most > largest ? most : largest;                                 \
         }                                                                              \
         if (counts) add_tables(tables, counts);                                        \
         WIDE absmax;                                                                   \
@@ -149,6 +154,8 @@ static void moments(int type, const void *x, size_t n, double *out, int64_t *cou
     else if (type == 1) moments_half(x, n, out, counts);
     else moments_double(x, n, out, counts);
 }
+
+void gradwatch_moments_of(int type, const void *x, size_t n, double *out) { moments(type, x, n, out, NULL); }
 
 void gradwatch_moments(int type, size_t count, const void **tensors, const int64_t *numels, double *out) {
     for (size_t t = 0; t < count; t++) moments(type, tensors[t], (size_t)numels[t], out + 5 * t, NULL);

@@ -25,11 +25,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Native", "native"]
+__all__ = ["Native", "is_readable", "native", "native_for"]
 
 _SOURCE = Path(__file__).with_name("_native.c")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _PLAIN = (Tensor, torch.nn.Parameter)
+_Five = ctypes.c_double * 5
 _FLAGS = (["-O3", "-march=native"], ["-O3"])
 
 
@@ -42,6 +43,15 @@ class Native:
             function.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
             function.restype = None
             setattr(self, f"_{name}", function)
+        self._moments_of = library.gradwatch_moments_of
+        self._moments_of.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        self._moments_of.restype = None
+
+    def moments_of(self, piece: Tensor) -> tuple[float, float, float, float, float]:
+        """Return `moments` of a single tensor, of any shape, with less ado."""
+        out = _Five()
+        self._moments_of(_TYPES[piece.dtype], piece.data_ptr(), piece.numel(), out)
+        return out[0], out[1], out[2], out[3], out[4]
 
     def squares(self, pieces: Sequence[Tensor]) -> NDArray[np.float64]:
         """Return sums of squares, float64, shape (n,)."""
@@ -88,11 +98,25 @@ def native(pieces: Sequence[Tensor], *, worth: int) -> Native | None:
         return None
     if sum([piece.numel() for piece in pieces]) + 256 * len(pieces) < worth:
         return None
-    if any(type(piece) not in _PLAIN or piece.is_neg() for piece in pieces):
-        return None
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if any(type(piece) not in _PLAIN or piece.is_neg() for piece in pieces) or _has_peers():
         return None
     return _load()
+
+
+def native_for(piece: Tensor, *, worth: int) -> Native | None:
+    """Return what `native([piece], worth=worth)` does, sooner."""
+    if piece.numel() + 256 < worth or piece.dtype not in _TYPES or type(piece) not in _PLAIN or piece.is_neg():
+        return None
+    return None if _has_peers() else _load()
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Return whether the kernels could read this tensor as it lies in memory."""
+    return tensor.is_cpu and tensor.dtype in _TYPES and type(tensor) in _PLAIN and tensor.is_contiguous()
+
+
+def _has_peers() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @cache

@@ -34,7 +34,6 @@ class Meter:
         self._updates: UpdateMeter | None = None
         self._updates_step = -1
         self._update_positions = np.zeros(0, np.int64)
-        self._last: Tensor | None = None
         self._probe_handles: list[Any] = []
         self._ordered = False
         self.alert_until = -1
@@ -136,17 +135,23 @@ class Meter:
 
     def take_output(self) -> Tensor | None:
         """Return the last output that a module gave, as a stand-in for the model's, and let go of it."""
-        output, self._last = self._last, None
+        if self.tap is None:
+            return None
+        output, self.tap.last_output = self.tap.last_output, None
         return output
 
     def _arm_probe(self) -> None:
-        # The last module to finish gives the model's output; which one that is, only the pass itself tells.
+        # The last module to finish gives the model's output; which one that is, only the pass itself tells. So those
+        # that are not watched are asked too.
+        tap = self.tap
+        assert tap is not None
+
         def remember(module: nn.Module, args: Any, output: Any) -> None:
             if self._listens() and isinstance(output, Tensor) and output.ndim >= 2 and output.is_floating_point():
-                self._last = output.detach()
+                tap.last_output = output.detach()
 
         for path, module in self.model.named_modules():
-            if path:
+            if path and not tap.listens_to(module):
                 self._probe_handles.append(module.register_forward_hook(remember))
 
     def gradients(self, optimizers: Sequence[Optimizer], grad_scale: float | Tensor) -> Gradients:
@@ -229,7 +234,6 @@ class Meter:
         if self.local is not None:
             self.local.close()
         self._updates = None
-        self._last = None
 
 
 def detach_scalar(value: Any, device: torch.device) -> Tensor:

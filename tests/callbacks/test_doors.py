@@ -14,6 +14,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from gradwatch import ConfigError, GradwatchWarning, Watch
@@ -137,6 +138,16 @@ def test_the_norm_is_in_the_bar_and_not_among_the_scripts_metrics(tmp_path: Path
     assert "gradwatch/norm" not in {**trainer.callback_metrics, **trainer.progress_bar_metrics}
     assert "get_metrics" not in vars(bar)
     assert "gradwatch/norm" not in bar.get_metrics(trainer, trainer.lightning_module)
+
+
+def test_a_second_fit_of_a_trainer_is_in_its_tensorboard_too(tmp_path: Path) -> None:
+    logger = pytorch_lightning.loggers.TensorBoardLogger(tmp_path)
+    mine = GradWatch(verbose=False, run_dir=False, log_every=1, on_error="raise")
+    trainer = fit(tmp_path, pytorch_lightning, mine, logger=logger)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module, Job(tmp_path, Batches(6)).loader())
+    accumulator = EventAccumulator(logger.log_dir).Reload()
+    assert [event.step for event in accumulator.Scalars("gradwatch/global_norm")] == list(range(12))
 
 
 def test_factories_give_callbacks_that_work_side_by_side(tmp_path: Path) -> None:

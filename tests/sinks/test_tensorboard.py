@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gradwatch.errors import ConfigError, GradwatchError, GradwatchWarning
 from gradwatch.protocols import RunMeta, Sink
-from gradwatch.records import Histogram, Incident, StepRecord, TreatmentReport
+from gradwatch.records import Buckets, Histogram, Incident, StepRecord, TreatmentReport
 from gradwatch.sinks import SafeSinks, TensorBoardSink
 from gradwatch.sinks.tensorboard._values import signed_buckets
 
@@ -340,6 +340,40 @@ def test_number_of_stock_histograms_is_bounded(tmp_path):
     assert len(log.tensors("gradwatch/_histograms")[0]) == 6
 
 
+def test_stock_histograms_are_some_steps_apart_and_the_tab_gets_all(tmp_path):
+    counts = {"blocks.1.weight": histogram(n100=5)}
+    log = logged(tmp_path, [[record(step, histograms=counts) for step in range(12)]], histograms_apart=5)
+    stock = log.events.Histograms("gradwatch_histograms/blocks.1.weight")
+    assert [event.step for event in stock] == [0, 5, 10]
+    assert list(log.tensors("gradwatch/_histograms")) == list(range(12))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_buckets_of_many_histograms_are_those_of_neighbouring_exponents(seed):
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(9):
+        low, high = np.sort(rng.integers(0, 257, 2))
+        place = np.arange(512) % 256
+        made.append(Histogram(rng.integers(0, 3, 512) * ((low <= place) & (place < high))))
+    buckets = Buckets.of(made, 40)
+    for row, one in enumerate(made):
+        edges, merged = buckets[row]
+        exponents = np.flatnonzero(one.magnitude_counts[1:255])
+        assert buckets.rest[row].tolist() == [one.zeros, one.nonfinite]
+        assert merged.sum() == one.total - one.zeros - one.nonfinite
+        if not len(exponents):
+            assert (len(edges), len(merged)) == (0, 0)
+            continue
+        assert len(merged) <= 40
+        assert edges[0] == (exponents[0] - 126) * np.log10(2)
+        assert merged[0] > 0
+        assert merged[-1] > 0
+        centres = (np.arange(1, 255) - 127 + 0.5) * np.log10(2)
+        again, _ = np.histogram(centres, edges, weights=one.magnitude_counts[1:255])
+        assert again.tolist() == merged.tolist()
+
+
 def test_layout_is_written_once_into_a_sub_run_and_names_tags_that_exist(tmp_path):
     for _ in range(2):
         log = logged(tmp_path, [[record(0)]])
@@ -413,6 +447,17 @@ def test_writer_closed_first_at_the_end_of_a_run_is_no_error(tmp_path):
         sink.write(record(1))
 
 
+def test_a_writer_closed_after_one_run_is_written_on_in_the_next(tmp_path):
+    writer = SummaryWriter(str(tmp_path))
+    for step in (0, 1):
+        sink = TensorBoardSink(writer)
+        sink.open(RunMeta(start_step=step))
+        sink.write(record(step))
+        sink.close()
+        writer.close()
+    assert [step for step, _ in Log(tmp_path).scalars("gradwatch/global_norm")] == [0, 1]
+
+
 def test_writer_stays_open_and_its_users_own_tags_stay_whole(tmp_path):
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("loss", 1.0, 0)
@@ -444,6 +489,7 @@ def test_two_sinks_of_different_names_share_a_writer(tmp_path):
         pytest.param(
             {"histogram_scale": "log2"}, "`histogram_scale` must be 'log10' or 'signed'. Got 'log2'.", id="scale"
         ),
+        pytest.param({"histograms_apart": 0}, "`histograms_apart` must be at least 1. Got 0.", id="histograms-apart"),
         pytest.param({"max_histograms": -1}, "`max_histograms` must be at least 0. Got -1.", id="max-histograms"),
     ],
 )

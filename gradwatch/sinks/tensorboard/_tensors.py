@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...protocols import RunMeta
-from ...records import SCHEMA_VERSION, Bools, Floats, Histogram, Incident, Index, StepRecord
+from ...records import SCHEMA_VERSION, Bools, Buckets, Floats, Incident, Index, StepRecord
 from .._headline import FIELDS, newest
 from .._plain import dumps, plain
 from ._values import encode_missing, strings, tensor
 
-__all__ = ["BUCKETS", "Buckets", "PluginTensors"]
-
-Buckets = tuple[Floats, NDArray[np.int64]]
-"""Edges and counts of a histogram."""
+__all__ = ["BUCKETS", "PluginTensors"]
 
 BUCKETS = 40
 MAX_PATHS = 256
@@ -121,21 +117,17 @@ class PluginTensors:
         kinds = {"parameter": index.is_parameter, "module": index.is_module}
         return kinds.get(self._over[column], np.ones(len(index), np.bool_))
 
-    def histograms(self, record: StepRecord, buckets: Mapping[str, Buckets]) -> Any:
-        """Return all histograms of a record as one tensor, given the log10 buckets of each path."""
+    def histograms(self, record: StepRecord, buckets: Buckets) -> Any:
+        """Return all histograms of a record as one tensor, given their log10 buckets."""
         tag, places = f"{self.name}/_histograms", record.index.positions
-        rows = [_row(places[p], h, *buckets[p]) for p, h in record.histograms.items() if p in places]
-        array = np.array(rows, np.float32).reshape(-1, 5 + BUCKETS)
+        known = np.array([path in places for path in record.histograms], np.bool_)
+        array = np.zeros((int(known.sum()), 5 + BUCKETS), np.float32)
+        array[:, 0] = [places[path] for path in record.histograms if path in places]
+        array[:, 1:3] = buckets.rest[known]
+        begin, second = buckets.edges[known, 0], buckets.edges[known, 1]
+        array[:, 3:5] = np.where(buckets.lengths[known, None] > 0, np.stack([begin, second - begin], axis=1), 0.0)
+        array[:, 5:] = buckets.counts[known]
         return tensor(tag, array, self._content(tag, "histograms", buckets=BUCKETS))
-
-
-def _row(position: int, histogram: Histogram, edges: Floats, counts: NDArray[np.int64]) -> Floats:
-    row = np.zeros(5 + BUCKETS)
-    row[:3] = position, histogram.zeros, histogram.nonfinite
-    if len(counts):
-        row[3:5] = edges[0], edges[1] - edges[0]
-        row[5 : 5 + len(counts)] = counts
-    return row
 
 
 def _largest(values: Floats, measured: Bools) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,17 +37,26 @@ def text(tag: str, markdown: str) -> Any:
 def histogram(tag: str, edges: Floats, counts: NDArray[np.int64]) -> Any:
     """Return a value for the stock dashboard; its outer edges are its minimum and maximum."""
     middle = (edges[:-1] + edges[1:]) / 2
-    proto = HistogramProto(
-        min=float(edges[0]),
-        max=float(edges[-1]),
-        num=float(counts.sum()),
-        sum=float(middle @ counts),
-        sum_squares=float(middle**2 @ counts),
-        # The first bucket is taken to begin at `min` only when an empty one stands before it.
-        bucket_limit=edges.tolist(),
-        bucket=[0.0, *counts.astype(np.float64).tolist()],
+    square = middle**2
+    five = (edges[0], edges[-1], counts.sum(), middle @ counts, square @ counts)
+    # The first bucket is taken to begin at `min` only when an empty one stands before it.
+    bucket = np.concatenate([[0.0], counts])
+    length = _varint(8 * len(edges))
+    # On the wire, where an array is its own bytes: given number by number it would take ten times as long.
+    wire = b"".join(
+        [
+            *(bytes([field << 3 | 1]) + struct.pack("<d", number) for field, number in enumerate(five, start=1)),
+            *(bytes([6 << 3 | 2]), length, edges.astype("<f8").tobytes()),
+            *(bytes([7 << 3 | 2]), length, bucket.astype("<f8").tobytes()),
+        ]
     )
-    return Summary.Value(tag=tag, histo=proto)
+    return Summary.Value(tag=tag, histo=HistogramProto.FromString(wire))
+
+
+def _varint(number: int) -> bytes:
+    """Return a protocol buffer's variable-length integer."""
+    low, rest = number & 127, number >> 7
+    return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
 
 
 def tensor(tag: str, array: NDArray[Any], content: Mapping[str, Any] | None) -> Any:
