@@ -1,7 +1,7 @@
 """Run Lightning's own tests with GradWatch in every Trainer, and name those that fail with it alone.
 
 ```
-python benchmarks/lightning_suite.py CHECKOUT/tests             all of trainer, loops, precision, callbacks, models
+python benchmarks/lightning_suite.py CHECKOUT/tests       trainer, loops, precision, callbacks, models and tuner
 python benchmarks/lightning_suite.py CHECKOUT/tests --select callbacks/test_lambda_function.py
 python benchmarks/lightning_suite.py CHECKOUT/tests --everything           a third time, with all hooks at every step
 ```
@@ -33,7 +33,7 @@ from _lightning_arm import GROUPS
 
 __all__ = ["Arm", "compare", "run_arm"]
 
-SELECTED = ("trainer", "loops", "plugins/precision", "callbacks", "models")
+SELECTED = ("trainer", "loops", "plugins/precision", "callbacks", "models", "tuner")
 BAD = ("failed", "crashed")
 
 
