@@ -259,7 +259,8 @@ class GradWatch(SessionDoor, _Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._session is None:
             return
-        self._session.finish()
+        self._session.finish(self._scalars)
+        self._scalars = {}
         if self._verbose and trainer.is_global_zero and not trainer.fast_dev_run:
             print(self._session.summary())
             if self._session.run_dir is not None:

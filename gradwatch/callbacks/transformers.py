@@ -224,7 +224,8 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         session = self._session
         if session is None or session.closed:
             return
-        session.finish()
+        session.finish(self._scalars)
+        self._scalars = {}
         self.close()
         if self._verbose and state.is_world_process_zero:
             print(session.summary())

@@ -181,11 +181,16 @@ class RuleEngine:
                 if first_path is not None:
                     slot.case.first_path = first_path
 
-    def finish(self, step: int) -> tuple[Incident, ...]:
-        """Judge the end of the run, at `step`; return the incidents that opened."""
+    def finish(self, step: int, scalars: Mapping[str, float] | None = None) -> tuple[Incident, ...]:
+        """Judge the end of the run, at `step`; return the incidents that opened.
+
+        Args:
+            scalars: what was learnt after the last record (a last validation).
+        """
         if self._index is None:
             return ()
-        return self.judge(StepRecord(step=step, index=self._index, has_loss=False, scalars={"end_of_run": 1.0})).opened
+        last = {**(scalars or {}), "end_of_run": 1.0}
+        return self.judge(StepRecord(step=step, index=self._index, has_loss=False, scalars=last)).opened
 
     def coverage(self) -> list[RuleCoverage]:
         """Return, for each rule, how often it was judged, and why it was not."""

@@ -93,9 +93,13 @@ def replay(run: Recorded, book: Any, *, on_error: str = "warn") -> Replay:
             _annotate(engines, waiting.pop(0))
         _judge(engines[number], record, result)
         last_step = max(last_step, record.step)
+    closing: dict[str, float] = {}
+    for told in run.annotations:
+        if told["after_step"] >= last_step:
+            closing = told.get("closing", closing)
     for engine in engines.values():
         if run.complete:
-            engine.finish(last_step)
+            engine.finish(last_step, closing)
         result.coverage += engine.coverage()
     result.incidents = sorted((i for e in engines.values() for i in e.incidents), key=lambda i: i.first_step)
     if run.thinned:
@@ -119,6 +123,8 @@ def _judge(engine: RuleEngine, record: StepRecord, result: Replay) -> None:
 
 
 def _annotate(engines: dict[int, RuleEngine], told: dict[str, Any]) -> None:
+    if "closing" in told:  # of a session that ended before this one began
+        return
     for engine in engines.values():
         engine.annotate(
             told.get("text", ""),

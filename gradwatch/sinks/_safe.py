@@ -91,7 +91,7 @@ class SafeSinks:
                 self._guard(sink, "writing the summary", lambda s: s.summary(text))
 
     def annotate(self, **annotation: Any) -> None:
-        """Hand an annotation (`text`, `silence`, `paths`, `rules`) to the sinks that keep them, for replay."""
+        """Hand an annotation (`text`, `silence`, `paths`, `rules`; or `closing`) to sinks that keep them for replay."""
         for sink in self.sinks:
             if hasattr(sink, "annotate"):
                 self._guard(sink, "writing an annotation", lambda s: s.annotate(**annotation))

@@ -308,12 +308,12 @@ class Engine:
             self.completion.push(draft)
         self.completion.drain(wait=self.waits)
 
-    def finish(self) -> None:
-        """End the run: complete every record, and let rules that judge a whole run speak."""
+    def finish(self, scalars: Mapping[str, float]) -> None:
+        """End the run: complete every record, let rules that judge a whole run speak; see `Session.finish`."""
         self.finish_step()
         self.completion.drain(wait=True)
         with self.guard("rules at the end of the run"):
-            self.judge.finish(self._step)
+            self.judge.finish(self._step, scalars)
 
     def close(self) -> None:
         """Take everything off the model and the optimizers. May be called twice."""

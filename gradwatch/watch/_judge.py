@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..records import Incident, StepRecord
@@ -49,10 +49,10 @@ class Judge:
         """Return the largest global norms that rules would accept now, by the rules' names."""
         return self.engine(optimizer).limits()
 
-    def finish(self, step: int) -> None:
-        """Let rules that judge a whole run speak."""
+    def finish(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Let rules that judge a whole run speak, having told them what was learnt since the last record."""
         for engine in self._engines.values():
-            for incident in engine.finish(step):
+            for incident in engine.finish(step, scalars):
                 self._on_incident(incident)
 
     def annotate(self, text: str, *, silence: int, paths: str | Sequence[str], rules: str | Sequence[str]) -> None:

@@ -274,9 +274,16 @@ class Session:
         if self.tasks is not None and self._tasks_state is not None:
             self.tasks.load_state_dict(self._tasks_state)
 
-    def finish(self) -> None:
-        """End the run well: the last records, rules that judge the whole run, the summary."""
-        self.engine.finish()
+    def finish(self, scalars: Mapping[str, float] | None = None) -> None:
+        """End the run well: the last records, rules that judge the whole run, the summary.
+
+        Args:
+            scalars: what was learnt after the last step (a last validation).
+        """
+        scalars = scalars or {}
+        self.engine.finish(scalars)
+        if scalars:
+            self.sinks.annotate(closing=dict(scalars))
         self._tell()
         self.sinks.summary(self.summary())
 

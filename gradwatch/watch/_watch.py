@@ -262,7 +262,8 @@ class Watch:
         self._refuse(late)
 
     def validation(self, loss: Any = None, **metrics: Any) -> None:
-        """Hand over validation values; they stand on the next step's record as `val_loss` and `val_<metric>`."""
+        """Hand over validation values; they stand on the next step's record as `val_loss` and `val_<metric>`;
+        after the last step, rules hear of them when the run ends."""
         given = metrics if loss is None else {"loss": loss, **metrics}
         for key, value in given.items():
             number = float(value.detach()) if isinstance(value, Tensor) else float(value)
@@ -312,7 +313,7 @@ class Watch:
         if self._forward_handle is not None:
             self._forward_handle.remove()
         if not self.session.closed:
-            self.session.finish()
+            self.session.finish(self._extra)
         self.session.close()
 
     def __enter__(self) -> Watch:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gradwatch import GradwatchWarning
 from gradwatch.callbacks import GradWatch
 from gradwatch.errors import TrainingStopped
-from gradwatch.rules import NonFinite
+from gradwatch.rules import Expression, NonFinite
 from gradwatch.treatments import Checkpoint, LowerLearningRate, Stop
 
 EVERYTHING = {"activations_every": 1, "updates_every": 1, "histograms_every": 1, "log_every": 1}
@@ -353,6 +353,13 @@ def test_the_callback_survives_pickle_and_deepcopy_before_and_after_a_fit(tmp_pa
         assert twin.state_key == "gradwatch:gradwatch"
         copy.deepcopy(watch)
         trainer(tmp_path, watch).fit(Net(), loader())
+
+
+def test_the_validation_after_the_last_step_is_judged(tmp_path: Path) -> None:
+    watch = quiet(rules=[Expression("val_loss >= 0", name="validated")], run_dir=False)
+    trainer(tmp_path, watch).fit(Net(), loader(), loader(2))
+    (incident,) = watch.incidents
+    assert (incident.name, incident.first_step) == ("validated", 11)
 
 
 class Forgetful(Net):

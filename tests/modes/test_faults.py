@@ -14,20 +14,21 @@ pytestmark = pytest.mark.slow
 
 DIES = """
 import os, sys, datetime, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from gradwatch import Watch
 from tests.modes.reference import Net, batches, loss_of, mine, sgd
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2,
+rank, folder, rules, mode, death = int(sys.argv[1]), *sys.argv[2:]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
                         timeout=datetime.timedelta(seconds=20))
-model = DistributedDataParallel(Net())
+model = fully_shard(Net()) if mode == "fsdp" else DistributedDataParallel(Net())
 optimizer = sgd(model)
-with Watch(model, optimizer, rules=sys.argv[3]) as watch:
+with Watch(model, optimizer, rules=rules, run_dir=f"{folder}/run", log_every=1) as watch:
     for step, (pair,) in enumerate(batches(2)):
         loss = loss_of(model, mine(pair, rank))
         loss.backward()
         if step == 3 and rank == 1:
-            os._exit(7)
+            os._exit(7) if death == "exit" else os.kill(os.getpid(), 9)
         watch.step(loss=loss)
         optimizer.zero_grad()
 """
@@ -56,17 +57,31 @@ def start(code: str, *args: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("rules", ["default", "autoclip"])
-def test_when_a_rank_dies_the_other_ends_with_torchs_own_error(rules: str, tmp_path: Path) -> None:
-    ranks = [start(DIES, str(rank), str(tmp_path / "store"), rules) for rank in range(2)]
+@pytest.mark.parametrize(
+    ("rules", "mode", "death"),
+    [
+        pytest.param("default", "ddp", "exit", id="default"),
+        pytest.param("autoclip", "ddp", "exit", id="autoclip"),
+        pytest.param("autoclip", "ddp", "kill", id="killed"),
+        pytest.param("autoclip", "fsdp", "exit", id="fsdp"),
+    ],
+)
+def test_when_a_rank_dies_the_other_ends_with_torchs_own_error(
+    rules: str, mode: str, death: str, tmp_path: Path
+) -> None:
+    from gradwatch.runs import read_run
+
+    ranks = [start(DIES, str(rank), str(tmp_path), rules, mode, death) for rank in range(2)]
     try:
         outputs = [rank.communicate(timeout=150)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert ranks[1].returncode == 7, outputs[1]
+    assert ranks[1].returncode == (7 if death == "exit" else -signal.SIGKILL), outputs[1]
     assert ranks[0].returncode not in (0, None), outputs[0]
     assert "gloo" in outputs[0].lower(), outputs[0]
+    # What was measured before is all there.
+    assert [r.step for r in read_run(tmp_path / "run").records()] == [0, 1, 2]
 
 
 def test_what_was_written_before_a_kill_can_be_read(tmp_path: Path) -> None:

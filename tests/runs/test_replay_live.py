@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from gradwatch.rules import Expression
 from gradwatch.runs import read_run, replay
 from gradwatch.watch import Watch
 
@@ -36,3 +37,19 @@ def test_replay_of_a_watched_run_equals_its_incidents_exactly(tmp_path, rules, f
     assert bool(fault) <= bool(watch.incidents)
     assert replay(run, rules).differences(watch.incidents) == []
     assert {(i.rule, i.first_step) for i in run.incidents} == {(i.rule, i.first_step) for i in watch.incidents}
+
+
+def test_a_validation_after_the_last_step_is_heard_live_and_in_a_replay(tmp_path):
+    rules = [Expression("val_loss > 5", name="bad_validation")]
+    model = nn.Linear(4, 1)
+    with Watch(model, torch.optim.SGD(model.parameters(), lr=0.01), rules=rules, run_dir=tmp_path) as watch:
+        for _ in range(3):
+            loss = model(torch.randn(8, 4)).square().mean()
+            loss.backward()
+            watch.step(loss=loss)
+            model.zero_grad()
+        watch.validation(loss=9.0)
+    (incident,) = watch.incidents
+    assert (incident.name, incident.value, incident.first_step) == ("bad_validation", 9.0, 2)
+    assert replay(read_run(tmp_path), rules).differences(watch.incidents) == []
+    assert len(replay(read_run(tmp_path), rules)) == 1

@@ -1,0 +1,124 @@
+"""What a group of ranks runs to save an FSDP2 training, and one of another size to go on with it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from gradwatch import Watch
+from gradwatch.rules import Exploding, NonFinite
+from gradwatch.treatments import ClipToLimit, SkipStep, ZClip
+from tests.modes.ranks import equal_on_all_ranks, main
+from tests.modes.reference import Net, batches, loss_of, same, sgd
+
+STEPS, SAVED_AFTER = 44, 30
+# One that is over when the run is saved, one that goes on, one that comes after.
+NOT_FINITE, SPIKES = (4, 29, 40), {24: 1e4, 36: 1e4}
+
+
+def watched(net: nn.Module, optimizer: torch.optim.Optimizer, treatments: Any = ()) -> Watch:
+    rules = [
+        Exploding(then=[ClipToLimit()], keep_firing_for=3),
+        NonFinite(then=[SkipStep(max_consecutive=10)], keep_firing_for=3),
+    ]
+    return Watch(net, optimizer, rules=rules, treatments=treatments, on_error="raise", updates_every=1)
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    """Return the batches of the whole, in float64: as many rows whatever the number of ranks."""
+    return [(pair[0].double(), pair[1].double()) for (pair,) in batches(4, STEPS)]
+
+
+def go(
+    net: nn.Module, watch: Watch, optimizer: torch.optim.Optimizer, steps: Iterable[int], rank: int, world: int
+) -> None:
+    """Train with this rank's share of each batch; where a batch is bad it is bad on the last rank."""
+    for step in steps:
+        pair = tuple(t.chunk(world)[rank] for t in data()[step])
+        loss = loss_of(net, pair) * SPIKES.get(step, 1.0)
+        if step in NOT_FINITE and rank == world - 1:
+            loss = loss * math.nan
+        loss.backward()
+        watch.step(loss=loss)
+        optimizer.zero_grad()
+
+
+def built(world: int) -> tuple[nn.Module, torch.optim.Optimizer, Watch]:
+    net = Net().double()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in net.body:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    optimizer = sgd(net)
+    return net, optimizer, watched(net, optimizer, ZClip(warmup=20))
+
+
+def save(rank: int, world: int, folder: Path) -> None:
+    """Train to `SAVED_AFTER` and write everything with `torch.distributed.checkpoint`."""
+    net, optimizer, watch = built(world)
+    go(net, watch, optimizer, range(SAVED_AFTER), rank, world)
+    equal_on_all_ranks(same(watch.history))
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    buffer = io.BytesIO()
+    torch.save(watch.state_dict(), buffer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state, "watch": buffer}, checkpoint_id=folder / "saved")
+    watch.close()
+
+
+def resume(rank: int, world: int, folder: Path) -> None:
+    """Go on from what lies in `folder / "saved"`, and tell what was seen."""
+    net, optimizer, watch = built(world)
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "watch": io.BytesIO()}
+    dcp.load(state, checkpoint_id=folder / "saved")
+    set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    state["watch"].seek(0)
+    watch.load_state_dict(torch.load(state["watch"], weights_only=True))
+    assert watch.num_steps == SAVED_AFTER
+    go(net, watch, optimizer, range(SAVED_AFTER, STEPS), rank, world)
+    watch.close()
+    equal_on_all_ranks(same(watch.history))
+    equal_on_all_ranks([str(i) for i in watch.incidents])
+    if rank == 0:
+        (folder / "seen.json").write_text(json.dumps(told(watch)))
+
+
+def told(watch: Watch) -> dict[str, Any]:
+    """Return what must not depend on the number of ranks, nor on where the run was cut."""
+    return {
+        "num_steps": watch.num_steps,
+        "num_skipped": watch.session.engine.completion.num_skipped,
+        "incidents": [
+            [i.rule, i.first_step, i.last_step, i.resolved_step, sorted(i.paths), list(i.treatments)]
+            for i in watch.incidents
+        ],
+        "steps": [
+            {
+                "step": r.step,
+                "skipped": r.skipped,
+                "norms": [r.global_norm, *r.columns["grad_norm"][r.measured("grad_norm")].tolist()],
+                "after": r.global_norm_after,
+                "limit": r.scalars.get("limit", math.nan),
+                "loss": r.loss,
+                "treated": [[t.name, t.applied] for t in r.treatments],
+            }
+            for r in watch.history
+        ],
+    }
+
+
+CASES = {"save": save, "resume": resume}
+
+if __name__ == "__main__":
+    main(CASES)
