@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, GradwatchWarning
@@ -22,13 +22,15 @@ class RuleEngine:
     Args:
         book: the rules.
         on_error: "warn": a rule that raises gives one warning and is disabled; "raise": it raises.
+        new_id: gives each incident its number, where several engines judge one run; None: they are counted.
     """
 
-    def __init__(self, book: RuleBook, *, on_error: str = "warn") -> None:
+    def __init__(self, book: RuleBook, *, on_error: str = "warn", new_id: Callable[[], int] | None = None) -> None:
         if on_error not in ("warn", "raise"):
             raise ConfigError(f"`on_error` must be 'warn' or 'raise'. Got {on_error!r}.")
         self.book = book
         self._on_error = on_error
+        self._new_id = new_id or (lambda: self.num_incidents)
         self._slots = [Slot(rule) for rule in book.rules]
         by_name = {slot.rule.name: slot for slot in self._slots}
         sources = {s.rule.name: [by_name[r.name] for r in book.sources(s.rule)] for s in self._slots}
@@ -55,6 +57,11 @@ class RuleEngine:
     def incidents(self) -> list[Incident]:
         """All incidents so far as they stand, in the order in which they began."""
         return sorted([*self._past, *(case.incident() for case in self._cases)], key=lambda i: i.id)
+
+    @property
+    def num_incidents(self) -> int:
+        """How many incidents there have been."""
+        return len(self._past) + len(self._cases)
 
     @property
     def annotations(self) -> list[tuple[int, str]]:
@@ -138,7 +145,7 @@ class RuleEngine:
         return known[name]
 
     def _new_case(self, rule: Any, step: int) -> Case:
-        case = Case(id=len(self._past) + len(self._cases), rule=rule, first_step=step, last_step=step)
+        case = Case(id=self._new_id(), rule=rule, first_step=step, last_step=step)
         self._cases.append(case)
         return case
 

@@ -88,7 +88,7 @@ def replay(run: Recorded, book: Any, *, on_error: str = "warn") -> Replay:
         # Optimizers that step on their own (a GAN's) are judged apart, as they were live.
         number = int(record.scalars.get("optimizer", 0))
         if number not in engines:
-            engines[number] = RuleEngine(book, on_error=on_error)
+            engines[number] = RuleEngine(book, on_error=on_error, new_id=lambda: _count(engines))
         while waiting and waiting[0]["after_step"] < record.step:
             _annotate(engines, waiting.pop(0))
         _judge(engines[number], record, result)
@@ -107,6 +107,10 @@ def replay(run: Recorded, book: Any, *, on_error: str = "warn") -> Replay:
             "Columns of some early steps were dropped to keep the folder small; rules did not see them."
         )
     return result
+
+
+def _count(engines: dict[int, RuleEngine]) -> int:
+    return sum(engine.num_incidents for engine in engines.values())
 
 
 def _judge(engine: RuleEngine, record: StepRecord, result: Replay) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..records import Incident, StepRecord
@@ -31,12 +32,16 @@ class Judge:
     def engine(self, optimizer: int = 0) -> RuleEngine:
         """Return the rule engine of one optimizer, made when it is first asked for."""
         if optimizer not in self._engines:
-            engine = RuleEngine(self.book, on_error=self._on_error)
+            engine = RuleEngine(self.book, on_error=self._on_error, new_id=self._new_id)
             state = self._waiting.pop(str(optimizer), None)
             if state is not None:
                 engine.load_state_dict(state)
             self._engines[optimizer] = engine
         return self._engines[optimizer]
+
+    def _new_id(self) -> int:
+        waiting = sum(len(state["incidents"]) + len(state["cases"]) for state in self._waiting.values())
+        return len(self._own) + waiting + sum(engine.num_incidents for engine in self._engines.values())
 
     def judge(self, record: StepRecord, phase: str = "all") -> Judgement:
         """Judge a record: its early rules before the step, its late ones (that need the update) after it."""
@@ -66,6 +71,7 @@ class Judge:
 
     def report(self, incident: Incident) -> None:
         """Add an incident of gradwatch's own, such as a treatment that failed."""
+        incident = replace(incident, id=self._new_id())
         self._own.append(incident)
         self._on_incident(incident)
 

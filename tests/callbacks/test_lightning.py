@@ -16,6 +16,7 @@ from gradwatch import GradwatchWarning
 from gradwatch.callbacks import GradWatch
 from gradwatch.errors import TrainingStopped
 from gradwatch.rules import Expression, NonFinite
+from gradwatch.runs import read_run
 from gradwatch.treatments import Checkpoint, LowerLearningRate, Stop
 
 EVERYTHING = {"activations_every": 1, "updates_every": 1, "histograms_every": 1, "log_every": 1}
@@ -360,6 +361,15 @@ def test_the_validation_after_the_last_step_is_judged(tmp_path: Path) -> None:
     trainer(tmp_path, watch).fit(Net(), loader(), loader(2))
     (incident,) = watch.incidents
     assert (incident.name, incident.first_step) == ("validated", 11)
+
+
+def test_incidents_of_two_optimizers_are_told_apart(tmp_path: Path) -> None:
+    watch = quiet(rules=[Expression("global_norm >= 0", name="seen")], run_dir=tmp_path / "run")
+    trainer(tmp_path, watch).fit(Gan(), loader(6))
+    told = read_run(tmp_path / "run").incidents
+    assert [i.name for i in told] == ["seen", "seen"]
+    assert len({i.id for i in told}) == 2
+    assert {i.id for i in watch.incidents} == {i.id for i in told}
 
 
 class Forgetful(Net):

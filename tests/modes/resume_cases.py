@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ NOT_FINITE, SPIKES = (4, 29, 40), {24: 1e4, 36: 1e4}
 
 def watched(net: nn.Module, optimizer: torch.optim.Optimizer, treatments: Any = ()) -> Watch:
     rules = [
-        Exploding(then=[ClipToLimit()], keep_firing_for=3),
-        NonFinite(then=[SkipStep(max_consecutive=10)], keep_firing_for=3),
+        Exploding(then=[ClipToLimit()], keep_firing_for=3, cooldown=0),
+        NonFinite(then=[SkipStep(max_consecutive=10)], keep_firing_for=3, cooldown=0),
     ]
     return Watch(net, optimizer, rules=rules, treatments=treatments, on_error="raise", updates_every=1)
 
@@ -42,14 +42,18 @@ def data() -> list[tuple[Tensor, Tensor]]:
 
 def go(
     net: nn.Module, watch: Watch, optimizer: torch.optim.Optimizer, steps: Iterable[int], rank: int, world: int
-) -> None:
-    """Train with this rank's share of each batch; where a batch is bad it is bad on the last rank."""
+) -> Iterator[int]:
+    """Train with this rank's share of each batch; where a batch is bad it is bad on the last rank.
+
+    Yields the step while its gradients lie complete in `.grad`, before they are looked at.
+    """
     for step in steps:
         pair = tuple(t.chunk(world)[rank] for t in data()[step])
         loss = loss_of(net, pair) * SPIKES.get(step, 1.0)
         if step in NOT_FINITE and rank == world - 1:
             loss = loss * math.nan
         loss.backward()
+        yield step
         watch.step(loss=loss)
         optimizer.zero_grad()
 
@@ -67,7 +71,7 @@ def built(world: int) -> tuple[nn.Module, torch.optim.Optimizer, Watch]:
 def save(rank: int, world: int, folder: Path) -> None:
     """Train to `SAVED_AFTER` and write everything with `torch.distributed.checkpoint`."""
     net, optimizer, watch = built(world)
-    go(net, watch, optimizer, range(SAVED_AFTER), rank, world)
+    list(go(net, watch, optimizer, range(SAVED_AFTER), rank, world))
     equal_on_all_ranks(same(watch.history))
     model_state, optimizer_state = get_state_dict(net, optimizer)
     buffer = io.BytesIO()
@@ -86,7 +90,7 @@ def resume(rank: int, world: int, folder: Path) -> None:
     state["watch"].seek(0)
     watch.load_state_dict(torch.load(state["watch"], weights_only=True))
     assert watch.num_steps == SAVED_AFTER
-    go(net, watch, optimizer, range(SAVED_AFTER, STEPS), rank, world)
+    list(go(net, watch, optimizer, range(SAVED_AFTER, STEPS), rank, world))
     watch.close()
     equal_on_all_ranks(same(watch.history))
     equal_on_all_ranks([str(i) for i in watch.incidents])

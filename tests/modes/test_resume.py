@@ -6,12 +6,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from gradwatch.treatments import ZClip
 from tests.modes.ranks import run_group
 from tests.modes.reference import Net, sgd
-from tests.modes.resume_cases import NOT_FINITE, SAVED_AFTER, SPIKES, STEPS, data, go, told, watched
+from tests.modes.resume_cases import NOT_FINITE, SAVED_AFTER, SPIKES, STEPS, go, told, watched
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -30,16 +29,52 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def never_cut():
-    """One process in float64 over the whole batches; its norms by arithmetic of their own beside the watch's."""
+    """One process in float64 over the whole batches, with norms by arithmetic of its own."""
     net = Net().double()
     optimizer = sgd(net)
     watch = watched(net, optimizer, ZClip(warmup=20))
-    norms = []
-    for step in range(STEPS):
-        handle = optimizer.register_step_pre_hook(lambda *_: None)
-        net.last.weight.register_hook(lambda g: None)
-        handle.remove()
-        go(net, watch, optimizer, [step], 0, 1)
-        norms.append(watch.history[-1].global_norm if watch.history else math.nan)
+    norms = [
+        [float(p.grad.square().sum().sqrt()) for p in net.parameters()]
+        for _ in go(net, watch, optimizer, range(STEPS), 0, 1)
+    ]
     watch.close()
-    return told(watch)
+    return told(watch), norms
+
+
+def near(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6) or (math.isnan(a) and math.isnan(b))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 4), (1, 2)], ids=lambda n: str(n))
+def test_fsdp_goes_on_with_another_number_of_ranks(before: int, after: int, saved, never_cut, tmp_path: Path) -> None:
+    place = tmp_path / "resume"
+    place.mkdir()
+    (place / "saved").symlink_to(saved(before))
+    wrong = run_group("tests.modes.resume_cases", after, tmp_path, ["resume"])["resume"]
+    assert not wrong, wrong
+    seen = json.loads((place / "seen.json").read_text())
+    wanted, norms = never_cut
+
+    assert seen["num_steps"] == wanted["num_steps"] == STEPS
+    assert seen["num_skipped"] == wanted["num_skipped"] == len(NOT_FINITE)
+    assert seen["incidents"] == json.loads(json.dumps(wanted["incidents"]))
+    assert [step["step"] for step in seen["steps"]] == list(range(SAVED_AFTER, STEPS))
+    for got, want in zip(seen["steps"], wanted["steps"][SAVED_AFTER:], strict=True):
+        assert (got["skipped"], got["treated"]) == (want["skipped"], [list(t) for t in want["treated"]])
+        step = got["step"]
+        assert all(near(a, b) for a, b in zip(got["norms"][1:], norms[step], strict=True)), step
+        assert near(got["norms"][0], math.hypot(*norms[step])), step
+        for key in ("after", "limit", "loss"):
+            assert near(got[key], want[key]), (step, key, got[key], want[key])
+
+
+def test_the_run_that_was_never_cut_has_incidents_on_both_sides_of_the_cut(never_cut) -> None:
+    wanted, _ = never_cut
+    spans = [
+        (rule, first, STEPS if resolved is None else resolved) for rule, first, _, resolved, *_ in wanted["incidents"]
+    ]
+    assert any(resolved < SAVED_AFTER for _, _, resolved in spans)
+    assert any(first < SAVED_AFTER < resolved for _, first, resolved in spans)
+    assert {(rule, first) for rule, first, _ in spans} >= {("exploding", s) for s in SPIKES}
+    limits = [step["limit"] for step in wanted["steps"]]
+    assert not math.isnan(limits[SAVED_AFTER])
