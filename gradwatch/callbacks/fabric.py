@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..errors import ConfigError, TrainingStopped
 from ..records import Incident, StepRecord
 from ..sinks import sinks_for_loggers
-from ..watch import IncidentTarget, Stepper, Watch, incident_target, resolve, unwrap
+from ..watch import IncidentTarget, ScaleReader, Stepper, Watch, incident_target, resolve, unwrap
 from ._backward_end import BackwardEnd, Pass
 from ._run_dir import free_run_dir
 
@@ -83,6 +83,7 @@ class GradWatch:
     def _forget(self) -> None:
         self._passes: list[Pass] = []
         self._losses: list[Tensor] = []
+        self._scale = ScaleReader()
 
     @property
     def watches(self) -> list[Watch]:
@@ -180,7 +181,7 @@ class GradWatch:
         if self._losses:
             return self._losses
         scaler, found = watch.scaler, [p for p in self._passes if p.loss is not None and p.weight is not None]
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        scale = self._scale.read(scaler)
         # What reaches backward counts, whatever it was divided by.
         return [p.loss * p.weight * (len(found) / scale) for p in found if p.loss is not None and p.weight is not None]
 

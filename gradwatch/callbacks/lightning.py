@@ -12,7 +12,7 @@ from .._preflight import PreflightReport, check_lightning
 from ..errors import TrainingStopped
 from ..protocols import Request
 from ..records import Incident
-from ..watch import Session, StepInputs, StepOutcome, incident_target, resolve, scale_left_in_gradients
+from ..watch import ScaleReader, Session, StepInputs, StepOutcome, incident_target, resolve, scale_left_in_gradients
 from ._bar import NumberInBar
 from ._door import SessionDoor
 from ._lightning_base import callback_bases
@@ -125,6 +125,7 @@ class GradWatch(SessionDoor, _Callback):
         self._batch: Any = None
         self._batch_idx = -1
         self._scalars: dict[str, float] = {}
+        self._scale = ScaleReader()
         self._requests: list[Request] = []
         self._bar = NumberInBar(f"{self.settings.name}/norm", self._latest_norm)
 
@@ -157,6 +158,7 @@ class GradWatch(SessionDoor, _Callback):
             if self._preflight and trainer.global_step == 0 and self.preflight_report is None:
                 self._check(pl_module, batch)
             self._batch, self._batch_idx = batch, batch_idx
+            self._scale.begin(self._scaler(trainer))
             self._session.before_forward(trainer.global_step)
             if self.settings.options.autopsy and pl_module.automatic_optimization:
                 self._session.engine.remember(lambda: run_quietly(pl_module, batch, batch_idx))
@@ -175,7 +177,7 @@ class GradWatch(SessionDoor, _Callback):
         parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
         scaler = self._scaler(trainer)
         # Divided for accumulation already, and multiplied by the scaler.
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        scale = self._scale.read(scaler)
         self._losses.append(loss.detach() * (parts / scale) if parts != scale else loss.detach())
         self._num_samples += self._session.count_samples(self._batch)
         self._session.before_backward(loss, scale=scale, parts=parts)
@@ -188,7 +190,7 @@ class GradWatch(SessionDoor, _Callback):
         scaler = self._scaler(trainer)
         session.after_backward(
             last=parts == 1 or not trainer.fit_loop._should_accumulate(),
-            scale=1.0 if scaler is None else float(scaler.get_scale()),
+            scale=self._scale.read(scaler),
             parts=parts,
             batch_size=session.count_samples(self._batch),
         )
@@ -209,7 +211,7 @@ class GradWatch(SessionDoor, _Callback):
             num_samples=self._num_samples,
             grad_scale=1.0 if scaler is None else scale_left_in_gradients(scaler, optimizer),
             scaler=scaler is not None,
-            scale=None if scaler is None else float(scaler.get_scale()),
+            scale=None if scaler is None else self._scale.read(scaler),
             optimizer=session.optimizer_number(optimizer) if several else None,
             scalars=self._scalars,
         )
@@ -304,4 +306,4 @@ class GradWatch(SessionDoor, _Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Spawned processes get the callback as it was before the fit (O8).
-        return {**self.__dict__, "_session": None, "_losses": [], "_batch": None}
+        return {**self.__dict__, "_session": None, "_losses": [], "_batch": None, "_scale": ScaleReader()}

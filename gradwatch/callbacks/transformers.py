@@ -19,6 +19,7 @@ from ..protocols import Request, Sink
 from ..sinks import sinks_for_loggers
 from ..watch import (
     IncidentTarget,
+    ScaleReader,
     Session,
     StepInputs,
     Stepper,
@@ -97,6 +98,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         self._stepper: Stepper | None = None
         self._requests: list[Request] = []
         self._scalars: dict[str, float] = {}
+        self._scale = ScaleReader()
         self._begin_step(0)
 
     def _begin_step(self, step: int) -> None:
@@ -139,6 +141,8 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         if self._session is not None:
             self._epoch = int(state.epoch or 0)
             self._begin_step(state.global_step)
+            if self._stepper is not None:
+                self._scale.begin(self._stepper.scaler)
             self._session.before_forward(state.global_step)
 
     def _on_backward_end(self, seen: Pass) -> None:
@@ -158,7 +162,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         assert session is not None
         assert stepper is not None
         scaler, parts = stepper.scaler, len(self._losses)
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        scale = self._scale.read(scaler)
         self._measured = True
         scalars, self._scalars = self._scalars, {}
         if self._clip > 0:
@@ -253,7 +257,14 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None, "_ends": None, "_stepper": None, "_losses": []}
+        return {
+            **self.__dict__,
+            "_session": None,
+            "_ends": None,
+            "_stepper": None,
+            "_losses": [],
+            "_scale": ScaleReader(),
+        }
 
 
 def _logging_steps(args: Any, state: Any) -> int:

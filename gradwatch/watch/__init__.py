@@ -5,7 +5,7 @@ from ._engine import Engine, StepOutcome
 from ._news import IncidentTarget, incident_target
 from ._options import MeasureOptions
 from ._paths import clean_path, unwrap
-from ._scaler import scale_left_in_gradients
+from ._scaler import ScaleReader, scale_left_in_gradients
 from ._session import Session
 from ._settings import Settings, resolve
 from ._stepper import Stepper
@@ -15,6 +15,7 @@ __all__ = [
     "Engine",
     "IncidentTarget",
     "MeasureOptions",
+    "ScaleReader",
     "Session",
     "Settings",
     "StepInputs",

@@ -79,6 +79,7 @@ class Engine:
         self._needs_host = any(getattr(t, "needs_host", False) for t in acts)
         self.buffers = BufferKeeper(model) if any(isinstance(t, SkipStep) for t in acts) else None
         self._installed = attach(acts, model)
+        self.treats_errors = bool(self._installed)
         self._step, self._begun = 0, -1
         self.spent = 0.0
         self._to_step: set[int] = set()

@@ -7,7 +7,39 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["scale_left_in_gradients", "unscale"]
+from ._transfer import Transfer
+
+__all__ = ["ScaleReader", "scale_left_in_gradients", "unscale"]
+
+
+class ScaleReader:
+    """Reads a scaler's scale once for each of its updates.
+
+    `scaler.get_scale()` makes the host wait for all that a device was given to do. The copy that `begin` sends for,
+    before a forward pass is queued, has arrived by the time that its number is needed.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[Tensor, int] | None = None
+        self._copy: Transfer | None = None
+
+    def begin(self, scaler: Any) -> None:
+        """Send for the scale, where it is on a device and was updated since the last time."""
+        scale = getattr(scaler, "_scale", None)
+        if not isinstance(scale, Tensor) or scale.device.type == "cpu":
+            return
+        if self._of is None or self._of[0] is not scale or self._of[1] != scale._version:
+            self._of, self._copy = (scale, scale._version), Transfer({"scale": scale})
+
+    def read(self, scaler: Any) -> float:
+        """Return the scale as it is now; 1 where there is no scaler."""
+        if scaler is None:
+            return 1.0
+        if not isinstance(getattr(scaler, "_scale", None), Tensor) or scaler._scale.device.type == "cpu":
+            return float(scaler.get_scale())
+        self.begin(scaler)
+        assert self._copy is not None
+        return float(self._copy.result()["scale"])
 
 
 def _is_unscaled(scaler: Any, optimizer: Optimizer) -> bool:

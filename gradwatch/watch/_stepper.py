@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigError
 
-__all__ = ["Stepper", "steppers"]
+__all__ = ["Stepper", "chosen", "steppers"]
 
 
 class Stepper:
@@ -53,6 +53,21 @@ def steppers(given: Any) -> tuple[Stepper, ...]:
 
 def _is_sequence(given: Any) -> bool:
     return hasattr(given, "__iter__")
+
+
+def chosen(known: tuple[Stepper, ...], optimizer: Any) -> tuple[Stepper, ...]:
+    """Return the one of these that was made of an optimizer; all of them where it is None.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if optimizer is None:
+        return known
+    found = tuple(s for s in known if optimizer is s.given or optimizer is s.raw)
+    if not found:
+        name = type(optimizer).__name__
+        raise ConfigError(f"this Watch does not know the {name} it was given: name it in Watch(model, [...]).")
+    return found
 
 
 def _raw(given: Any) -> Optimizer:

@@ -19,10 +19,10 @@ from ._batch import num_samples
 from ._draft import StepInputs
 from ._engine import StepOutcome
 from ._news import IncidentTarget, incident_target
-from ._scaler import scale_left_in_gradients, unscale
+from ._scaler import ScaleReader, scale_left_in_gradients, unscale
 from ._session import Session
 from ._settings import resolve
-from ._stepper import Stepper, steppers
+from ._stepper import chosen, steppers
 
 __all__ = ["Watch"]
 
@@ -115,6 +115,7 @@ class Watch:
         self._on_checkpoint = on_checkpoint
         self._step = 0
         self._extra: dict[str, float] = {}
+        self._scale = ScaleReader()
         self._losses: list[Tensor] = []
         self._stack = ExitStack()
         self._micro_losses: list[Any] = []
@@ -153,7 +154,7 @@ class Watch:
         Returns:
             The sum, detached and without any scale; `step` takes it as the loss where it is given none.
         """
-        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        scale = self._scale.read(self.scaler)
         factor = scale / parts
         if isinstance(losses, Tensor):
             total = losses
@@ -189,7 +190,7 @@ class Watch:
         Raises:
             TrainingStopped: a rule or treatment asked for a stop.
         """
-        stepping = self._stepping(optimizer)
+        stepping = chosen(self._steppers, optimizer)
         if not all(s.is_syncing for s in stepping):
             # Accelerate accumulates: its optimizers would not move now.
             self.micro_batch(loss, batch)
@@ -228,7 +229,7 @@ class Watch:
 
         Where the outcome says `skip`, the optimizer's next `step()` moves nothing.
         """
-        stepping = [s.raw for s in self._stepping(optimizer)]
+        stepping = [s.raw for s in chosen(self._steppers, optimizer)]
         scaler = self.scaler
         inputs = StepInputs(
             step=self._step,
@@ -239,7 +240,7 @@ class Watch:
             num_samples=self._num_samples + num_samples(batch) if self._num_samples else 0,
             grad_scale=1.0 if scaler is None else scale_left_in_gradients(scaler, stepping[0]),
             scaler=scaler is not None,
-            scale=None if scaler is None else float(scaler.get_scale()),
+            scale=None if scaler is None else self._scale.read(scaler),
             optimizer=None if optimizer is None else self.optimizers.index(stepping[0]),
             scalars=self._extra,
         )
@@ -254,8 +255,9 @@ class Watch:
         self.session.after_step()
         self._step += 1
         self.session.before_forward(self._step)
-        if self.scaler is not None:
-            self.session.engine.before_backward(float(self.scaler.get_scale()))
+        self._scale.begin(self.scaler)
+        if self.session.engine.treats_errors:
+            self.session.engine.before_backward(self._scale.read(self.scaler))
         late = self.session.take_requests()
         for request in late:
             self._carry_out(request)
@@ -299,10 +301,14 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return windows, counters and the treatments' memory, as plain values and tensors."""
-        return {**self.session.state_dict(), "step": self._step}
+        # In a tuple: `torch.distributed.checkpoint` takes mappings apart, and then gives back no key but those that the
+        # fresh one has already; a tuple it takes whole.
+        return {"step": self._step, "memory": (self.session.state_dict(),)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.session.load_state_dict(state)
+        """Go on from a `state_dict`, on as many ranks as one likes."""
+        packed = isinstance(state, Mapping) and "memory" in state
+        self.session.load_state_dict(state["memory"][0] if packed else state)
         self._step = int(state.get("step", 0))
         self.session.engine.meter.disarm()
         self.session.before_forward(self._step)
@@ -325,16 +331,6 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _stepping(self, optimizer: Optimizer | None) -> tuple[Stepper, ...]:
-        if optimizer is None:
-            return self._steppers
-        found = tuple(s for s in self._steppers if optimizer is s.given or optimizer is s.raw)
-        if not found:
-            raise ConfigError(
-                f"this Watch does not know the {type(optimizer).__name__} it was given: name it in Watch(model, [...])."
-            )
-        return found
 
     def _carry_out(self, request: Request) -> None:
         self.session.carry_out(request)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gradwatch import Watch
+from gradwatch.watch import ScaleReader
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,3 +90,22 @@ def test_a_nan_step_is_skipped_bit_for_bit(fused: bool) -> None:
         nn.functional.cross_entropy(twin(x), y).backward()
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_loss_scale_is_read_without_waiting_and_as_it_is_now() -> None:
+    scaler, reader = torch.amp.GradScaler("cuda", init_scale=1024.0, growth_interval=1), ScaleReader()
+    model, x, _ = problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(4):
+        reader.begin(scaler)
+        loss = scaler.scale(model(x).square().mean())
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            scale = reader.read(scaler)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert scale == scaler.get_scale()
+        loss.backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert reader.read(scaler) == scaler.get_scale() == 2 * scale
