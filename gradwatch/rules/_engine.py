@@ -47,6 +47,7 @@ class RuleEngine:
         self._silences: list[Silence] = list(book.silences)
         self._annotations: list[tuple[int, str]] = []
         self._cases: list[Case] = []
+        self._failed: list[Any] = []
         self._past: list[Incident] = []
         self._start: int | None = None
         self._step = -1
@@ -127,11 +128,17 @@ class RuleEngine:
             if self._on_error == "raise":
                 raise
             slot.disable(f"{type(error).__name__}: {error}")
+            self._failed.append(slot.rule)
             warnings.warn(
                 f"rule {slot.rule.name!r} raised {type(error).__name__} at step {record.step} and is disabled: {error}",
                 GradwatchWarning,
                 stacklevel=4,
             )
+
+    def take_failed(self) -> list[Any]:
+        """Return the rules that raised, and are disabled, since this was last asked."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def _is_muted(self, slot: Slot, known: dict[str, bool], step: int, above: tuple[str, ...]) -> bool:
         """Return whether a rule that fires, and is not itself muted, inhibits this one."""

@@ -183,8 +183,9 @@ class Draft:
         if not 0 < count < self.num_ranks:
             return []
         reason = (
-            f"a treatment failed on {count} of {self.num_ranks} ranks at the step before {self.step}, and these did "
-            "not step: weights differ between ranks. Resume from the last checkpoint."
+            f"a treatment, or a rule that carries one, failed on {count} of {self.num_ranks} ranks before step "
+            f"{self.step}: these did not do what the others did, and weights may differ between ranks. Resume from the "
+            "last checkpoint."
         )
         return [Request(kind="stop", reason=reason, values={"error": True})]
 

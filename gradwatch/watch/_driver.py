@@ -142,7 +142,7 @@ def run_treatments(
     decision: Decision,
     can_read: bool,
 ) -> Applied:
-    """Apply treatments in the order that is right (C9). One that raises vetoes the step: it never fails open."""
+    """Apply treatments in the order that is right (C9). One that raises is among the failures: the caller must veto."""
     applied = Applied()
     for job in sorted(jobs, key=lambda job: getattr(job.treatment, "order", 50)):
         treatment = job.treatment
@@ -163,7 +163,6 @@ def run_treatments(
                 said = treatment.apply_(grads, context) or {}
         except Exception as error:
             applied.failures.append((job, error))
-            decision.add_veto(True, f"treatment {treatment.name!r} failed")
             said = {"applied": 0.0}
         if job.trigger is False:
             continue

@@ -189,11 +189,12 @@ class Engine:
             applied = run_treatments(
                 jobs, grads, step=inputs.step, optimizers=optimizers, decision=decision, can_read=self.waits
             )
-            self._report_failures(applied, inputs.step)
+            self._report_failures(applied, inputs.step, decision)
             return self._decide(None, decision, optimizers, ())
         self._to_step = set(map(id, optimizers))
         inputs.scalars = {**inputs.scalars, "overhead_seconds": self.spent}
         self.spent = 0.0
+        self._observer.num_failed_treatments += self.judge.take_failed_deciders()
         draft = self._current = self._observer.observe(inputs, grads, optimizers)
         return self._act(draft, grads, decision, optimizers)
 
@@ -226,8 +227,9 @@ class Engine:
             if draft.failed is not None and self.treats:
                 decision.add_veto(draft.failed > 0, "")
         applied = run_treatments(jobs, grads, step=draft.step, optimizers=optimizers, decision=decision, can_read=waits)
-        self._report_failures(applied, draft.step)
-        self._observer.num_failed_treatments = len(applied.failures)
+        # Ranks where nothing failed step, and measure their update together: this one must take part.
+        others_step = decision.veto is False
+        self._report_failures(applied, draft.step, decision)
         self.completion.ask(actions, draft.step, optimizers, decision)
         draft.applied = applied
         parts = {**applied.parts(), "global_norm_after": grads.global_norm}
@@ -236,7 +238,8 @@ class Engine:
         draft.treated = Transfer(parts)
         outcome = self._decide(draft, decision, optimizers, findings)
         self.meter.note_gradients(grads)
-        if not outcome.skip and not (draft.record is not None and draft.record.skipped):
+        overflow = draft.record is not None and bool(draft.record.scalars.get("amp_overflow"))
+        if not overflow and (not outcome.skip or (applied.failures and others_step)):
             with self.guard("update ratios", self.meter.drop_update):
                 self.meter.before_update(draft.step, grads)
         return outcome
@@ -282,9 +285,11 @@ class Engine:
         has_buffers = self.buffers is not None and len(self.buffers) > 0
         return not has_buffers and not draft.scaler and all(StepGate.can_arm_on_device(o) for o in optimizers)
 
-    def _report_failures(self, applied: Applied, step: int) -> None:
+    def _report_failures(self, applied: Applied, step: int, decision: Decision) -> None:
+        self._observer.num_failed_treatments += len(applied.failures)
         for job, error in applied.failures:
             name = job.treatment.name
+            decision.add_veto(True, f"treatment {name!r} failed")
             what = f"treatment {name!r} raised {type(error).__name__}: {error}; the step was vetoed"
             self.judge.report(own_incident("treatment_failed", step, what, (name,)))
             self.guard.report(f"treatment {name!r} (the step was vetoed)", error)

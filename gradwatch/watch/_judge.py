@@ -64,6 +64,11 @@ class Judge:
         for i in {0, *self._engines}:
             self.engine(i).annotate(text, silence=silence, paths=paths, rules=rules)
 
+    def take_failed_deciders(self) -> int:
+        """Return how many rules that can change the training were disabled since the last time, because they raised."""
+        failed = [rule for engine in self._engines.values() for rule in engine.take_failed()]
+        return sum(bool(getattr(rule, "then", ()) or getattr(rule, "stop_after", 0)) for rule in failed)
+
     def explain(self, incident: Incident, details: dict[str, Any], first_path: str | None = None) -> None:
         """Add to a going incident what was found out about it."""
         for engine in self._engines.values():

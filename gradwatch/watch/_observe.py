@@ -41,7 +41,8 @@ class Observer:
     """Makes the draft of a record from what the meter sees and the trainer says.
 
     Attributes:
-        num_failed_treatments: of the last step on this rank; told to the other ranks with the next one.
+        num_failed_treatments: on this rank since the last exchange, rules that carry some among them; told to the
+            other ranks with the next one.
     """
 
     def __init__(self, meter: Meter, guard: Guard) -> None:
@@ -170,6 +171,7 @@ class Observer:
 
     def _combine(self, seen: _Seen) -> dict[str, Tensor | float]:
         pieces = seen.pieces
+        self.num_failed_treatments = 0
         return combine(
             seen.sums,
             seen.maxima,
