@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -18,6 +19,7 @@ class _FromEnvironment(GradWatch):
     """
 
     _living: ClassVar[WeakSet[Any]] = WeakSet()
+    _base: ClassVar[type[Any] | None] = None
     _stepped_back = False
 
     def __init__(self, rules: Any = "default", **settings: Any) -> None:
@@ -26,6 +28,10 @@ class _FromEnvironment(GradWatch):
         for older in self._living:
             older._age += 1
         self._living.add(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Its class may be one made here: no name leads to it.
+        return _blank, (self._base,), self.__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy of the script's list holds copies: they age as well.
@@ -58,6 +64,16 @@ class _FromEnvironment(GradWatch):
 
 def trainer_callback(base: type[Any], rules: str, **settings: Any) -> Any:
     """Return a callback that is a `Callback` of the package that asks, whatever was imported first."""
-    if issubclass(_FromEnvironment, base):
-        return _FromEnvironment(rules, **settings)
-    return type("GradWatch", (_FromEnvironment, base), {})(rules, **settings)
+    return _class_for(base)(rules, **settings)
+
+
+@cache
+def _class_for(base: type[Any] | None) -> type[Any]:
+    if base is None or issubclass(_FromEnvironment, base):
+        return _FromEnvironment
+    return type("GradWatch", (_FromEnvironment, base), {"_base": base})
+
+
+def _blank(base: type[Any] | None) -> Any:
+    made = _class_for(base)
+    return made.__new__(made)

@@ -13,6 +13,11 @@ from torch.optim import Optimizer
 __all__ = ["Gates", "StepGate"]
 
 
+# A compiled `optimizer.step` would compile all of the measuring with it. `torch.compiler.disable` imports the compiler at
+# once; this does when it is called, as the optimizer's own methods do that bear it. Private: without it, it is compiled.
+_uncompiled: Callable[[Any], Any] = getattr(torch, "_disable_dynamo", lambda f: f)
+
+
 class _Inert:
     """What a gate's hooks become in a copied or unpickled optimizer: nothing (H14)."""
 
@@ -27,6 +32,7 @@ class _Hook:
         self._gate = weakref.ref(gate)
         self._method = method
 
+    @_uncompiled
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         gate = self._gate()
         return None if gate is None else getattr(gate, self._method)(optimizer, args, kwargs)

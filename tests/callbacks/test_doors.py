@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import threading
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import nn
 
 from gradwatch import ConfigError, GradwatchWarning, Watch
 from gradwatch.callbacks import AutoClip, GradientSurgery, GradWatch, HistogramLogger
+from gradwatch.callbacks._from_environment import trainer_callback
 from gradwatch.callbacks.fabric import GradWatch as FabricGradWatch
 from gradwatch.errors import UnknownNameError
 from gradwatch.rules import Exploding, NonFinite
@@ -101,6 +103,20 @@ def test_the_environments_callback_steps_back_where_the_script_has_its_own(
     assert len(mine.history) == 6
     assert other.history == []
     assert other.summary() == "gradwatch: no training has begun."
+
+
+class OtherCallback:
+    """Stands for the class of a second Lightning package, imported after gradwatch."""
+
+
+@pytest.mark.parametrize("base", [pytorch_lightning.Callback, OtherCallback])
+def test_the_environments_callback_goes_to_other_processes_whatever_its_base(base: type) -> None:
+    watch = trainer_callback(base, "autoclip", run_dir=False)
+    for twin in (pickle.loads(pickle.dumps(watch)), copy.deepcopy(watch)):
+        assert type(twin) is type(watch)
+        assert isinstance(twin, base)
+        assert isinstance(twin, GradWatch)
+        assert [rule.name for rule in twin.settings.book] == [rule.name for rule in watch.settings.book]
 
 
 @pytest.mark.parametrize("hand_over", [list, copy.deepcopy, lambda x: x], ids=["list", "deepcopy", "same"])
