@@ -18,8 +18,9 @@ class Exchange:
     """Reduces numbers that every rank has (loss, activations), together with rows of numbers about sharded tensors.
 
     Where the sharded mesh dimensions span all ranks, as under FSDP2 with or without tensor parallelism, what every
-    rank has travels in the rows' vectors: one all-reduce per dimension. Else (HSDP, some tensor parallelism) it costs
-    one more, over all ranks. Under DDP there are no rows, and one small vector.
+    rank has travels in the rows' vectors: one all-reduce per dimension. Where there is one such dimension, and the
+    other repeats the tensors (HSDP), all of it travels over all ranks, rows divided by the number of copies. Else (some
+    tensor parallelism) it costs one more. Under DDP there are no rows, and one small vector.
 
     Every rank must call the same methods in the same order with equal shapes, whatever happened to it before.
 
@@ -30,7 +31,11 @@ class Exchange:
     def __init__(self, shards: Shards | None = None) -> None:
         self.groups: Mapping[str, tuple[Any, list[int]]] = {} if shards is None else shards.groups
         self.num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self.spans = _span_all_ranks([group for group, _ in self.groups.values()], self.num_ranks)
+        groups = [group for group, _ in self.groups.values()]
+        self.spans = _span_all_ranks(groups, self.num_ranks)
+        self.copies = 0
+        if shards is not None and len(groups) == 1 and not self.spans and shards.mesh_sizes == {self.num_ranks}:
+            self.copies = self.num_ranks // dist.get_world_size(groups[0])
 
     def sum_(self, common: Tensor, rows: Tensor | None = None) -> None:
         """Add up in place: `common` (m,) over all ranks, `rows` (n, k) over the ranks that hold other pieces.
@@ -69,7 +74,10 @@ class Exchange:
                 continue
             index = index_on(positions, rows.device)
             packed = rows.index_select(0, index)
-            if not self.spans:
+            if self.copies:
+                group = None
+                packed = packed / self.copies if op == dist.ReduceOp.SUM else packed
+            elif not self.spans:
                 dist.all_reduce(packed, op=op, group=group)
                 rows.index_copy_(0, index, packed)
                 continue
@@ -77,7 +85,7 @@ class Exchange:
             dist.all_reduce(flat, op=op, group=group)
             common.copy_(flat[: len(common)])
             rows.index_copy_(0, index, flat[len(common) :].view_as(packed))
-        if (not self.spans or rows is None) and len(common):
+        if (not (self.spans or self.copies) or rows is None) and len(common):
             dist.all_reduce(common, op=op)
 
 

@@ -116,6 +116,11 @@ class Gradients:
         return shared.norms.index_select(0, index_on(mine, shared.norms.device))
 
     @property
+    def is_measured(self) -> bool:
+        """Whether `norms` are known as they are now, so that asking for them costs nothing."""
+        return self._shared.norms is not None
+
+    @property
     def global_norm(self) -> Tensor:
         """The norm of all of them seen as one vector, free of `grad_scale`; 0-dim, float64."""
         return global_norm(self.norms)

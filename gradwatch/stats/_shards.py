@@ -29,12 +29,14 @@ class Shards:
         locals: contiguous, real pieces in the order given, of any shape; some may be empty. They share memory with the
             tensors where that is possible (not for sparse, fp8 and overlapping ones).
         groups: process group name -> (group, positions of the tensors split over it).
+        mesh_sizes: how many ranks the tensors' meshes have.
     """
 
-    __slots__ = ("groups", "locals")
+    __slots__ = ("groups", "locals", "mesh_sizes")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.groups: dict[str, tuple[Any, list[int]]] = {}
+        self.mesh_sizes: set[int] = set()
         dtensor = sys.modules.get("torch.distributed.tensor")
         if dtensor is None or not any(isinstance(t, dtensor.DTensor) for t in tensors):
             self.locals = [dense_local(t) for t in tensors]
@@ -48,6 +50,7 @@ class Shards:
         if any(placement.is_partial() for placement in tensor.placements):
             whole = [dtensor.Replicate() if p.is_partial() else p for p in tensor.placements]
             tensor = tensor.redistribute(placements=whole)
+        self.mesh_sizes.add(tensor.device_mesh.size())
         for dim, placement in enumerate(tensor.placements):
             # Not `is_shard()`: that is False for the _StridedShard of FSDP2 on top of tensor parallel.
             if not placement.is_replicate() and tensor.device_mesh.size(dim) > 1:

@@ -141,9 +141,15 @@ def run_treatments(
     optimizers: Sequence[Optimizer],
     decision: Decision,
     can_read: bool,
+    remeasured: set[int] | None = None,
 ) -> Applied:
-    """Apply treatments in the order that is right (C9). One that raises is among the failures: the caller must veto."""
+    """Apply treatments in the order that is right (C9). One that raises is among the failures: the caller must veto.
+
+    Args:
+        remeasured: ids of treatments after which norms had to be measured anew, at earlier steps; added to.
+    """
     applied = Applied()
+    remeasured = set() if remeasured is None else remeasured
     for job in sorted(jobs, key=lambda job: getattr(job.treatment, "order", 50)):
         treatment = job.treatment
         context = StepContext(
@@ -163,7 +169,12 @@ def run_treatments(
                 said = treatment.apply_(grads, context) or {}
         except Exception as error:
             applied.failures.append((job, error))
+            if id(treatment) in remeasured:
+                # Of gradients in pieces all ranks measure together: those where it did not fail would wait.
+                grads.touch()
             said = {"applied": 0.0}
+        if not grads.is_measured:
+            remeasured.add(id(treatment))
         if job.trigger is False:
             continue
         numbers: dict[str, Tensor | float] = {k: _number(v) for k, v in said.items()}

@@ -86,6 +86,7 @@ class Engine:
         self._measured: tuple[int, int | None] | None = None
         self._current: Draft | None = None
         self._failures = 0
+        self._remeasured: set[int] = set()
         self._replays: list[Replay] = []
         self.autopsy: Autopsy | None = None
         self._observer = Observer(self.meter, self.guard)
@@ -187,7 +188,13 @@ class Engine:
             self.meter.disarm()
             jobs = [Job(t) for t in self.treatments]
             applied = run_treatments(
-                jobs, grads, step=inputs.step, optimizers=optimizers, decision=decision, can_read=self.waits
+                jobs,
+                grads,
+                step=inputs.step,
+                optimizers=optimizers,
+                decision=decision,
+                can_read=self.waits,
+                remeasured=self._remeasured,
             )
             self._report_failures(applied, inputs.step, decision)
             return self._decide(None, decision, optimizers, ())
@@ -226,9 +233,17 @@ class Engine:
             jobs += limit_jobs(self.book, grads, limits)
             if draft.failed is not None and self.treats:
                 decision.add_veto(draft.failed > 0, "")
-        applied = run_treatments(jobs, grads, step=draft.step, optimizers=optimizers, decision=decision, can_read=waits)
+        applied = run_treatments(
+            jobs,
+            grads,
+            step=draft.step,
+            optimizers=optimizers,
+            decision=decision,
+            can_read=waits,
+            remeasured=self._remeasured,
+        )
         # Ranks where nothing failed step, and measure their update together: this one must take part.
-        others_step = decision.veto is False
+        others_step = decision.veto is not True
         self._report_failures(applied, draft.step, decision)
         self.completion.ask(actions, draft.step, optimizers, decision)
         draft.applied = applied

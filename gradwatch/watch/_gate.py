@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 __all__ = ["Gates", "StepGate"]
 
 
-# A compiled `optimizer.step` would compile all of the measuring with it. `torch.compiler.disable` imports the compiler at
-# once; this does when it is called, as the optimizer's own methods do that bear it. Private: without it, it is compiled.
+# A compiled `optimizer.step` would compile all of the measuring with it. `torch.compiler.disable` imports the compiler
+# at once; this does so when it is called, as the optimizer's own methods do that bear it. It is private: without it the
+# hooks are compiled.
 _uncompiled: Callable[[Any], Any] = getattr(torch, "_disable_dynamo", lambda f: f)
 
 
