@@ -13,7 +13,17 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 GROUPS = {
     "ddp_cases.py": "DistributedDataParallel, 2 processes",
     "lightning_cases.py": "Lightning `ddp`, 2 processes",
+    "alone_cases.py": "DistributedDataParallel and FSDP2, 2 processes",
     "sharded_cases.py": "FSDP2, HSDP, tensor parallel, ModelParallelStrategy; 2 and 4 processes",
+}
+ALONE = {
+    "test_resume.py": "FSDP2, saved by 1 or 2 processes and resumed by 1, 2 or 4",
+    "test_faults.py": "DistributedDataParallel and FSDP2, 2 processes; and one",
+    "test_single.py": "one process",
+    "test_lightning_single.py": "one process",
+    "test_skips.py": "one process",
+    "test_module_db.py": "one process",
+    "test_soak.py": "one process",
 }
 
 
@@ -23,10 +33,10 @@ def table() -> str:
     for file, title in GROUPS.items():
         module = __import__(f"tests.modes.{file.removesuffix('.py')}", fromlist=["CASES"])
         rows += [f"| {title} | {name.replace('-', ' ')} | `tests/modes/{file}` |" for name in module.CASES]
-    for file in ("test_single.py", "test_lightning_single.py", "test_faults.py", "test_module_db.py", "test_soak.py"):
+    for file, title in ALONE.items():
         tree = ast.parse((ROOT / "tests" / "modes" / file).read_text())
         names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
-        rows += [f"| one process | {_words(name)} | `tests/modes/{file}` |" for name in names]
+        rows += [f"| {title} | {_words(name)} | `tests/modes/{file}` |" for name in names]
     return "\n".join(rows)
 
 

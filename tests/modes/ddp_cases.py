@@ -109,6 +109,27 @@ def nan_on_one_rank(rank: int, world: int, folder: Path) -> None:
     assert (incident.rule, incident.treatments) == ("non_finite", ("skip_step",))
 
 
+def ten_bad_batches_of_a_hundred(rank: int, world: int, folder: Path) -> None:
+    """Each on one rank only, now on this one, now on that: all ranks leave these steps out, and train on the others."""
+    at = (0, 7, 8, 23, 41, 42, 43, 66, 89, 99)
+    bad = {step: i % world for i, step in enumerate(at)}
+    nets = Net(), Net()
+    watch = fit(nets[0], rank, world, steps=100, bad=bad, watch_options={"rules": "autoclip"})
+    assert tuple(r.step for r in watch.history if r.skipped) == at
+    assert watch.num_steps == 100
+    assert not any(t.applied for r in watch.history if not r.skipped for t in r.treatments)
+    equal_on_all_ranks([p.tolist() for p in nets[0].parameters()])
+    # The same by hand, with these batches left out: to the bit.
+    model = DistributedDataParallel(nets[1])
+    optimizer = sgd(model)
+    for step, (pair,) in enumerate(batches(world, 100)):
+        if step not in at:
+            loss_of(model, mine(pair, rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(*(net.parameters() for net in nets), strict=True))
+
+
 def zclip(rank: int, world: int, folder: Path) -> None:
     def treatment() -> ZClip:
         return ZClip(warmup=4)
@@ -235,6 +256,7 @@ CASES = {
     "tied-weights": tied,
     "clip": clipped,
     "nan-on-one-rank": nan_on_one_rank,
+    "ten-bad-batches-of-a-hundred": ten_bad_batches_of_a_hundred,
     "zclip": zclip,
     "neutral": neutral,
     "one-small-sum-a-step": one_small_sum,

@@ -8,13 +8,14 @@ import pytorch_lightning as pl
 import torch
 
 from gradwatch.callbacks import GradWatch
-from tests.modes import ddp_cases, lightning_cases, sharded_cases
+from tests.modes import alone_cases, ddp_cases, lightning_cases, sharded_cases
 from tests.modes.ranks import run_group
 from tests.modes.reference import Net, batches
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 DDP, LIGHTNING = list(ddp_cases.CASES), list(lightning_cases.CASES)
+ALONE = list(alone_cases.CASES)
 TWO, FOUR = list(sharded_cases.TWO), list(sharded_cases.FOUR)
 
 
@@ -51,6 +52,12 @@ def test_pieces_on_two_ranks(name: str, outcomes) -> None:
 @pytest.mark.parametrize("name", FOUR)
 def test_pieces_on_four_ranks(name: str, outcomes) -> None:
     _, found = outcomes("tests.modes.sharded_cases", 4, tuple(FOUR))
+    assert not found[name], found[name]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_failure_on_one_rank_alone(name: str, outcomes) -> None:
+    _, found = outcomes("tests.modes.alone_cases", 2, tuple(ALONE))
     assert not found[name], found[name]
 
 
