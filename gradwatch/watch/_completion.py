@@ -15,9 +15,9 @@ from ..records import Incident, StepRecord
 from ..rules import Fired
 from ._context import Decision, StepContext
 from ._draft import Draft
-from ._driver import run_actions
+from ._driver import Applied, run_actions
 from ._guard import Guard
-from ._judge import Judge
+from ._judge import Judge, own_incident
 
 __all__ = ["Completion", "stop_request"]
 
@@ -90,6 +90,15 @@ class Completion:
         """Let actions ask what they ask of the trainer."""
         for action, error in run_actions(actions, step=step, optimizers=optimizers, decision=decision):
             self._guard.report(f"action {action.name!r}", error)
+
+    def tell_failures(self, applied: Applied, step: int, decision: Decision) -> None:
+        """Veto the step where a treatment failed, and say so: it never fails open."""
+        for job, error in applied.failures:
+            name = job.treatment.name
+            decision.add_veto(True, f"treatment {name!r} failed")
+            what = f"treatment {name!r} raised {type(error).__name__}: {error}; the step was vetoed"
+            self._judge.report(own_incident("treatment_failed", step, what, (name,)))
+            self._guard.report(f"treatment {name!r} (the step was vetoed)", error)
 
     def push(self, draft: Draft) -> None:
         """Take a step that is over."""

@@ -186,17 +186,7 @@ class Engine:
             raise
         if not due:
             self.meter.disarm()
-            jobs = [Job(t) for t in self.treatments]
-            applied = run_treatments(
-                jobs,
-                grads,
-                step=inputs.step,
-                optimizers=optimizers,
-                decision=decision,
-                can_read=self.waits,
-                remeasured=self._remeasured,
-            )
-            self._report_failures(applied, inputs.step, decision)
+            self._treat([Job(t) for t in self.treatments], grads, decision, optimizers, self.waits)
             return self._decide(None, decision, optimizers, ())
         self._to_step = set(map(id, optimizers))
         inputs.scalars = {**inputs.scalars, "overhead_seconds": self.spent}
@@ -233,18 +223,7 @@ class Engine:
             jobs += limit_jobs(self.book, grads, limits)
             if draft.failed is not None and self.treats:
                 decision.add_veto(draft.failed > 0, "")
-        applied = run_treatments(
-            jobs,
-            grads,
-            step=draft.step,
-            optimizers=optimizers,
-            decision=decision,
-            can_read=waits,
-            remeasured=self._remeasured,
-        )
-        # Ranks where nothing failed step, and measure their update together: this one must take part.
-        others_step = decision.veto is not True
-        self._report_failures(applied, draft.step, decision)
+        applied, others_step = self._treat(jobs, grads, decision, optimizers, waits)
         self.completion.ask(actions, draft.step, optimizers, decision)
         draft.applied = applied
         parts = {**applied.parts(), "global_norm_after": grads.global_norm}
@@ -254,6 +233,7 @@ class Engine:
         outcome = self._decide(draft, decision, optimizers, findings)
         self.meter.note_gradients(grads)
         overflow = draft.record is not None and bool(draft.record.scalars.get("amp_overflow"))
+        # Ranks where no treatment failed measure their update together: this one must take part.
         if not overflow and (not outcome.skip or (applied.failures and others_step)):
             with self.guard("update ratios", self.meter.drop_update):
                 self.meter.before_update(draft.step, grads)
@@ -300,14 +280,16 @@ class Engine:
         has_buffers = self.buffers is not None and len(self.buffers) > 0
         return not has_buffers and not draft.scaler and all(StepGate.can_arm_on_device(o) for o in optimizers)
 
-    def _report_failures(self, applied: Applied, step: int, decision: Decision) -> None:
+    def _treat(
+        self, jobs: list[Job], grads: Gradients, decision: Decision, optimizers: Sequence[Optimizer], waits: bool
+    ) -> tuple[Applied, bool]:
+        """Run treatments; a failure vetoes the step. Return what ran, and whether ranks without one may step."""
+        options: Any = {"step": self._step, "optimizers": optimizers, "decision": decision, "can_read": waits}
+        applied = run_treatments(jobs, grads, remeasured=self._remeasured, **options)
+        others_step = decision.veto is not True
         self._observer.num_failed_treatments += len(applied.failures)
-        for job, error in applied.failures:
-            name = job.treatment.name
-            decision.add_veto(True, f"treatment {name!r} failed")
-            what = f"treatment {name!r} raised {type(error).__name__}: {error}; the step was vetoed"
-            self.judge.report(own_incident("treatment_failed", step, what, (name,)))
-            self.guard.report(f"treatment {name!r} (the step was vetoed)", error)
+        self.completion.tell_failures(applied, self._step, decision)
+        return applied, others_step
 
     def _on_stepped(self, optimizer: Optimizer) -> None:
         draft = self._current
