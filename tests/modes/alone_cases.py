@@ -95,12 +95,14 @@ def stays_equal(weights: list[list[torch.Tensor]]) -> None:
     equal_on_all_ranks([[p.tolist() for p in step] for step in weights])
 
 
-def treatment_on_one(mode: str, make: Callable[[], BaseTreatment]) -> Callable[[int, int, Path], None]:
+def treatment_on_one(
+    mode: str, make: Callable[[], BaseTreatment], *, every: int = 1
+) -> Callable[[int, int, Path], None]:
     def case(rank: int, world: int, folder: Path) -> None:
-        """The failing rank vetoes its step; with the next one all know, and all end there."""
-        watch, weights, said, stopped = fit(mode, rank, world, breaks=rank == 1, treatments=make())
+        """The failing rank vetoes its step; with the next one that is measured all know, and all end there."""
+        watch, weights, said, stopped = fit(mode, rank, world, breaks=rank == 1, treatments=make(), every=every)
         assert "a treatment, or a rule that carries one, failed on 1 of 2 ranks" in stopped, stopped
-        assert len(weights) == FAILS_AT + 1
+        assert len(weights) == (FAILS_AT // every + 1) * every
         stays_equal(weights[:FAILS_AT])
         equal_on_all_ranks([r.step for r in watch.history])
         assert len([s for s in said if "failed" in s]) == (rank == 1), said
@@ -169,6 +171,7 @@ CASES = {
     f"{mode}-{name}": make(mode)
     for name, make in {
         "treatment-fails-on-one-rank": lambda m: treatment_on_one(m, _clips),
+        "treatment-fails-on-one-rank-between-measurements": lambda m: treatment_on_one(m, _clips, every=4),
         "noise-fails-on-one-rank": lambda m: treatment_on_one(m, _shakes),
         "treatment-fails-on-all-ranks": lambda m: treatment_on_all(m, _clips),
         "rule-fails-on-one-rank": lambda m: rule_on_one(m, then=False),
