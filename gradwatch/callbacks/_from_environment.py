@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, ClassVar
 from weakref import WeakSet
 
 from .lightning import GradWatch
 
 __all__ = ["trainer_callback"]
+
+_MADE: dict[type[Any], Any] = {}
 
 
 class _FromEnvironment(GradWatch):
@@ -67,11 +68,12 @@ def trainer_callback(base: type[Any], rules: str, **settings: Any) -> Any:
     return _class_for(base)(rules, **settings)
 
 
-@cache
-def _class_for(base: type[Any] | None) -> type[Any]:
+def _class_for(base: type[Any] | None) -> Any:
     if base is None or issubclass(_FromEnvironment, base):
         return _FromEnvironment
-    return type("GradWatch", (_FromEnvironment, base), {"_base": base})
+    if base not in _MADE:
+        _MADE[base] = type("GradWatch", (_FromEnvironment, base), {"_base": base})
+    return _MADE[base]
 
 
 def _blank(base: type[Any] | None) -> Any:
