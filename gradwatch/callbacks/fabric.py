@@ -78,12 +78,12 @@ class GradWatch:
         self._measured: set[int] = set()
         self._hook: Any = None
         self._stops: list[str] = []
+        self._scale = ScaleReader()
         self._forget()
 
     def _forget(self) -> None:
         self._passes: list[Pass] = []
         self._losses: list[Tensor] = []
-        self._scale = ScaleReader()
 
     @property
     def watches(self) -> list[Watch]:
