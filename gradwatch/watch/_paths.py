@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..records import MODULE, PARAMETER, Index, select_paths
 
 __all__ = ["Watched", "clean_path", "unwrap", "watched"]
 
+_REQUIRES_GRAD = attrgetter("requires_grad")
 _WRAPPER_PARTS = frozenset(
     {"_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_wrapped_module"}
 )
@@ -90,7 +92,7 @@ def signature(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[object
     """Return what tells that the watched parameters have changed: identities and `requires_grad`."""
     held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     # The type too: a lazy parameter keeps its identity when it materialises.
-    return tuple((id(p), p.requires_grad, type(p)) for p in held)
+    return tuple(map(id, held)), tuple(map(_REQUIRES_GRAD, held)), tuple(map(type, held))
 
 
 class _Row(NamedTuple):
