@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class UpdateStats:
 
     Attributes:
         positions: which parameters were measured.
-        update_norms: norm of (parameter after the step - before), float64, shape (len(positions),).
+        update_norms: norm of (parameter after the step - before), float64, shape (len(positions),); -1 for all where
+            some rank had nothing to say.
         param_norms: norm of the parameter before the step, float64, the same shape.
     """
 
@@ -44,12 +46,17 @@ class UpdateMeter:
     Where the copies of all parameters don't fit, each `before` takes the next ones that do, in turns. A parameter that
     is larger than the bound by itself is never measured and is listed in `left_out`.
 
+    Norms of parameters in pieces cost one SUM all-reduce per mesh dimension in `after`. Every rank must take part,
+    also one that did not step, or whose copies failed: its `before(blank=True)` says so, a failure does by itself.
+
     Args:
-        params: parameters, plain or distributed; local pieces count for the bound.
+        params: parameters, plain or distributed; for the bound count the largest local pieces, so that all ranks take
+            the same turns.
         memory_limit_bytes: of all copies together.
 
     Attributes:
         left_out: positions of parameters that can't be measured within the bound.
+        in_pieces: whether any parameter is split over ranks.
 
     Raises:
         ConfigError: the bound is negative.
@@ -62,9 +69,10 @@ class UpdateMeter:
         self._limit = memory_limit_bytes
         self._next = 0
         self._chosen: list[int] = []
-        self._copies: list[Tensor] = []
+        self._copies: list[Tensor] | None = []
         self._cut: list[Tensor] = []
         self._arenas: dict[torch.device, Tensor] = {}
+        self.in_pieces = any(map(_is_split, self._params))
         self.left_out = [i for i, p in enumerate(self._params) if _bytes(p) > memory_limit_bytes]
 
     @property
@@ -73,13 +81,20 @@ class UpdateMeter:
         return sum(arena.numel() for arena in self._arenas.values())
 
     @torch.no_grad()
-    def before(self) -> None:
-        """Copy the parameters whose turn it is. Call it right before the optimizer's step."""
-        self._chosen = self._choose()
+    def before(self, *, blank: bool = False) -> None:
+        """Copy the parameters whose turn it is. Call it right before the optimizer's step.
+
+        Args:
+            blank: take part in `after`, with nothing to say; no rank then learns these updates.
+        """
+        self._chosen, self._copies = self._choose(), None
+        if blank:
+            return
         pieces = [_local(self._params[i]) for i in self._chosen]
-        self._copies = self._room_for(pieces)
-        for copies, sources in _grouped(self._copies, pieces):
-            _copy_(copies, sources)
+        copies = self._room_for(pieces)
+        for into, sources in _grouped(copies, pieces):
+            _copy_(into, sources)
+        self._copies = copies
 
     @torch.no_grad()
     def after(self) -> UpdateStats:
@@ -90,15 +105,32 @@ class UpdateMeter:
         """
         if not self._chosen and self._params and len(self.left_out) < len(self._params):
             raise RuntimeError("`UpdateMeter.after` needs a call of `before` first.")
-        chosen, copies = self._chosen, self._copies
-        params = [self._params[i] for i in chosen]
-        shards = Shards(params)
-        update_norms, param_norms = _moved(copies, [_local(p) for p in params])
-        if shards.groups:
-            both = torch.stack([update_norms, param_norms], dim=1).square_()
-            update_norms, param_norms = shards.sum_(both).sqrt_().unbind(dim=1)
+        chosen, params = self._chosen, [self._params[i] for i in self._chosen]
+        error: Exception | None = None
+        try:
+            squares = self._squares(params)
+        except Exception as raised:
+            if not self.in_pieces:
+                raise
+            squares, error = self._nothing(len(chosen)), raised
         self.discard()
+        if self.in_pieces:
+            Shards(params).sum_(squares)
+            # A single rank's "nothing" makes it nothing for all, so that records stay equal.
+            squares = torch.where(torch.isneginf(squares).any(), -1.0, squares)
+        if error is not None:
+            raise error
+        update_norms, param_norms = torch.where(squares < 0, -1.0, squares.abs().sqrt()).unbind(dim=1)
         return UpdateStats(chosen, update_norms, param_norms)
+
+    def _squares(self, params: list[Tensor]) -> Tensor:
+        if self._copies is None:
+            return self._nothing(len(params))
+        return torch.stack(_moved(self._copies, [_local(p) for p in params]), dim=1).square_()
+
+    def _nothing(self, count: int) -> Tensor:
+        device = self._params[0].device if self._params else None
+        return torch.full((count, 2), -torch.inf, dtype=torch.float64, device=device)
 
     def discard(self) -> None:
         """Forget the copies: the step did not happen. The memory is kept for the next ones."""
@@ -195,5 +227,20 @@ def _padded(piece: Tensor) -> int:
     return -(-piece.numel() * piece.element_size() // _ALIGN) * _ALIGN
 
 
-def _bytes(param: Tensor) -> int:
-    return _padded(_local(param))
+def _is_split(param: Any) -> bool:
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    if dtensor is None or not isinstance(param, dtensor.DTensor):
+        return False
+    return any(not p.is_replicate() and param.device_mesh.size(i) > 1 for i, p in enumerate(param.placements))
+
+
+def _bytes(param: Any) -> int:
+    """Return the bytes of a copy of the largest piece on any rank."""
+    if not _is_split(param):
+        return _padded(_local(param))
+    shape = list(param.shape)
+    for i, placement in enumerate(param.placements):
+        dim = getattr(placement, "dim", None)
+        if dim is not None:
+            shape[dim] = -(-shape[dim] // param.device_mesh.size(i))
+    return -(-math.prod(shape) * param.element_size() // _ALIGN) * _ALIGN

@@ -229,9 +229,12 @@ class Draft:
         assert self.record is not None
         if self.updates is None or self.update_positions is None or self.record.skipped:
             return self.record
+        found = self.updates.result()
+        if (found["update_norm"] < 0).any():
+            return self.record
         columns = Columns(len(self.index), dict(self.record.columns), dict(self.record.masks))
         numel = self.index.numel[self.update_positions].astype(np.float64)
-        columns.put_updates(self.update_positions, self.updates.result(), numel)
+        columns.put_updates(self.update_positions, found, numel)
         self.record = replace(self.record, columns=columns.values, masks=columns.masks)
         return self.record
 

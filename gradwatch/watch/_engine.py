@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,8 +23,10 @@ from ._gate import Gates, StepGate
 from ._guard import Guard
 from ._judge import Judge, own_incident
 from ._meter import Meter
+from ._moves import Moves
 from ._observe import Observer
 from ._options import MeasureOptions
+from ._ranks import world_size
 from ._timed import timed
 from ._transfer import Transfer
 
@@ -82,14 +85,13 @@ class Engine:
         self.treats_errors = bool(self._installed)
         self._step, self._begun = 0, -1
         self.spent = 0.0
-        self._to_step: set[int] = set()
         self._measured: tuple[int, int | None] | None = None
         self._current: Draft | None = None
         self._failures = 0
         self._remeasured: set[int] = set()
         self._replays: list[Replay] = []
         self.autopsy: Autopsy | None = None
-        self._observer = Observer(self.meter, self.guard)
+        self._observer, self._moves = Observer(self.meter, self.guard), Moves(self.meter, self.guard)
 
     @property
     def waits(self) -> bool:
@@ -139,7 +141,7 @@ class Engine:
         # Clears a veto whose step never came: it must not fall on this one (O4).
         self._gates.arm(optimizers, False)
         if not self.guard.ok("measuring"):
-            self._give_up(inputs.step)
+            self._give_up(inputs, optimizers)
             return StepOutcome()
         try:
             outcome = self._run(inputs, optimizers, Decision())
@@ -148,12 +150,18 @@ class Engine:
         self._failures = 0
         return outcome
 
-    def _give_up(self, step: int, grads: Gradients | None = None) -> None:
+    def _give_up(self, inputs: StepInputs, optimizers: Sequence[Optimizer]) -> None:
         """Let no rank wait for this one, which can't measure."""
-        if step % self.options.every == 0 and self.guard.ok("telling the other ranks"):
-            # If they are gone, torch's own next collective says so.
-            with self.guard("telling the other ranks"):
-                self._observer.give_up(step, grads)
+        if inputs.step % self.options.every or world_size() == 1 or not self.guard.ok("telling the other ranks"):
+            return
+        grads = None
+        with suppress(Exception):
+            grads = self.meter.gradients(optimizers, inputs.grad_scale)
+        # If they are gone, torch's own next collective says so.
+        with self.guard("telling the other ranks"):
+            self._observer.give_up(inputs.step, grads)
+            if grads is not None:
+                self._moves.before(inputs.step, grads, optimizers, moves=False)
 
     def _failed(self, error: Exception, optimizers: Sequence[Optimizer]) -> StepOutcome:
         """Measuring broke. Without treatments it is switched off; with them it must not fail open."""
@@ -182,18 +190,21 @@ class Engine:
             self.meter.refresh()
             grads = self.meter.gradients(optimizers, inputs.grad_scale)
         except Exception:
-            self._give_up(inputs.step)
+            self._give_up(inputs, optimizers)
             raise
         if not due:
             self.meter.disarm()
             self._treat([Job(t) for t in self.treatments], grads, decision, optimizers, self.waits)
             return self._decide(None, decision, optimizers, ())
-        self._to_step = set(map(id, optimizers))
         inputs.scalars = {**inputs.scalars, "overhead_seconds": self.spent}
         self.spent = 0.0
         self._observer.num_failed_treatments += self.judge.take_failed_deciders()
-        draft = self._current = self._observer.observe(inputs, grads, optimizers)
-        return self._act(draft, grads, decision, optimizers)
+        try:
+            draft = self._current = self._observer.observe(inputs, grads, optimizers)
+            return self._act(draft, grads, decision, optimizers)
+        except Exception:
+            self._moves.before(inputs.step, grads, optimizers, moves=False)
+            raise
 
     def _act(self, draft: Draft, grads: Gradients, decision: Decision, optimizers: Sequence[Optimizer]) -> StepOutcome:
         findings: Sequence[Finding] = ()
@@ -223,7 +234,7 @@ class Engine:
             jobs += limit_jobs(self.book, grads, limits)
             if draft.failed is not None and self.treats:
                 decision.add_veto(draft.failed > 0, "")
-        applied, others_step = self._treat(jobs, grads, decision, optimizers, waits)
+        applied = self._treat(jobs, grads, decision, optimizers, waits)
         self.completion.ask(actions, draft.step, optimizers, decision)
         draft.applied = applied
         parts = {**applied.parts(), "global_norm_after": grads.global_norm}
@@ -233,10 +244,8 @@ class Engine:
         outcome = self._decide(draft, decision, optimizers, findings)
         self.meter.note_gradients(grads)
         overflow = draft.record is not None and bool(draft.record.scalars.get("amp_overflow"))
-        # Ranks where no treatment failed measure their update together: this one must take part.
-        if not overflow and (not outcome.skip or (applied.failures and others_step)):
-            with self.guard("update ratios", self.meter.drop_update):
-                self.meter.before_update(draft.step, grads)
+        if not overflow:
+            self._moves.before(draft.step, grads, optimizers, moves=not outcome.skip)
         return outcome
 
     def _alarm(self, opened: Sequence[Incident], grads: Gradients) -> None:
@@ -282,25 +291,16 @@ class Engine:
 
     def _treat(
         self, jobs: list[Job], grads: Gradients, decision: Decision, optimizers: Sequence[Optimizer], waits: bool
-    ) -> tuple[Applied, bool]:
-        """Run treatments; a failure vetoes the step. Return what ran, and whether ranks without one may step."""
+    ) -> Applied:
+        """Run treatments; a failure vetoes the step."""
         options: Any = {"step": self._step, "optimizers": optimizers, "decision": decision, "can_read": waits}
         applied = run_treatments(jobs, grads, remeasured=self._remeasured, **options)
-        others_step = decision.veto is not True
         self._observer.num_failed_treatments += len(applied.failures)
         self.completion.tell_failures(applied, self._step, decision)
-        return applied, others_step
+        return applied
 
     def _on_stepped(self, optimizer: Optimizer) -> None:
-        draft = self._current
-        self._to_step.discard(id(optimizer))
-        # Optimizers that step together are measured together, once the last of them has moved.
-        if draft is None or self._to_step or draft.updates is not None or not self.guard.ok("update ratios"):
-            return
-        with self.guard("update ratios", self.meter.drop_update):
-            positions, parts = self.meter.after_update()
-            if parts:
-                draft.update_positions, draft.updates = positions, Transfer(parts)
+        self._moves.after(optimizer, self._current)
 
     @timed
     def finish_step(self) -> None:

@@ -194,15 +194,21 @@ class Meter:
             return np.zeros(0, np.int64), {}
         return self.positions(chosen), {"row_spread": row_spread([p.detach() for p in chosen])}
 
-    def before_update(self, step: int, grads: Gradients) -> None:
-        """Keep copies of parameters where this step's update ratio is due."""
+    def before_update(self, step: int, grads: Gradients, *, moves: bool = True) -> None:
+        """Keep copies of parameters where this step's update ratio is due.
+
+        Args:
+            moves: whether this rank steps and can measure. If not, it takes part all the same where parameters are in
+                pieces: the other ranks may step.
+        """
         if not is_due(step, self.options.updates_every) or not len(grads):
             return
         if self._updates is None or len(self._update_positions) != len(grads):
             self._updates = UpdateMeter(list(grads.params), self.options.memory_limit_bytes // 2)
             self._update_positions = self.positions(grads.params)
-        self._updates.before()
-        self._updates_step = step
+        if moves or self._updates.in_pieces:
+            self._updates_step = step
+            self._updates.before(blank=not moves)
 
     def after_update(self) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
         """Return which parameters' updates were measured, and the norms of updates and parameters."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from gradwatch import Watch
 from gradwatch.errors import GradwatchWarning, TrainingStopped
 from gradwatch.rules import NonFinite
 from gradwatch.sinks import MemorySink
+from gradwatch.stats import Gradients, UpdateMeter
 from gradwatch.treatments import BaseTreatment, ClipByGlobalNorm, Noise, SkipStep
 from tests.modes.ranks import equal_on_all_ranks, main
 from tests.modes.reference import EVERYTHING, STEPS, Net, batches, loss_of, mine, sgd
@@ -36,6 +39,14 @@ class Clips(ClipByGlobalNorm):
 
 class Shakes(Noise):
     """The same, of a treatment whose norms are measured anew."""
+
+    def apply_(self, grads: Any, context: Any) -> Any:
+        _break(context.step)
+        return super().apply_(grads, context)
+
+
+class Skips(SkipStep):
+    """The same, of one that vetoes."""
 
     def apply_(self, grads: Any, context: Any) -> Any:
         _break(context.step)
@@ -111,6 +122,74 @@ def treatment_on_one(
     return case
 
 
+def veto_on_one(mode: str) -> Callable[[int, int, Path], None]:
+    def case(rank: int, world: int, folder: Path) -> None:
+        """One rank vetoes by its treatment, the other because its own broke, in a step whose update is due."""
+        watch, weights, said, stopped = fit(mode, rank, world, breaks=rank == 1, treatments=Skips(), bad={FAILS_AT: 0})
+        assert "failed on 1 of 2 ranks" in stopped, stopped
+        stays_equal(weights)
+        assert all(torch.equal(p, q) for p, q in zip(weights[FAILS_AT - 1], weights[FAILS_AT], strict=True))
+        equal_on_all_ranks([r.step for r in watch.history])
+        assert len([s for s in said if "treatment" in s]) == (rank == 1), said
+
+    return case
+
+
+def fails_in(owner: type, method: str, step: int, rank: int, run: Callable[[], Any]) -> Any:
+    """Run with a method that raises when it is called for the `step`-th time on rank 1."""
+    calls = itertools.count()
+    real = getattr(owner, method)
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == step and rank == 1:
+            raise MemoryError("a fault on this rank")
+        return real(self, *args, **kwargs)
+
+    with patch.object(owner, method, broken):
+        return run()
+
+
+def updates_on_one(mode: str, method: str) -> Callable[[int, int, Path], None]:
+    def case(rank: int, world: int, folder: Path) -> None:
+        """Update ratios are off on that rank; under FSDP2 no rank has them then, and none waits for the other."""
+        watch, weights, said, stopped = fails_in(
+            UpdateMeter, method, FAILS_AT, rank, lambda: fit(mode, rank, world, breaks=False)
+        )
+        assert not stopped
+        assert len(weights) == STEPS
+        stays_equal(weights)
+        assert ["update ratios" in s for s in said] == [True] * (rank == 1), said
+        measured = [r.step for r in watch.history if "update_norm" in r.columns]
+        known = range(STEPS) if mode == "ddp" and rank == 0 else range(FAILS_AT)
+        assert measured == list(known), measured
+
+    return case
+
+
+def measuring_on_one(mode: str, *, treats: bool) -> Callable[[int, int, Path], None]:
+    def case(rank: int, world: int, folder: Path) -> None:
+        """All ranks learn of it in the same step: what only watches is off, what treats is vetoed."""
+        treatments = ClipByGlobalNorm(0.5) if treats else ()
+        watch, weights, said, stopped = fails_in(
+            Gradients,
+            "pieces",
+            FAILS_AT,
+            rank,
+            lambda: fit(mode, rank, world, breaks=False, treatments=treatments),
+        )
+        assert not stopped
+        assert len(weights) == STEPS
+        stays_equal(weights)
+        stood = all(torch.equal(p, q) for p, q in zip(weights[FAILS_AT - 1], weights[FAILS_AT], strict=True))
+        assert stood == treats
+        equal_on_all_ranks([r.step for r in watch.history])
+        measured = [s for s in range(STEPS) if s != FAILS_AT] if treats else list(range(FAILS_AT))
+        assert [r.step for r in watch.history if not math.isnan(r.global_norm)] == measured
+        assert len(said) == 1, said
+
+    return case
+
+
 def treatment_on_all(mode: str, make: Callable[[], BaseTreatment]) -> Callable[[int, int, Path], None]:
     def case(rank: int, world: int, folder: Path) -> None:
         """Where it fails on every rank the step is vetoed on every rank, and the run goes on."""
@@ -173,6 +252,11 @@ CASES = {
         "treatment-fails-on-one-rank": lambda m: treatment_on_one(m, _clips),
         "treatment-fails-on-one-rank-between-measurements": lambda m: treatment_on_one(m, _clips, every=4),
         "noise-fails-on-one-rank": lambda m: treatment_on_one(m, _shakes),
+        "vetoing-treatment-fails-on-one-rank": lambda m: veto_on_one(m),
+        "copies-fail-on-one-rank": lambda m: updates_on_one(m, "_room_for"),
+        "update-measurement-fails-on-one-rank": lambda m: updates_on_one(m, "_squares"),
+        "measuring-fails-on-one-rank": lambda m: measuring_on_one(m, treats=False),
+        "measuring-for-treatments-fails-on-one-rank": lambda m: measuring_on_one(m, treats=True),
         "treatment-fails-on-all-ranks": lambda m: treatment_on_all(m, _clips),
         "rule-fails-on-one-rank": lambda m: rule_on_one(m, then=False),
         "deciding-rule-fails-on-one-rank": lambda m: rule_on_one(m, then=True),

@@ -188,6 +188,31 @@ def updates(rank: int, world: int) -> None:
     torch.testing.assert_close(stats.param_norms, tensor_norms(list(model().parameters())), rtol=1e-6, atol=0)
 
 
+def updates_in_turns(rank: int, world: int) -> None:
+    """Pieces of unlike sizes (3 and 2 of 5 rows): the ranks' copies differ in size, their turns must not."""
+    mesh = DeviceMesh("cpu", list(range(world)))
+    params = [distribute_tensor(torch.full((5, 8), float(i + 1)), mesh, [Shard(0)]) for i in range(4)]
+    meter = UpdateMeter(params, 128 + 64)
+    assert meter.in_pieces
+    for turn in range(4):
+        meter.before()
+        for p in params:
+            p.to_local().add_(1.0)
+        stats = meter.after()
+        assert stats.positions == [turn]
+        torch.testing.assert_close(stats.update_norms, torch.tensor([40.0**0.5], dtype=torch.float64))
+
+
+def updates_of_a_rank_with_nothing_to_say(rank: int, world: int) -> None:
+    mesh = DeviceMesh("cpu", list(range(world)))
+    params = [distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]), torch.ones(3)]
+    meter = UpdateMeter(params, 1 << 20)
+    meter.before(blank=rank == 1)
+    assert meter.after().update_norms.tolist() == [-1.0, -1.0]
+    meter.before()
+    assert meter.after().update_norms.tolist() == [0.0, 0.0]
+
+
 def default_group(rank: int, world: int) -> None:
     assert reduce_sum_(torch.tensor([1.0, float(rank)])).tolist() == [world, world * (world - 1) / 2]
     assert reduce_max_(torch.tensor([float(rank)])).tolist() == [world - 1]
@@ -201,6 +226,8 @@ CASES: dict[str, tuple[Callable[[int, int], None], int]] = {
     "mixed-placements": (mixed_placements, 2),
     "non-finite-and-extreme": (non_finite_and_extreme, 2),
     "updates": (updates, 2),
+    "updates-in-turns": (updates_in_turns, 2),
+    "updates-of-a-rank-with-nothing-to-say": (updates_of_a_rank_with_nothing_to_say, 2),
     "default-group": (default_group, 2),
 }
 
