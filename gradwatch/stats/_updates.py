@@ -73,7 +73,9 @@ class UpdateMeter:
         self._cut: list[Tensor] = []
         self._arenas: dict[torch.device, Tensor] = {}
         self.in_pieces = any(map(_is_split, self._params))
-        self.left_out = [i for i, p in enumerate(self._params) if _bytes(p) > memory_limit_bytes]
+        self._distributed = any(hasattr(p, "to_local") for p in self._params)
+        self._bytes = list(map(_bytes, self._params))
+        self.left_out = [i for i, need in enumerate(self._bytes) if need > memory_limit_bytes]
 
     @property
     def held_bytes(self) -> int:
@@ -90,7 +92,7 @@ class UpdateMeter:
         self._chosen, self._copies = self._choose(), None
         if blank:
             return
-        pieces = [_local(self._params[i]) for i in self._chosen]
+        pieces = self._locals([self._params[i] for i in self._chosen])
         copies = self._room_for(pieces)
         for into, sources in _grouped(copies, pieces):
             _copy_(into, sources)
@@ -123,10 +125,13 @@ class UpdateMeter:
         update_norms, param_norms = torch.where(squares < 0, -1.0, squares.abs().sqrt()).unbind(dim=1)
         return UpdateStats(chosen, update_norms, param_norms)
 
+    def _locals(self, params: list[Tensor]) -> list[Tensor]:
+        return [p.detach() for p in params] if not self._distributed else list(map(_local, params))
+
     def _squares(self, params: list[Tensor]) -> Tensor:
         if self._copies is None:
             return self._nothing(len(params))
-        return torch.stack(_moved(self._copies, [_local(p) for p in params]), dim=1).square_()
+        return torch.stack(_moved(self._copies, self._locals(params)), dim=1).square_()
 
     def _nothing(self, count: int) -> Tensor:
         device = self._params[0].device if self._params else None
@@ -143,6 +148,8 @@ class UpdateMeter:
         self._cut = []
 
     def _choose(self) -> list[int]:
+        if sum(self._bytes) <= self._limit:
+            return list(range(len(self._params)))
         chosen: list[int] = []
         room, left_out = self._limit, set(self.left_out)
         count = len(self._params)
@@ -150,7 +157,7 @@ class UpdateMeter:
             i = (self._next + k) % count
             if i in left_out:
                 continue
-            need = _bytes(self._params[i])
+            need = self._bytes[i]
             if need > room:
                 self._next = i
                 return sorted(chosen)
