@@ -29,28 +29,19 @@ FAILS_AT = 2
 MODES: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": DistributedDataParallel, "fsdp": fully_shard}
 
 
-class Clips(ClipByGlobalNorm):
-    """Breaks at one step on some ranks."""
+def breaking(kind: type[BaseTreatment]) -> type[BaseTreatment]:
+    """Return a treatment of that kind that breaks at one step on some ranks."""
 
-    def apply_(self, grads: Any, context: Any) -> Any:
-        _break(context.step)
-        return super().apply_(grads, context)
+    class Breaking(kind):
+        def apply_(self, grads: Any, context: Any) -> Any:
+            _break(context.step)
+            return super().apply_(grads, context)
 
-
-class Shakes(Noise):
-    """The same, of a treatment whose norms are measured anew."""
-
-    def apply_(self, grads: Any, context: Any) -> Any:
-        _break(context.step)
-        return super().apply_(grads, context)
+    return Breaking
 
 
-class Skips(SkipStep):
-    """The same, of one that vetoes."""
-
-    def apply_(self, grads: Any, context: Any) -> Any:
-        _break(context.step)
-        return super().apply_(grads, context)
+Clips, Skips = breaking(ClipByGlobalNorm), breaking(SkipStep)
+Shakes = breaking(Noise)  # its norms are measured anew
 
 
 class Judges(NonFinite):
