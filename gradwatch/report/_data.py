@@ -113,7 +113,7 @@ class ReportData:
             histograms.add(record)
         treatments, limits = count_treatments(told)
         if limits:
-            scalars["limit"] = (np.array(list(limits), np.int64), np.array(list(limits.values())))
+            scalars["limit"] = _merged(scalars.get("limit"), limits)
         times = scalars["time"][1]
         if run.thinned:
             notes = (*notes, "Columns of some early steps were dropped to keep the run folder below its limit.")
@@ -160,7 +160,8 @@ class ReportData:
             histograms.add(record)
         treatments, limits = count_treatments((r.step, t) for r in kept for t in r.treatments)
         if limits:
-            scalars["limit"] = (list(limits), list(limits.values()))
+            bars = _merged(scalars.get("limit"), limits)
+            scalars["limit"] = (bars[0].tolist(), bars[1].tolist())
         arrays = {n: (np.asarray(s, np.float64), np.asarray(v, np.float64)) for n, (s, v) in scalars.items()}
         if isinstance(meta, RunMeta):
             meta = {k: getattr(meta, k) for k in ("name", "model", "started", "versions", "options", "start_step")}
@@ -215,6 +216,15 @@ def count_treatments(
                 step, report.before, report.after
             )
     return tuple(counts.values()), limits
+
+
+def _merged(known: tuple[Any, Any] | None, stated: Mapping[int, float]) -> tuple[NDArray[np.int64], Floats]:
+    """Return the smallest limit at each step: the rules' bar, and what treatments that acted there say was theirs."""
+    limits = {} if known is None else dict(zip(*(np.asarray(x).tolist() for x in known), strict=True))
+    for step, limit in stated.items():
+        limits[step] = min(limit, limits.get(step, math.inf))
+    steps = sorted(limits)
+    return np.array(steps, np.int64), np.array([limits[s] for s in steps], np.float64)
 
 
 def _tables(records: Sequence[StepRecord], index: Index) -> dict[str, Table]:

@@ -17,9 +17,11 @@ from gradwatch.records import Incident
 from gradwatch.report import ReportData, Table, report_text, to_html, to_json, to_markdown, write_report
 from gradwatch.report._bundle import bundle
 from gradwatch.report._quantise import decode_table, encode_histograms, encode_table, encode_tables
+from gradwatch.runs import read_run
+from gradwatch.sinks import RunFolder
 from tensorboard_plugin_gradwatch import MISSING, STATIC
 
-from ..tab.synthetic import make_incidents, make_index, make_records
+from ..tab.synthetic import META, make_incidents, make_index, make_records
 
 EVIL = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)>'
 
@@ -153,6 +155,25 @@ def test_live_records_give_the_same_report_as_the_run_folder(data):
     assert live.treatments == data.treatments
     assert set(live.histograms) == set(data.histograms)
     assert live.num_skipped == data.num_skipped == 1
+
+
+@pytest.mark.parametrize("of_folder", [False, True])
+def test_limit_is_drawn_at_every_step_and_not_only_where_a_treatment_acted(of_folder, tmp_path):
+    records = [replace(r, scalars={**r.scalars, "limit": 3.0}) for r in make_records(steps=250)]
+    stated = {r.step: t.values["limit"] for r in records for t in r.treatments if "limit" in t.values}
+    assert stated
+    if of_folder:
+        sink = RunFolder(tmp_path / "run")
+        sink.open(META)
+        for record in records:
+            sink.write(record, [record])
+        sink.close()
+        found = ReportData.from_run(read_run(tmp_path / "run"))
+    else:
+        found = ReportData.from_records(records)
+    steps, limits = found.scalars["limit"]
+    assert steps.tolist() == list(range(250))
+    assert limits.tolist() == [min(3.0, stated.get(s, 3.0)) for s in range(250)]
 
 
 def test_report_of_nothing_is_still_a_report(tmp_path):
