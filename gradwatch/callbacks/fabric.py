@@ -17,6 +17,7 @@ from ..sinks import sinks_for_loggers
 from ..watch import IncidentTarget, ScaleReader, Stepper, Watch, incident_target, resolve, unwrap
 from ._backward_end import BackwardEnd, Pass
 from ._run_dir import free_run_dir
+from ._say import say
 
 __all__ = ["GradWatch"]
 
@@ -250,7 +251,7 @@ class GradWatch:
         for watch in self.watches:
             watch.close()
         if was_open and self._verbose and self._fabric.is_global_zero:
-            print(self.summary())
+            say(self.summary())
 
     def __enter__(self) -> GradWatch:
         return self

@@ -18,6 +18,7 @@ from ._door import SessionDoor
 from ._lightning_base import callback_bases
 from ._lightning_run import choose_run_dir, open_session, validation_scalars
 from ._quiet import run_quietly
+from ._say import say, say_ending
 
 __all__ = ["GradWatch"]
 
@@ -264,9 +265,7 @@ class GradWatch(SessionDoor, _Callback):
         self._session.finish(self._scalars)
         self._scalars = {}
         if self._verbose and trainer.is_global_zero and not trainer.fast_dev_run:
-            print(self._session.summary())
-            if self._session.run_dir is not None:
-                print(f"gradwatch wrote {self._session.run_dir}; `gradwatch report` turns it into a page")
+            say_ending(self._session)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         # On an exception or Ctrl-C this alone runs: no teardown (H23).
@@ -295,10 +294,7 @@ class GradWatch(SessionDoor, _Callback):
         if not self._verbose or not trainer.is_global_zero:
             return
         bar = trainer.progress_bar_callback
-        if bar is None:
-            print(line)
-        else:
-            bar.print(line)
+        say(line, print if bar is None else bar.print)
 
     def _scaler(self, trainer: Any) -> Any:
         scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -30,6 +30,7 @@ from ..watch import (
 from ._backward_end import BackwardEnd, Pass
 from ._door import SessionDoor
 from ._run_dir import free_run_dir
+from ._say import say, say_ending
 
 __all__ = ["GradWatchCallback"]
 
@@ -119,7 +120,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
             sinks=sinks,
             run_dir=self._folder(args, fresh=carried is None),
             log_every=self.settings.log_every or _logging_steps(args, state),
-            say=print if self._verbose else lambda line: None,
+            say=say if self._verbose else lambda line: None,
             on_incident=self._on_incident,
             start_step=state.global_step,
         )
@@ -212,7 +213,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
             control.should_save = True
         elif request.kind == "stop":
             if self._verbose:
-                print(f"gradwatch {request.reason}")
+                say(f"gradwatch {request.reason}")
             if request.values.get("error"):
                 self.close()
                 raise TrainingStopped(request.reason)
@@ -232,9 +233,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         self._scalars = {}
         self.close()
         if self._verbose and state.is_world_process_zero:
-            print(session.summary())
-            if session.run_dir is not None:
-                print(f"gradwatch wrote {session.run_dir}; `gradwatch report` turns it into a page")
+            say_ending(session)
 
     @property
     def _key(self) -> str:
