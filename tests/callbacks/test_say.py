@@ -14,6 +14,8 @@ from gradwatch.callbacks import GradWatch
 from gradwatch.callbacks._run_dir import free_run_dir
 from gradwatch.callbacks._say import say
 
+from .test_lightning import trainer
+
 
 class Named(pl.LightningModule):
     """A module with a name in another script, and one batch that is not finite."""
@@ -37,18 +39,9 @@ class Full(io.TextIOBase):
 
 
 def fit(folder: Path) -> pl.Trainer:
-    trainer = pl.Trainer(
-        callbacks=[GradWatch(run_dir=False)],
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
-    trainer.fit(Named(), DataLoader(TensorDataset(torch.randn(80, 4)), batch_size=4))
-    return trainer
+    fitted = trainer(folder, GradWatch(run_dir=False))
+    fitted.fit(Named(), DataLoader(TensorDataset(torch.randn(80, 4)), batch_size=4))
+    return fitted
 
 
 def test_names_that_stdout_cannot_encode_are_escaped(tmp_path: Path) -> None:
