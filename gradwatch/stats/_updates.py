@@ -73,7 +73,6 @@ class UpdateMeter:
         self._cut: list[Tensor] = []
         self._arenas: dict[torch.device, Tensor] = {}
         self.in_pieces = any(map(_is_split, self._params))
-        self._distributed = any(hasattr(p, "to_local") for p in self._params)
         self._bytes = list(map(_bytes, self._params))
         self.left_out = [i for i, need in enumerate(self._bytes) if need > memory_limit_bytes]
 
@@ -92,7 +91,7 @@ class UpdateMeter:
         self._chosen, self._copies = self._choose(), None
         if blank:
             return
-        pieces = self._locals([self._params[i] for i in self._chosen])
+        pieces = [_local(self._params[i]) for i in self._chosen]
         copies = self._room_for(pieces)
         for into, sources in _grouped(copies, pieces):
             _copy_(into, sources)
@@ -108,34 +107,26 @@ class UpdateMeter:
         if not self._chosen and self._params and len(self.left_out) < len(self._params):
             raise RuntimeError("`UpdateMeter.after` needs a call of `before` first.")
         chosen, params = self._chosen, [self._params[i] for i in self._chosen]
-        error: Exception | None = None
+        norms: Tensor | None = None
         try:
-            squares = self._squares(params)
-        except Exception as raised:
-            if not self.in_pieces:
-                raise
-            squares, error = self._nothing(len(chosen)), raised
-        self.discard()
-        if self.in_pieces:
-            Shards(params).sum_(squares)
-            # A single rank's "nothing" makes it nothing for all, so that records stay equal.
-            squares = torch.where(torch.isneginf(squares).any(), -1.0, squares)
-        if error is not None:
-            raise error
-        update_norms, param_norms = torch.where(squares < 0, -1.0, squares.abs().sqrt()).unbind(dim=1)
+            if self._copies is not None:
+                norms = torch.stack(_moved(self._copies, list(map(_local, params))), dim=1)
+        finally:
+            # Also where that failed: the other ranks wait.
+            self.discard()
+            if norms is None or self.in_pieces:
+                norms = self._whole(params, norms)
+        update_norms, param_norms = norms.unbind(dim=1)
         return UpdateStats(chosen, update_norms, param_norms)
 
-    def _locals(self, params: list[Tensor]) -> list[Tensor]:
-        return [p.detach() for p in params] if not self._distributed else list(map(_local, params))
-
-    def _squares(self, params: list[Tensor]) -> Tensor:
-        if self._copies is None:
-            return self._nothing(len(params))
-        return torch.stack(_moved(self._copies, self._locals(params)), dim=1).square_()
-
-    def _nothing(self, count: int) -> Tensor:
-        device = self._params[0].device if self._params else None
-        return torch.full((count, 2), -torch.inf, dtype=torch.float64, device=device)
+    def _whole(self, params: list[Tensor], norms: Tensor | None) -> Tensor:
+        """Put the pieces' norms together; -1 for all, on all ranks, where any rank has none."""
+        if norms is None:
+            squares = torch.full((len(params), 2), -torch.inf, dtype=torch.float64, device=self._params[0].device)
+        else:
+            squares = norms.square()
+        Shards(params).sum_(squares)
+        return torch.where(torch.isneginf(squares).any(), -1.0, squares.sqrt())
 
     def discard(self) -> None:
         """Forget the copies: the step did not happen. The memory is kept for the next ones."""

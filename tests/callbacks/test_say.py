@@ -59,10 +59,14 @@ def test_stdout_on_a_full_disk_loses_the_text_and_nothing_else(tmp_path: Path) -
 
 
 def test_a_bar_that_can_not_print_a_line_does_not_matter() -> None:
+    tried = []
+
     def refuses(text: str) -> None:
+        tried.append(text)
         raise RuntimeError(f"markup in {text}")
 
     say("gradwatch [/critical]", refuses)
+    assert tried == ["gradwatch [/critical]"]
 
 
 @pytest.mark.parametrize("inside", ["meta.json", "__init__.py"])

@@ -19,7 +19,7 @@ from gradwatch import Watch
 from gradwatch.errors import GradwatchWarning, TrainingStopped
 from gradwatch.rules import NonFinite
 from gradwatch.sinks import MemorySink
-from gradwatch.stats import Gradients, UpdateMeter
+from gradwatch.stats import Gradients, UpdateMeter, _updates
 from gradwatch.treatments import BaseTreatment, ClipByGlobalNorm, Noise, SkipStep
 from tests.modes.ranks import equal_on_all_ranks, main
 from tests.modes.reference import EVERYTHING, STEPS, Net, batches, loss_of, mine, sgd
@@ -126,25 +126,25 @@ def veto_on_one(mode: str) -> Callable[[int, int, Path], None]:
     return case
 
 
-def fails_in(owner: type, method: str, step: int, rank: int, run: Callable[[], Any]) -> Any:
-    """Run with a method that raises when it is called for the `step`-th time on rank 1."""
+def fails_in(owner: Any, method: str, step: int, rank: int, run: Callable[[], Any]) -> Any:
+    """Run with a method or function that raises when it is called for the `step`-th time on rank 1."""
     calls = itertools.count()
     real = getattr(owner, method)
 
-    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def broken(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == step and rank == 1:
             raise MemoryError("a fault on this rank")
-        return real(self, *args, **kwargs)
+        return real(*args, **kwargs)
 
     with patch.object(owner, method, broken):
         return run()
 
 
-def updates_on_one(mode: str, method: str) -> Callable[[int, int, Path], None]:
+def updates_on_one(mode: str, owner: Any, method: str) -> Callable[[int, int, Path], None]:
     def case(rank: int, world: int, folder: Path) -> None:
         """Update ratios are off on that rank; under FSDP2 no rank has them then, and none waits for the other."""
         watch, weights, said, stopped = fails_in(
-            UpdateMeter, method, FAILS_AT, rank, lambda: fit(mode, rank, world, breaks=False)
+            owner, method, FAILS_AT, rank, lambda: fit(mode, rank, world, breaks=False)
         )
         assert not stopped
         assert len(weights) == STEPS
@@ -244,8 +244,8 @@ CASES = {
         "treatment-fails-on-one-rank-between-measurements": lambda m: treatment_on_one(m, _clips, every=4),
         "noise-fails-on-one-rank": lambda m: treatment_on_one(m, _shakes),
         "vetoing-treatment-fails-on-one-rank": lambda m: veto_on_one(m),
-        "copies-fail-on-one-rank": lambda m: updates_on_one(m, "_room_for"),
-        "update-measurement-fails-on-one-rank": lambda m: updates_on_one(m, "_squares"),
+        "copies-fail-on-one-rank": lambda m: updates_on_one(m, UpdateMeter, "_room_for"),
+        "update-measurement-fails-on-one-rank": lambda m: updates_on_one(m, _updates, "_moved"),
         "measuring-fails-on-one-rank": lambda m: measuring_on_one(m, treats=False),
         "measuring-for-treatments-fails-on-one-rank": lambda m: measuring_on_one(m, treats=True),
         "treatment-fails-on-all-ranks": lambda m: treatment_on_all(m, _clips),

@@ -101,3 +101,14 @@ def test_transposed_parameters_are_copied_by_shape() -> None:
     meter = UpdateMeter([p], 1 << 10)
     meter.before()
     assert meter.after().update_norms.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_norms_beyond_the_range_of_squares_are_measured(size: float) -> None:
+    p = nn.Parameter(torch.full((4,), size, dtype=torch.float64))
+    meter = UpdateMeter([p], 1 << 10)
+    meter.before()
+    move([p], size)
+    stats = meter.after()
+    torch.testing.assert_close(stats.update_norms.item(), 2 * size, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats.param_norms.item(), 2 * size, rtol=1e-6, atol=0)
