@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from ._capture import Capture as Capture
     from ._capture import State as State
     from ._coverage import Coverage as Coverage
+    from ._flow import GradientFlow as GradientFlow
     from ._functions import Intervention as Intervention
     from ._functions import Observer as Observer
+    from ._generate import GenerationCache as GenerationCache
     from ._hook import Hook as Hook
     from ._manager import HookManager as HookManager
     from ._monitor import Monitor as Monitor
@@ -49,6 +51,8 @@ _DOORS = {
     "Cache": "_cache",
     "Capture": "_capture",
     "Coverage": "_coverage",
+    "GradientFlow": "_flow",
+    "GenerationCache": "_generate",
     "Heads": "_views",
     "Hook": "_hook",
     "HookManager": "_manager",
@@ -77,7 +81,41 @@ _DOORS = {
     "zero": "_patch",
 }
 
-__all__ = [*sorted(_DOORS)]
+__all__ = [
+    "ActivationStore",
+    "Alias",
+    "Cache",
+    "Capture",
+    "Coverage",
+    "GradientFlow",
+    "GenerationCache",
+    "Heads",
+    "Hook",
+    "HookManager",
+    "HookPoint",
+    "Intervention",
+    "ModuleTap",
+    "Monitor",
+    "Observer",
+    "Point",
+    "Profile",
+    "RawCall",
+    "State",
+    "Statistics",
+    "Sweep",
+    "TapStats",
+    "Unavailable",
+    "View",
+    "add",
+    "dead",
+    "exceeds",
+    "mean",
+    "noise",
+    "non_finite",
+    "patch",
+    "scale",
+    "zero",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -49,19 +49,14 @@ class Unavailable:
     where: str | None = None
 
 
-def expand_aliases(names: ModelNames, given: Mapping[str, Any], *, research_names: bool = True) -> dict[str, HookPoint]:
-    """Return alias -> hook point for a model: its research names where it is a known one, then those given.
+def expand_aliases(names: ModelNames, given: Mapping[str, Any]) -> dict[str, HookPoint]:
+    """Return alias -> hook point for the aliases given.
 
     Raises:
         UnknownPathError: a given alias leads nowhere.
         ConfigError: its placeholders differ from its target's.
     """
     found: dict[str, HookPoint] = {}
-    if research_names:
-        from ._research_names import research_aliases
-
-        for name, meaning in research_aliases(names).items():
-            found.update(_expand(names, name, meaning, required=False))
     for name, meaning in given.items():
         found.update(_expand(names, name, meaning, required=True))
     return found

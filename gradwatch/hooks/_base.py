@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakMethod
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, UnknownNameError
+from ..torchside import member
 from ._aliases import expand_aliases
 from ._functions import HookFunction, Observer
 from ._hook import Hook, HookOptions
+from ._managers import enter, tell_of_abandoned
 from ._names import ModelNames
 from ._patterns import Resolver
 from ._points import PORTS, HookPoint
 from ._registry import Registry
+from ._research_names import ResearchNames
 from ._runs import Runs
+from ._silence import check_fired, check_missing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,6 +42,10 @@ class BaseManager:
         aliases: Mapping[str, Any] | None = None,
         research_names: bool = True,
         layers: str | None = None,
+        name: str | None = None,
+        read_only: bool = False,
+        capture_limit_mb: float | None = None,
+        tokenizer: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"HookManager takes a torch.nn.Module. Got {type(model).__name__}.")
@@ -44,19 +54,29 @@ class BaseManager:
         self._aliases, self._research_names, self._layers = dict(aliases or {}), research_names, layers
         self._runs = Runs()
         self._registry = Registry(model, self._runs)
+        self._registry.manager = weakref.ref(self)
         self._known: tuple[list[int], Resolver] | None = None
         self._closed = False
-        self._on_close: list[Callable[[], Any]] = []
+        self._on_close: list[WeakMethod[Callable[[], Any]]] = []
         self._resolver  # noqa: B018 - an alias that matches nothing is an error here, not later
+        self.name, self.read_only, self.tokenizer = name, read_only, tokenizer
+        self.capture_limit_mb = capture_limit_mb
+        self._captures: weakref.WeakSet[Any] = weakref.WeakSet()
+        enter(cast("HookManager", self))
 
     @property
     def _resolver(self) -> Resolver:
         """The names, looked up afresh when modules or parameters have come or gone."""
-        present = [*map(id, self.model.modules()), *map(id, self.model.parameters())]
+        present: list[int] = []
+        for module in self.model.modules():
+            present.append(id(module))
+            present += map(id, (module.__dict__.get("_parameters") or {}).values())
+        how = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+        present.append(hash(how) if isinstance(how, str) else 0)
         if self._known is None or self._known[0] != present:
             names = ModelNames(self.model, layers=self._layers)
-            aliases = expand_aliases(names, self._aliases, research_names=self._research_names)
-            self._known = (present, Resolver(names, aliases))
+            researched = ResearchNames(names, self.model) if self._research_names else None
+            self._known = (present, Resolver(names, expand_aliases(names, self._aliases), researched))
         return self._known[1]
 
     def points(self, pattern: Any = "*", *, port: str | None = None) -> list[HookPoint]:
@@ -71,6 +91,35 @@ class BaseManager:
             found += resolver.matching_aliases(pattern)
             return found or resolver.resolve(pattern)
         return resolver.resolve(pattern, port=port or "output")
+
+    def probe(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Find the research names of a model by trying one forward pass with these inputs; return them.
+
+        Models of torch's and Hugging Face's kinds are tried with made-up inputs when such a name is first asked for;
+        others with those of a run that asks for one. The pass is made on a copy that shares the parameters, in eval
+        mode: nobody's hooks see it, and buffers and random numbers stay as they are.
+
+        Raises:
+            ConfigError: the pass fails, or nothing attends in it.
+        """
+        researched = self._resolver.researched
+        if not isinstance(researched, ResearchNames):
+            raise ConfigError("this HookManager was made without research names.")
+        researched.probe(args, kwargs)
+        return [point.name for point in researched.names().values() if point.available]
+
+    @contextmanager
+    def _inputs_at_hand(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Within the context names may be found by a pass with these inputs."""
+        researched = self._resolver.researched
+        if not isinstance(researched, ResearchNames):
+            yield
+            return
+        researched.at_hand = (args, kwargs)
+        try:
+            yield
+        finally:
+            researched.at_hand = None
 
     @property
     def layers(self) -> list[str]:
@@ -126,7 +175,9 @@ class BaseManager:
             ConfigError: an option that can't be.
         """
         hook = self._make(points, fn, port=port, id=id, **options)
+        tell_of_abandoned(cast("HookManager", self), hook)
         self._registry.attach(hook)
+        self._registry.warn_of_compiled(hook)
         if hasattr(fn, "context"):
             fn.context = hook.context
         return hook
@@ -144,6 +195,10 @@ class BaseManager:
             raise ConfigError("this HookManager is closed: make a new one.")
         if not callable(fn):
             raise ConfigError(f"a hook function is called with (tensor, point). Got {fn!r}.")
+        if self.read_only and not (isinstance(fn, Observer) or getattr(fn, "is_reader", False)):
+            raise ConfigError("this HookManager is read-only: it takes observers alone (`observe`, `monitor`, ...).")
+        if port not in PORTS:
+            raise UnknownNameError("port", port, PORTS, where="port")
         checked = HookOptions(**options)
         found = self._resolver.resolve(points, port=port)
         frozen = [p for p in found if p.is_parameter and not p.target.requires_grad]
@@ -162,36 +217,52 @@ class BaseManager:
         return self.add(points, fn if isinstance(fn, Observer) else Observer(fn), **options)
 
     @contextmanager
-    def temporary(self, *specs: Any, every_thread: bool = False, **options: Any) -> Iterator[list[Hook]]:
+    def temporary(
+        self, *specs: Any, every_thread: bool = False, missing: str = "raise", **options: Any
+    ) -> Iterator[list[Hook]]:
         """Hooks for the time of a `with` block: `with hooks.temporary(("blocks.5:output", fn)): ...`.
 
-        Contexts nest. Leaving one, by whatever way, removes exactly its own hooks; others are not touched. Its hooks
-        fire in the thread that opened it, so that two threads may each have theirs (`every_thread=True`: in all).
+        Contexts nest. Leaving one, by whatever way, removes exactly its own hooks; others are not touched. What acted
+        in a forward of the block belongs to its graph: it acts when checkpointing repeats that forward, and hooks on
+        gradients act when backward comes, also after the block. Its hooks fire in the thread that opened it, so that
+        two threads may each have theirs (`every_thread=True`: in all).
 
         Args:
             *specs: (points, fn) pairs, as for `add`.
             every_thread: fire in all threads.
+            missing: `"raise"` at the end of the block where one of the hooks did nothing in it, or `"ignore"`.
             **options: as for `add`, for all of them.
+
+        Raises:
+            HookNeverFired: nothing fired of one that was asked for.
         """
-        added = self._add_all(specs, every_thread=every_thread, **options)
+        check_missing(missing)
+        asked = self._add_all(specs, every_thread=every_thread, **options)
+        added = [hook for _, hook in asked]
         try:
             yield added
-        finally:
-            self._registry.detach(added)
-
-    def _add_all(self, specs: Sequence[Any], *, every_thread: bool, **options: Any) -> list[Hook]:
-        added: list[Hook] = []
-        try:
-            for points, fn in specs:
-                hook = self._make(points, fn, **options)
-                if not every_thread:
-                    hook.bind_to_thread()
-                self._registry.attach(hook)
-                added.append(hook)
+            check_fired(cast("HookManager", self), [pair for pair in asked if pair[1].attached], missing=missing)
         except BaseException:
             self._registry.detach(added)
             raise
-        return added
+        self._registry.release(added)
+
+    def _add_all(self, specs: Sequence[Any], *, every_thread: bool, **options: Any) -> list[tuple[Any, Hook]]:
+        """Add hooks for a time; return (points, hook) of each."""
+        asked: list[tuple[Any, Hook]] = []
+        self._registry.forget_kept()
+        try:
+            for points, fn in specs:
+                given = list(points) if isinstance(points, Iterator) else points
+                hook = self._make(given, fn, **options)
+                if not every_thread:
+                    hook.bind_to_thread()
+                self._registry.attach(hook)
+                asked.append((given, hook))
+        except BaseException:
+            self._registry.detach(hook for _, hook in asked)
+            raise
+        return asked
 
     @contextmanager
     def disabled(self, *ids: str) -> Iterator[None]:
@@ -230,6 +301,38 @@ class BaseManager:
         self._registry.detach(going)
         return len(going)
 
+    def hooks_at(self, points: Any = None, *, kind: type | None = None, permanent: bool | None = None) -> list[Hook]:
+        """Return the hooks at any of the points (at all, where none are named), of a kind: `Observer`, `Intervention`.
+
+        Args:
+            points: as for `add`.
+            kind: class of the function.
+            permanent: only those that `remove_all` spares (True), or that it takes (False).
+        """
+        places = None if points is None else {p.place for p in self._resolver.resolve(points)}
+        return [
+            hook
+            for hook in self.hooks
+            if (places is None or any(p.place in places for p in hook.points))
+            and (kind is None or isinstance(hook.fn, kind))
+            and permanent in (None, hook.options.permanent)
+        ]
+
+    def _tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a run: of text tokens are made, of one row of tokens for a language model a batch."""
+        text = args[0] if args else None
+        if isinstance(text, Tensor) and text.ndim == 1 and not text.is_floating_point():
+            batched = member(self.model, "get_input_embeddings") is not None
+            return ((text[None], *args[1:]) if batched else args), kwargs
+        is_text = isinstance(text, str) or (isinstance(text, list) and text and isinstance(text[0], str))
+        if not is_text:
+            return args, kwargs
+        if self.tokenizer is None:
+            raise ConfigError("text needs a tokenizer: HookManager(model, tokenizer=tokenizer).")
+        made = self.tokenizer(text, return_tensors="pt", padding=isinstance(text, list))
+        device = next((p.device for p in self.model.parameters()), None)
+        return args[1:], {**{name: tensor.to(device) for name, tensor in dict(made).items()}, **kwargs}
+
     @property
     def step(self) -> int:
         """Forward passes of the model begun, less one; or what it was set to, for those who count otherwise."""
@@ -243,13 +346,19 @@ class BaseManager:
     def is_closed(self) -> bool:
         return self._closed
 
+    def _at_close(self, ending: Callable[[], Any]) -> None:
+        """Call a method of something made here when the manager closes, if its user has kept it till then."""
+        self._on_close = [known for known in self._on_close if known() is not None]
+        self._on_close.append(WeakMethod(ending))
+
     def close(self) -> None:
         """Take everything off, permanent hooks too, and silence what lives on in old graphs. Twice is harmless."""
         self._closed = True
         while self._on_close:
-            self._on_close.pop()()
-        self.remove_all(including_permanent=True)
-        self._registry.silence()
+            ending = self._on_close.pop()()
+            if ending is not None:
+                ending()
+        self._registry.close()
         for listener in tuple(self._runs.listeners):
             self._registry.listen(listener, on=False)
 
@@ -258,12 +367,6 @@ class BaseManager:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _refresh(self, hook: Hook) -> None:
-        self._registry.refresh(hook)
-
-    def _remove(self, hooks: list[Hook]) -> None:
-        self._registry.detach(hooks)
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnknownPathError
+from ._decompose import ResidualReading
 from ._patterns import Resolver
-from ._points import HookPoint, layer_of
+from ._points import READ_AT, HookPoint, layer_of
 
 __all__ = ["Cache", "Leaves"]
 
 Leaves = dict[str, Tensor]
 """The tensors of one call at one point, by leaf."""
 
-_READ_AT = {"grad_output": "output", "grad_at_input": "input"}
 
-
-class Cache(Mapping[str, Any]):
+class Cache(ResidualReading, Mapping[str, Any]):
     """Activations by name: `PATH:PORT`, an alias, or a shared module's other name.
 
     - `cache["blocks.0.mlp:output"]` is a tensor, or, for a nested output, a dict from leaf to tensor.
@@ -30,14 +29,50 @@ class Cache(Mapping[str, Any]):
     - `cache["resid_post", 5]` is short for `blocks.5.hook_resid_post`, where the model has such a name.
     - Gradients, where asked for: `cache.gradients["blocks.0.mlp:output"]`, also as `cache["blocks.0.mlp:grad_output"]`.
 
-    Keys come in the order in which the points were first reached.
+    Keys come in the order in which the points were first reached, under the names they were asked for by: a cache of
+    `"*.attn.hook_q"` gives queries with heads apart.
+
+    Attributes:
+        missing: points that were asked for by a pattern and are not here, with the reason.
     """
 
-    def __init__(self, values: Mapping[str, list[Leaves]], resolver: Resolver, *, kind: str = "cache") -> None:
+    def __init__(
+        self,
+        values: Mapping[str, list[Leaves]],
+        resolver: Resolver,
+        *,
+        kind: str = "cache",
+        asked: Iterable[HookPoint] = (),
+    ) -> None:
         self._values = {name: calls for name, calls in values.items() if calls}
         self._resolver = resolver
         self._kind = kind
-        self.gradients: Cache = self if kind == "gradients" else Cache({}, resolver, kind="gradients")
+        self.missing: dict[str, str] = {}
+        self._gradients = None if kind == "gradients" else Cache({}, resolver, kind="gradients")
+        # place -> the names it was asked for under; other aliases of what is held there are not here.
+        self._asked: dict[str, list[HookPoint]] = {}
+        for point in asked:
+            if point.place in self._values:
+                self._asked.setdefault(point.place, []).append(point)
+
+    @property
+    def gradients(self) -> Cache:
+        """The gradients with respect to what is held, where they were asked for."""
+        return self if self._gradients is None else self._gradients
+
+    @gradients.setter
+    def gradients(self, gradients: Cache) -> None:
+        self._gradients = gradients
+
+    def _all_asked(self) -> list[HookPoint]:
+        return [point for points in self._asked.values() for point in points]
+
+    def _holds(self, point: HookPoint, place: str) -> bool:
+        """Return whether a point is among what was asked for: by its place, its name, or as what is the same there."""
+        asked = self._asked.get(place)
+        if not asked or point.name == point.place or point.port in READ_AT:
+            return True
+        return any(p.name in (place, point.name) or (p.view, p.leaf) == (point.view, point.leaf) for p in asked)
 
     @property
     def names(self) -> list[str]:
@@ -45,14 +80,15 @@ class Cache(Mapping[str, Any]):
         return list(self._values)
 
     def __iter__(self) -> Iterator[str]:
-        for name, calls in self._values.items():
-            if len(calls) == 1:
-                yield name
-            else:
-                yield from (f"{name}#{i}" for i in range(len(calls)))
+        for place, calls in self._values.items():
+            for name in dict.fromkeys(p.name for p in self._asked.get(place, ())) or (place,):
+                if len(calls) == 1:
+                    yield name
+                else:
+                    yield from (f"{name}#{i}" for i in range(len(calls)))
 
     def __len__(self) -> int:
-        return sum(map(len, self._values.values()))
+        return sum(1 for _ in self)
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -68,7 +104,7 @@ class Cache(Mapping[str, Any]):
         name, call, leaf = _parts(key)
         if any(c in name for c in "*?[") and name not in self._values:
             return self.select(name)
-        short = None if call is None else self._short(name, call)
+        short = self._short(name, call)
         if short is not None:
             return self[short]
         point, calls = self._locate(name)
@@ -86,25 +122,37 @@ class Cache(Mapping[str, Any]):
     def _locate(self, name: str) -> tuple[HookPoint, list[Leaves]]:
         """Return the point that a name means, and what is held of it."""
         point = self._resolver.resolve(name)[0]
-        source = self.gradients._values if point.port in _READ_AT else self._values
-        place = f"{point.path}:{_READ_AT.get(point.port, point.port)}"
-        if place not in source:
-            kind = "gradient" if point.port in _READ_AT else "point"
+        source = self.gradients._values if point.port in READ_AT else self._values
+        place = f"{point.path}:{READ_AT.get(point.port, point.port)}"
+        if place not in source or not self._holds(point, place):
+            kind = "gradient" if point.port in READ_AT else "point"
             raise UnknownPathError(name, source, model_name=f"the {self._kind}", kind=kind)
         return point, source[place]
 
-    def _short(self, name: str, layer: int) -> str | None:
-        if ":" in name or name in self._resolver.aliases:
+    def _short(self, name: str, layer: int | None) -> str | None:
+        """Return what a short name stands for: `embed`; with a layer (negative: from the last) `resid_post`."""
+        if ":" in name or "." in name or name in self._values:
             return None
-        for pattern in ("blocks.{}.hook_{}", "blocks.{}.attn.hook_{}", "blocks.{}.mlp.hook_{}"):
-            if (full := pattern.format(layer, name)) in self._resolver.aliases:
-                return full
-        return None
+        known = self._resolver.aliases
+        if name in known:
+            return None
+        if layer is None:
+            return f"hook_{name}" if f"hook_{name}" in known else None
+        if layer < 0:
+            layers = {number for alias in known if (number := layer_of(alias)) is not None}
+            layer += max(layers, default=-1) + 1
+        patterns = ("blocks.{}.hook_{}", "blocks.{}.attn.hook_{}", "blocks.{}.mlp.hook_{}")
+        return next((full for p in patterns if (full := p.format(layer, name)) in known), None)
 
     def select(self, pattern: Any) -> Cache:
         """Return the part of the cache that a pattern means, gradients included; raises when that is nothing."""
-        places = {p.place for p in self._matching(pattern)}
-        smaller = Cache({n: calls for n, calls in self._values.items() if n in places}, self._resolver, kind=self._kind)
+        matching = self._matching(pattern)
+        places = {p.place for p in matching}
+        values = {n: calls for n, calls in self._values.items() if n in places}
+        names = {p.name for p in self._all_asked()}
+        known = {p.place for p in matching if p.name in names} | {p.place for p in matching if p.name == p.place}
+        asked = [p for p in matching if p.name in names or p.place not in known]
+        smaller = Cache(values, self._resolver, kind=self._kind, asked=asked)
         if self._kind != "gradients":
             kept = {n: calls for n, calls in self.gradients._values.items() if n in places}
             smaller.gradients = Cache(kept, self._resolver, kind="gradients")
@@ -118,7 +166,7 @@ class Cache(Mapping[str, Any]):
                 points = self._resolver.resolve(pattern, port=port)
             except LookupError:
                 continue
-            found.update({(p.name, p.port): p for p in points if p.place in self._values})
+            found.update({(p.name, p.port): p for p in points if p.place in self._values and self._holds(p, p.place)})
         if not found:
             raise UnknownPathError(pattern, list(self._values), model_name=f"the {self._kind}", kind="point")
         return list(found.values())
@@ -143,7 +191,8 @@ class Cache(Mapping[str, Any]):
         """Return the cache on another device or in another (floating) dtype; a dtype may come first, as in torch."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        moved = Cache(self._moved(device, dtype), self._resolver, kind=self._kind)
+        moved = Cache(self._moved(device, dtype), self._resolver, kind=self._kind, asked=self._all_asked())
+        moved.missing.update(self.missing)
         if self._kind != "gradients":
             moved.gradients = Cache(self.gradients._moved(device, dtype), self._resolver, kind="gradients")
         return moved

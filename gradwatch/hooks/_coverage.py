@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ._compiled import compiled_parts
 from ._hook import Entry, Hook
-from ._registry import compiled_parts
 
 if TYPE_CHECKING:
     from ._manager import HookManager
 
-__all__ = ["Coverage", "PointCoverage"]
+__all__ = ["Coverage", "PointCoverage", "compiled_parts", "why_not"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def coverage(manager: HookManager) -> Coverage:
 
 
 def _judge(manager: HookManager, hook: Hook, entry: Entry, compiled: list[str]) -> PointCoverage:
-    kind, reason = ("fired", f"fired {entry.fired} times") if entry.fired else _why_not(manager, hook, entry, compiled)
+    kind, reason = ("fired", f"fired {entry.fired} times") if entry.fired else why_not(manager, hook, entry, compiled)
     if entry.fired and entry.spot.port in ("input", "output", "grad_output") and _is_replaced(manager, entry):
         reason += "; the module has been replaced since, the new one is not hooked"
     return PointCoverage(hook.id, entry.spot.name, entry.fired, kind, reason)
@@ -89,7 +89,7 @@ def _is_replaced(manager: HookManager, entry: Entry) -> bool:
     return all(value is not entry.spot.target for _, value in names(remove_duplicate=False))
 
 
-def _why_not(manager: HookManager, hook: Hook, entry: Entry, compiled: list[str]) -> tuple[str, str]:
+def why_not(manager: HookManager, hook: Hook, entry: Entry, compiled: list[str]) -> tuple[str, str]:
     spot = entry.spot
     if not hook.is_enabled:
         return "disabled", "the hook is disabled"

@@ -1,34 +1,101 @@
 """What torch calls: one object per module, with at most one torch hook per direction, inert on copies.
 
-The methods of a `Site` are the torch hooks. Deep-copying or pickling a bound method copies the object it is bound to,
-so that a copied model holds `Inert` ones: silent, and free of locks, writers and managers.
+The methods of a `Site` are what torch's hooks call. A model does not keep its sites: they live as long as their
+manager, and leave with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ._fast import FastGradient, FastOutput
-from ._gradients import hook_gradient
+from ..torchside import OwnedHook, WeakHook, in_recomputation, map_tensors, may_be_checkpointed, tensors_of, untraced
+from ._fast import FastGradient, FastLook, FastOutput
+from ._gradients import hook_gradient, hook_view
 from ._hook import Entry
 from ._points import Point, RawCall
-from ._pytree import map_tensors, tensors_of
-from ._runs import Inert, Runs, graph_task_id, untraced
+from ._replay import tie
+from ._runs import Runs, graph_task_id
+
+if TYPE_CHECKING:
+    from ._registry import Registry
 
 __all__ = ["GradientCall", "Site"]
 
 FORWARD_PORTS = ("input", "grad_at_input", "output", "grad_output", "grad_input")
 
 
-def sorted_entries(entries: list[Entry], port: str) -> tuple[Entry, ...]:
-    """Return the enabled ones at a port, in the order they run."""
-    active = [e for e in entries if e.spot.port == port and e.hook.is_enabled and not e.done]
-    return tuple(sorted(active, key=lambda e: (-e.hook.options.priority, e.hook.order)))
+def in_order(entry: Entry) -> tuple[float, int]:
+    return (-entry.hook.options.priority, entry.hook.order)
+
+
+def active_entries(entries: Sequence[Entry], replayed: Sequence[Entry] = ()) -> list[Entry]:
+    """Return those that are enabled, and those that checkpointing repeats."""
+    active = [e for e in entries if e.hook.is_enabled and not e.done]
+    return active + [e for e in dict.fromkeys(replayed) if e not in active]
+
+
+def sorted_entries(entries: Sequence[Entry], port: str, replayed: Sequence[Entry] = ()) -> tuple[Entry, ...]:
+    """Return the active ones at a port, in the order they run."""
+    return tuple(sorted((e for e in active_entries(entries, replayed) if e.spot.port == port), key=in_order))
+
+
+def takes_part(site: Any, entry: Entry, step: int, recompute: bool) -> bool:
+    """Return whether a hook takes part in this call: in a repeated forward, where it did the first time."""
+    if not recompute:
+        return entry.hook.wants(step, False) and (not site.replayed or entry in site.entries)
+    if entry.hook.skips_recompute:
+        return False
+    replay = site.runs.local.replay
+    if replay is not None and replay.has(entry):
+        return True
+    return entry.hook.wants(step, True) and (entry.hook.observes or not in_recomputation())
+
+
+def follows(site: Any, entry: Entry, step: int, recompute: bool) -> bool:
+    """Return whether a hook on gradients takes part in this call.
+
+    In a repeated forward that is where gradients were off the first time; else it sits in the graph already.
+    """
+    if not recompute:
+        return entry.hook.wants(step, False) and (not site.replayed or entry in site.entries)
+    replay = site.runs.local.replay
+    if replay is not None and replay.has(entry):
+        return True
+    return entry in site.entries and entry.hook.wants(step, False) and not in_recomputation()
+
+
+def has_acted(site: Any, entry: Entry, call: int) -> None:
+    """What has acted acts again wherever checkpointing repeats this call."""
+    if not entry.hook.skips_recompute and may_be_checkpointed(site.runs.run.recording):
+        tie(entry, site.runs, site.key, call)
+
+
+def shade(site: Any, entry: Entry, call: int) -> None:
+    """Where gradients are off inside a run that has them on, a hook on one is placed when the call is repeated."""
+    if site.runs.run.recording and not torch.is_grad_enabled():
+        entry.shaded += tie(entry, site.runs, site.key, call)
+
+
+def _before_others(entries: Sequence[Entry]) -> list[Entry]:
+    """Return those that run before torch hooks of others: the prepended ones, and what has to run before these."""
+    found: list[Entry] = []
+    for port in FORWARD_PORTS if any(e.hook.options.prepend for e in entries) else ():
+        here = sorted((e for e in entries if e.spot.port == port), key=in_order)
+        last = max((i for i, e in enumerate(here) if e.hook.options.prepend), default=-1)
+        found += here[: last + 1]
+    return found
+
+
+def is_leaf(wanted: str | None, leaf: str, number: int) -> bool:
+    """Return whether a leaf is the one that is wanted: None for all, "first", or its name, or one of two."""
+    if wanted is None or leaf == wanted:
+        return True
+    return number == 0 if wanted == "first" else "|" in wanted and leaf in wanted.split("|")
 
 
 def run_entry(entry: Entry, tree: Any, call: int, step: int, recompute: bool, *, guarded: bool = False) -> Any:
@@ -38,7 +105,7 @@ def run_entry(entry: Entry, tree: Any, call: int, step: int, recompute: bool, *,
     def visit(tensor: Tensor, leaf: str) -> Tensor | None:
         nonlocal num_seen, ran
         num_seen += 1
-        if wanted is not None and leaf != wanted and not (wanted == "first" and num_seen == 1):
+        if not is_leaf(wanted, leaf, num_seen - 1):
             return None
         point = Point(entry.spot, hook, call, step, recompute, leaf)
         if not hook.holds(point):
@@ -80,7 +147,7 @@ def finish(entry: Entry, ran: bool, recompute: bool) -> None:
         if all(other.done for other in hook.entries):
             hook.remove()
         else:
-            hook.manager._refresh(hook)
+            hook._refit()
 
 
 class GradientCall:
@@ -110,39 +177,90 @@ class GradientCall:
             finish(entry, True, False)
         return None if new is grad else new
 
+    def lost(self) -> None:
+        for entry in self.entries:
+            entry.hook.miss(entry, Point(entry.spot, entry.hook, self.call, self.step, False, self.leaf))
+
+
+class _Arrival:
+    """Notes the call whose backward comes through a module: of torch's full hook, which knows of no call."""
+
+    __slots__ = ("call", "site", "step")
+    __torch_unserializable__ = True
+
+    def __init__(self, site: Site, call: int, step: int) -> None:
+        self.site, self.call, self.step = site, call, step
+
+    @untraced
+    def __call__(self, grad: Tensor | None) -> None:
+        self.site.arrived = (self.call, self.step)
+
 
 class Site:
-    """The hooks of one manager on one module."""
+    """The hooks of one manager on one module.
 
-    is_copy = False
+    Attributes:
+        entries: what was added here.
+        replayed: what acts besides while checkpointing repeats a forward in which it acted.
+        front: the part that runs before torch hooks of others, where there is one.
+    """
 
-    def __init__(self, path: str, module: nn.Module, runs: Runs) -> None:
-        self.path, self.module, self.runs = path, module, runs
+    def __init__(self, path: str, module: nn.Module, runs: Runs, registry: Registry, *, first: bool = False) -> None:
+        self.path, self.module, self.runs, self.registry, self.first = path, module, runs, registry, first
         self.entries: list[Entry] = []
+        self.replayed: list[Entry] = []
+        self.front: Site | None = None
+        self.arrived: tuple[int, int] | None = None
+        self.inputs: tuple[Entry, ...] = ()
+        self.outputs: tuple[Entry, ...] = ()
+        self.gradients: tuple[Entry, ...] = ()
+        self.input_gradients: tuple[Entry, ...] = ()
+        self.full_hooks: tuple[Entry, ...] = ()
         self.key = runs.new_key()
         self.handles: dict[str, tuple[Any, Any]] = {}
         self.leaf_handles: dict[tuple[str, str], Any] = {}
-        self.is_root = path == ""
         self.begins = False
         self.quick: FastOutput | FastGradient | None = None
         self._full_before: Any = None
 
     def refresh(self) -> None:
         """Make torch's hooks fit the entries that are enabled now."""
-        by_port = {port: sorted_entries(self.entries, port) for port in FORWARD_PORTS}
+        active = active_entries(self.entries, self.replayed)
+        early = _before_others(active)
+        if early and self.front is None:
+            self.front = Site(self.path, self.module, self.runs, self.registry, first=True)
+        if self.front is not None:
+            self.front.entries, self.front.replayed = self.entries, self.replayed
+            self.front._attend(early)
+            active = [e for e in active if e not in early]
+        self._attend(active)
+
+    def to_front(self) -> None:
+        """Hang the part that runs first anew, before what others have hung before it since."""
+        if self.front is not None:
+            self.front._attend([])
+        self.refresh()
+
+    def _attend(self, active: list[Entry]) -> None:
+        """Let torch call us for these entries, and no others."""
+        by_port: dict[str, tuple[Entry, ...]] = dict.fromkeys(FORWARD_PORTS, ())
+        for entry in active if len(active) < 2 else sorted(active, key=in_order):
+            by_port[entry.spot.port] += (entry,)
         self.inputs, self.input_gradients = by_port["input"], by_port["grad_at_input"]
         self.outputs, self.gradients, self.full_hooks = by_port["output"], by_port["grad_output"], by_port["grad_input"]
         after: Callable[..., Any] | None = None
         if self.outputs or self.gradients or self.full_hooks:
             after = self.after_root if self.begins else self._fast() or self.after
-        self._fit("before", self.before if self.inputs or self.input_gradients else None)
-        self._fit("after", after)
-        self._fit("full", self.full if self.full_hooks else None)
+        before = self.before if self.inputs or self.input_gradients else None
+        full = self.full if self.full_hooks else None
+        for kind, wanted in (("before", before), ("after", after), ("full", full)):
+            if wanted is not None or kind in self.handles:
+                self._fit(kind, wanted)
 
     def _fast(self) -> Callable[..., Any] | None:
         """Return the quick way for the usual case, one hook without conditions, where this is one."""
         entries = self.outputs + self.gradients + self.full_hooks
-        if len(entries) != 1 or not entries[0].hook.plain or self.runs.threaded:
+        if len(entries) != 1 or not entries[0].hook.unconditional or self.runs.threaded or self.replayed:
             return None
         entry = entries[0]
         if entry.leaf is not None or entry.spot.view is not None or entry.spot.writing != "replace":
@@ -150,8 +268,9 @@ class Site:
         if entry.spot.port not in ("output", "grad_output"):
             return None
         if self.quick is None or self.quick.entry is not entry:
-            self.quick = FastOutput(self, entry) if entry.spot.port == "output" else FastGradient(self, entry)
-        return self.quick.quick
+            looks = FastLook if entry.hook.observes else FastOutput
+            self.quick = looks(self, entry) if entry.spot.port == "output" else FastGradient(self, entry)
+        return self.quick
 
     def _fit(self, kind: str, wanted: Callable[..., Any] | None) -> None:
         old, handle = self.handles.get(kind, (None, None))
@@ -161,44 +280,52 @@ class Site:
             del self.handles[kind]
             handle.remove()
             if kind == "full" and not self.module._backward_hooks:
-                # torch never takes this mark back, and refuses the other kind of backward hook for ever (H8).
+                # torch never takes this mark back, and refuses the other kind of backward hook for ever.
                 self.module._is_full_backward_hook = self._full_before
         if wanted is None:
             return
+        hook = wanted if isinstance(wanted, OwnedHook) else WeakHook.of(wanted, keeps_owner=True)
         if kind == "before":
-            handle = self.module.register_forward_pre_hook(wanted, with_kwargs=True)
+            handle = hook.hang(self.module.register_forward_pre_hook, with_kwargs=True, prepend=self.first)
         elif kind == "after":
-            handle = self.module.register_forward_hook(wanted, with_kwargs=wanted in (self.after, self.after_root))
+            with_kwargs = wanted in (self.after, self.after_root)
+            handle = hook.hang(self.module.register_forward_hook, with_kwargs=with_kwargs, prepend=self.first)
         else:
             self._full_before = self.module._is_full_backward_hook
-            handle = self.module.register_full_backward_hook(wanted)
+            handle = hook.hang(self.module.register_full_backward_hook, prepend=self.first)
         self.handles[kind] = (wanted, handle)
 
     def take_off(self) -> None:
-        self.entries, self.quick = [], None
-        self.refresh()
-        for handle in self.leaf_handles.values():
-            handle.remove()
+        self.entries, self.replayed = [], []
+        for site in (self, self.front):
+            if site is not None:
+                site._attend([])
+        self.quick = None
+        for site in (self, self.front):
+            for handle in site.leaf_handles.values() if site is not None else ():
+                handle.remove()
         self.leaf_handles.clear()
+        self.front = None
 
     @untraced
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.is_copy:
-            return None
         recompute = graph_task_id() != -1
-        call = self.runs.count(~self.key, recompute)
+        pairs = "after" in self.handles
+        call = self.runs.enter(self.key, recompute, args) if pairs else self.runs.count(self.key, recompute)
         step = self.runs.local.step
         bare = not kwargs and len(args) == 1
         old = args[0] if bare else {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
         new = old
         for entry in self.inputs:
-            if not entry.hook.wants(step, recompute):
+            if not takes_part(self, entry, step, recompute):
                 continue
             entry.seen += 1
             if not entry.hook.options.raw:
                 new = run_entry(entry, new, call, step, recompute)
+                has_acted(self, entry, call)
                 continue
             result = run_raw(entry, RawCall(*_unpacked(new, args, kwargs, bare)), call, step, recompute)
+            has_acted(self, entry, call)
             if result is not None:
                 raw_args, raw_kwargs = result
                 return self._placed_input(tuple(raw_args), dict(raw_kwargs), call, step)
@@ -211,18 +338,21 @@ class Site:
     def _placed_input(self, args: Any, kwargs: Any, call: int, step: int) -> Any:
         if self.input_gradients:
             self._place(self.input_gradients, [*args, *kwargs.values()], call, step)
+        if "after" in self.handles:
+            self.runs.renamed(self.key, args)
         return args, kwargs
 
     @untraced
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self.is_copy:
-            return None
         recompute = graph_task_id() != -1
-        call = self.runs.count(self.key, recompute)
+        if "before" in self.handles:
+            call = self.runs.leave(self.key, recompute, args)
+        else:
+            call = self.runs.count(self.key, recompute)
         step = self.runs.local.step
         new = output
         for entry in self.outputs:
-            if not entry.hook.wants(step, recompute):
+            if not takes_part(self, entry, step, recompute):
                 continue
             entry.seen += 1
             if entry.hook.options.raw:
@@ -230,40 +360,51 @@ class Site:
                 new = new if result is None else result
             else:
                 new = run_entry(entry, new, call, step, recompute)
+            has_acted(self, entry, call)
         if self.gradients:
             self._place(self.gradients, new, call, step, args)
+        if self.full_hooks:
+            self._expect(new, call, step, recompute)
+        return None if new is output else new
+
+    def _expect(self, output: Any, call: int, step: int, recompute: bool) -> None:
+        """Prepare for torch's full hooks, which say nothing of the call."""
         for entry in self.full_hooks:
             entry.seen += not recompute
-        return None if new is output else new
+            shade(self, entry, call)
+        if torch.is_grad_enabled() and any(follows(self, e, step, recompute) for e in self.full_hooks):
+            for _, tensor in tensors_of(output):
+                if tensor.requires_grad and not tensor.is_leaf:
+                    tensor.register_hook(_Arrival(self, call, step))
 
     @untraced
     def after_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Where only the root's output is hooked, the pass may as well begin here: one torch hook instead of two."""
-        if self.is_copy:
-            return None
         self.runs.begin()
         return self.after(module, args, kwargs, output)
 
     def _place(self, entries: tuple[Entry, ...], tree: Any, call: int, step: int, inputs: tuple[Any, ...] = ()) -> None:
         """Put a hook on the gradient of each tensor of an output (or input)."""
         recompute = graph_task_id() != -1
-        wanted = tuple(e for e in entries if e.hook.wants(step, False))
+        wanted = tuple(e for e in entries if follows(self, e, step, recompute))
         for entry in wanted:
             entry.seen += not recompute
+            shade(self, entry, call)
         if not wanted or not torch.is_grad_enabled():
             return
         found = [(leaf, tensor) for leaf, tensor in tensors_of(tree) if tensor.requires_grad]
         for number, (leaf, tensor) in enumerate(found):
-            here = tuple(e for e in wanted if e.leaf in (None, leaf) or (e.leaf == "first" and number == 0))
+            here = tuple(e for e in wanted if is_leaf(e.leaf, leaf, number))
             if not here:
                 continue
             for entry in here:
                 entry.placed += 1
             # Only a bare output is sure to be all that came of its base.
             given = GradientCall(here, call, step, leaf)
-            handle = (
-                hook_gradient(tensor, given, inputs, self.module) if tree is tensor else tensor.register_hook(given)
-            )
+            if tree is tensor:
+                handle = hook_gradient(tensor, given, inputs, self.module, on_lost=given.lost)
+            else:
+                handle = hook_view(tensor, given, given.lost)
             if tensor.is_leaf:  # outlives the graph: at most one stays
                 previous = self.leaf_handles.pop((leaf, here[0].spot.port), None)
                 if previous is not None:
@@ -273,14 +414,16 @@ class Site:
     @untraced
     def full(self, module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
         """Torch's full backward hook. Calls of one forward pass come back last first."""
-        if self.is_copy:
-            return None
-        num_calls = self.runs.local.calls.get(self.key, 0)
-        call = max(num_calls - 1 - self.runs.count(-(10**9) - self.key, False), 0)
-        step = self.runs.local.step
+        arrived, self.arrived = self.arrived, None
+        if arrived is not None and any(isinstance(g, Tensor) for g in grad_input):
+            call, step = arrived
+        else:
+            num_calls = self.runs.local.calls.get(self.key, 0)
+            call = max(num_calls - 1 - self.runs.count(-(10**9) - self.key, False), 0)
+            step = self.runs.local.step
         new = grad_input
         for entry in self.full_hooks:
-            if not entry.hook.wants(step, False, backward=True):
+            if not (entry.hook.alive and entry.hook._enabled and entry.hook.wants(step, False, backward=True)):
                 continue
             entry.placed += 1
             if entry.hook.options.raw:
@@ -289,12 +432,6 @@ class Site:
             else:
                 new = run_entry(entry, new, call, step, False, guarded=True)
         return None if new is grad_input else new
-
-    def __deepcopy__(self, memo: Any) -> Inert:
-        return Inert()
-
-    def __reduce__(self) -> Any:
-        return (Inert, ())
 
 
 def _unpacked(tree: Any, args: tuple[Any, ...], kwargs: dict[str, Any], bare: bool) -> tuple[Any, Any]:

@@ -8,23 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from sys import getrefcount
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..torchside import OwnedHook, may_be_checkpointed, untraced
 from ._gradients import hook_gradient
 from ._hook import Entry, set_grad_enabled
 from ._points import Point
-from ._runs import Inert, graph_task_id, untraced
+from ._replay import tie
+from ._runs import graph_task_id
 
 if TYPE_CHECKING:
     from ._dispatch import Site
 
-__all__ = ["FastGradient", "FastOutput"]
+__all__ = ["FastGradient", "FastLook", "FastOutput"]
 
 is_grad_enabled = torch.is_grad_enabled
 IN_PLACE = "an observer changed the tensor in place: use an Intervention, or work on a copy"
+
+
+def _unkept_references() -> int:
+    """Return how many references a point has that a quick dispatcher alone holds, seen from its own call: a matter of
+    the Python version, measured in the same way as it is asked."""
+
+    class Holder:
+        point = object()
+
+    holder = Holder()
+    holder.point = object()
+    point = holder.point
+    return getrefcount(point)
+
+
+# Found at import: with any more someone keeps the point.
+UNKEPT = _unkept_references()
 
 
 class _RunPoint(Point):
@@ -46,14 +66,16 @@ class _RunPoint(Point):
         return step
 
 
-class _Fast:
-    """One entry with all it needs at hand: what a call touches is this, the point and the run. Inert when copied."""
+class _Fast(OwnedHook):
+    """One entry with all it needs at hand: what a call touches is it, the point and the run. Torch calls it."""
 
-    __slots__ = ("call", "entry", "fired", "fn", "hook", "point", "run", "runs", "site", "tensor_type")
+    __slots__ = ("bound", "call", "entry", "fired", "fn", "hook", "point", "run", "runs", "site", "tensor_type")
 
     def __init__(self, site: Site, entry: Entry) -> None:
+        super().__init__(site)
         self.site, self.entry, self.runs = site, entry, site.runs
         self.hook = entry.hook
+        self.bound = entry.hook.thread
         self.fn: Callable[[Tensor, Point], Any] = entry.hook.function
         self.tensor_type: Any = Tensor
         self.run: Any = None
@@ -61,11 +83,12 @@ class _Fast:
         self.point = _RunPoint(entry, 0, None)
         entry.counted_by(self)
 
-    def __deepcopy__(self, memo: Any) -> Inert:
-        return Inert()
-
-    def __reduce__(self) -> Any:
-        return (Inert, ())
+    def slow(self, module: nn.Module, args: tuple[Any, ...], output: Any, call: int) -> Any:
+        """Go the general way, with the number of this call."""
+        site = self.site
+        if graph_task_id() == -1:
+            self.runs.local.calls[site.key] = call
+        return site.after(module, args, {}, output)
 
 
 class FastOutput(_Fast):
@@ -73,18 +96,23 @@ class FastOutput(_Fast):
 
     __slots__ = ()
 
-    @property
-    def quick(self) -> Callable[..., Any]:
-        return self.on_output_look if self.hook.observes else self.on_output
+    def _go_slow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        run, point = self.runs.run, self.point
+        if graph_task_id() != -1:
+            return self.slow(module, args, output, 0)
+        call = point.call + 1 if point.run is run else 0
+        self.point = _RunPoint(self.entry, call, run)
+        return self.slow(module, args, output, call)
 
     @untraced
-    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if type(output) is not self.tensor_type or graph_task_id() != -1:
-            return self.site.after(module, args, {}, output)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         run = self.runs.run
+        if type(output) is not self.tensor_type or graph_task_id() != -1 or may_be_checkpointed(run.recording):
+            return self._go_slow(module, args, output)
+        if self.bound is not None and self.bound != get_ident():
+            return None
         point = self.point
-        # Three references: ours, this variable, the argument. With any more someone keeps the point: make another.
-        if getrefcount(point) != 3:
+        if getrefcount(point) > UNKEPT:  # someone keeps it: make another
             self.point = point = _RunPoint(self.entry, point.call + 1 if point.run is run else 0, run)
         elif point.run is run:
             point.call += 1
@@ -99,17 +127,25 @@ class FastOutput(_Fast):
             return None
         return None if new is None else self.hook.checked(new, output, point)
 
+
+class FastLook(FastOutput):
+    """At `output`, for what only looks."""
+
+    __slots__ = ()
+
     @untraced
-    def on_output_look(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if type(output) is not self.tensor_type or graph_task_id() != -1:
-            return self.site.after(module, args, {}, output)
+            return self._go_slow(module, args, output)
+        if self.bound is not None and self.bound != get_ident():
+            return None
         try:
             version = output._version
         except RuntimeError:  # an inference tensor, which has none
-            return self.site.after(module, args, {}, output)
+            return self._go_slow(module, args, output)
         run = self.runs.run
         point = self.point
-        if getrefcount(point) != 3:
+        if getrefcount(point) > UNKEPT:
             self.point = point = _RunPoint(self.entry, point.call + 1 if point.run is run else 0, run)
         elif point.run is run:
             point.call += 1
@@ -133,25 +169,26 @@ class FastOutput(_Fast):
 
 
 class FastGradient(_Fast):
-    """At `grad_output`: a hook on the output tensor, placed from a forward hook (H2, B1)."""
+    """At `grad_output`: a hook on the output tensor, placed from a forward hook."""
 
     __slots__ = ()
 
-    @property
-    def quick(self) -> Callable[..., Any]:
-        return self.on_placing
-
     @untraced
-    def on_placing(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if type(output) is not self.tensor_type or graph_task_id() != -1 or (output.requires_grad and output.is_leaf):
-            self.site.after(module, args, {}, output)
-            return
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         run = self.runs.run
+        if graph_task_id() != -1:
+            self.slow(module, args, output, 0)
+            return
+        if self.bound is not None and self.bound != get_ident():
+            return
         if run is self.run:
             self.call += 1
         else:
             self.run = run
             self.call = 0
+        if type(output) is not self.tensor_type or (output.requires_grad and output.is_leaf):
+            self.slow(module, args, output, self.call)
+            return
         entry = self.entry
         entry.seen += 1
         if output.requires_grad and is_grad_enabled():
@@ -164,13 +201,15 @@ class FastGradient(_Fast):
                 # also when the view is changed in place later (see `hook_gradient`), and is as cheap as on the view.
                 output._base.register_hook(_OfBase(call, output.shape))
             else:
-                hook_gradient(output, call, args, module)
+                hook_gradient(output, call, args, module, on_lost=call.lost)
+        elif run.recording and not is_grad_enabled():
+            entry.shaded += tie(entry, self.runs, self.site.key, self.call)
 
 
 class OneGradient:
     """The hook on one tensor's gradient; it knows the call, never the tensor."""
 
-    __slots__ = ("call", "entry", "step")
+    __slots__ = ("bound", "call", "entry", "step")
     __torch_unserializable__ = True
 
     def __init__(self, entry: Entry, call: int, step: int) -> None:
@@ -185,11 +224,14 @@ class OneGradient:
         entry.count()
         return hook.fire(grad, Point(entry.spot, hook, self.call, self.step, False, ""), True)
 
+    def lost(self) -> None:
+        self.entry.hook.miss(self.entry, Point(self.entry.spot, self.entry.hook, self.call, self.step, False, ""))
+
 
 class _OfBase:
     """Shows the gradient of a view's base as that of the view."""
 
-    __slots__ = ("call", "shape")
+    __slots__ = ("bound", "call", "shape")
     __torch_unserializable__ = True
 
     def __init__(self, call: OneGradient, shape: torch.Size) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
+import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from sys import getrefcount
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import GradwatchWarning, HookBreak, HookError
+from .._warn import one_line, warn
+from ..errors import ConfigError, HookBreak, HookError
 from ._functions import HookFunction, Intervention, Observer, _Function
 from ._options import HookOptions
 from ._points import HookPoint, Point, check_replacement
@@ -20,7 +23,10 @@ from ._points import HookPoint, Point, check_replacement
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from typing_extensions import Self
+
     from ._manager import HookManager
+    from ._registry import Registry
 
 __all__ = ["Entry", "Hook", "HookContext", "HookOptions"]
 
@@ -28,24 +34,74 @@ __all__ = ["Entry", "Hook", "HookContext", "HookOptions"]
 set_grad_enabled: Callable[[bool], Any] = getattr(torch._C, "_set_grad_enabled", torch.set_grad_enabled)
 
 
-@dataclass(frozen=True)
 class HookContext:
     """What belongs to a hook's surroundings.
 
     Attributes:
-        manager: that the hook was added to.
-        model: the manager's model.
         store: a dict that all hooks of the manager share.
     """
 
-    manager: HookManager
-    model: nn.Module
-    store: dict[str, Any]
+    __slots__ = ("_manager", "_model", "store")
+
+    def __init__(self, manager: HookManager, model: nn.Module, store: dict[str, Any]) -> None:
+        # A hook that is off must not keep its manager or model, nor manager and hook each other.
+        self._manager = weakref.ref(manager)
+        self._model = weakref.ref(model)
+        self.store = store
+
+    @property
+    def model(self) -> nn.Module:
+        """The manager's model.
+
+        Raises:
+            ReferenceError: it is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of this hook is gone")
+        return model
+
+    @property
+    def manager(self) -> HookManager:
+        """The manager that the hook was added to.
+
+        Raises:
+            ReferenceError: it is gone.
+        """
+        manager = self._manager()
+        if manager is None:
+            raise ReferenceError("the HookManager of this hook is gone")
+        return manager
 
     @property
     def hooks(self) -> tuple[Hook, ...]:
         """All hooks of the manager at present."""
         return tuple(self.manager.hooks)
+
+
+def _bare_references() -> int:
+    """Return how many references an object has that only a local name holds: a matter of the Python version."""
+    fresh = object()
+    return getrefcount(fresh)
+
+
+_BARE = _bare_references()
+_LOST = (
+    "the output is a view that was changed in place after its module returned it: torch drops the hook on its "
+    "gradient. Hook another point, or a module that returns a copy"
+)
+
+
+def _leaf_of(leaf: str, spot: HookPoint) -> str:
+    """Return a leaf as it is counted: an argument that goes by position may be named as the module's forward does."""
+    first, dot, rest = leaf.partition(".")
+    if spot.port not in ("input", "grad_at_input") or spot.module is None or first.isdigit():
+        return leaf
+    try:
+        names = list(inspect.signature(spot.module.forward).parameters)
+    except (TypeError, ValueError):
+        return leaf
+    return leaf if first not in names else f"{names.index(first)}{dot}{rest}|{leaf}"
 
 
 class Entry:
@@ -55,16 +111,18 @@ class Entry:
         fired: calls in which the function ran, recomputed ones not counted.
         placed: gradients that were asked for (a backward port whose forward was seen).
         seen: calls of the module while the hook was on.
+        shaded: calls with gradients off inside a run with gradients on: in reentrant checkpointing the repetition will
+            place what could not be placed there.
         note: why it may not have fired.
     """
 
-    __slots__ = ("_fired", "_quick", "done", "hook", "leaf", "note", "placed", "seen", "spot")
+    __slots__ = ("__weakref__", "_fired", "_quick", "done", "hook", "leaf", "note", "placed", "seen", "shaded", "spot")
 
     def __init__(self, hook: Hook, spot: HookPoint) -> None:
         self.hook = hook
         self.spot = spot
-        self.leaf = hook.options.leaf if hook.options.leaf is not None else spot.leaf
-        self._fired = self.placed = self.seen = 0
+        self.leaf = spot.leaf if hook.options.leaf is None else _leaf_of(hook.options.leaf, spot)
+        self._fired = self.placed = self.seen = self.shaded = 0
         self._quick: Any = None
         self.note = ""
         self.done = False
@@ -81,9 +139,10 @@ class Entry:
 
     def count(self) -> None:
         self._fired += 1
+        self.hook.count_late()
 
     def reset(self) -> None:
-        self._fired = self.placed = self.seen = 0
+        self._fired = self.placed = self.seen = self.shaded = 0
         self.done = False
         if self._quick is not None:
             self._quick.fired = 0
@@ -108,20 +167,28 @@ class Hook:
         self.points = tuple(points)
         self.options = options
         self.context = HookContext(manager, manager.model, manager.store)
+        self._registry: Registry | None = manager._registry
+        self._registry_ref = weakref.ref(manager._registry)
         self.error: HookError | None = None
-        self.entries = tuple(Entry(self, point) for point in self.points)
+        self._held = tuple(Entry(self, point) for point in self.points)
+        self._entries = tuple(map(weakref.ref, self._held))
+        self._settled = 0
         self.order = 0
         self.thread: int | None = None
         self.observes = isinstance(fn, Observer)
         self.function = _innermost(fn)
-        self.skips_recompute = self.observes if options.recompute is None else not options.recompute
+        self.pure = getattr(fn, "is_pure", False)
+        self.keeps = False
         self._enabled = True
         self.alive = True
+        self.attached = False
         self._set_plain()
 
     def _set_plain(self) -> None:
         o = self.options
-        self.plain = not (o.every > 1 or o.when or o.once or o.raw or self.thread is not None)
+        self.skips_recompute = self.observes if o.recompute is None else not o.recompute
+        self.unconditional = not (o.every > 1 or o.when or o.once or o.raw)
+        self.plain = self.unconditional and self.thread is None
 
     def bind_to_thread(self) -> None:
         """Fire in the calling thread only."""
@@ -133,17 +200,69 @@ class Hook:
         return self.context.manager
 
     @property
+    def registry(self) -> Registry | None:
+        """What hangs it on the model; None when it is off and its manager gone."""
+        return self._registry if self._registry is not None else self._registry_ref()
+
+    def _refit(self) -> None:
+        registry = self.registry
+        if registry is not None:
+            registry.refresh(self)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Its points with their counts; of a hook that has been taken off, those that a graph still holds."""
+        return self._held or tuple(entry for ref in self._entries if (entry := ref()) is not None)
+
+    @property
     def is_enabled(self) -> bool:
-        return self._enabled and self.alive
+        return self._enabled and self.alive and self.attached
 
     @property
     def is_removed(self) -> bool:
-        return not self.alive
+        """Whether it is off the model; in graphs of a run that is over it may act still."""
+        return not (self.alive and self.attached)
 
     @property
     def calls(self) -> int:
         """How often the function ran, recomputed forward passes not counted."""
-        return sum(entry.fired for entry in self.entries)
+        return sum(entry.fired for entry in self._held) + self._settled
+
+    def count_late(self) -> None:
+        if not self._held:
+            self._settled += 1
+
+    def settle(self) -> None:
+        """Let go of the points, which hold the hook: it is off the model, and to be freed with its last graph."""
+        if self._held:
+            for entry in self._held:
+                entry.counted_by(None)
+            self._settled = self.calls
+            self._held = ()
+            if self.observes:  # one that gathers (a monitor) and its hook hold each other: not the model too
+                self.points = tuple(point.unbound() for point in self.points)
+        self._registry = None
+        self.attached = False
+
+    def set_options(self, **options: Any) -> Hook:
+        """Change options of a hook that is in place: `hook.set_options(every=10, priority=2)`.
+
+        Raises:
+            ConfigError: an option that can't be, or can't be changed (`raw`, `leaf`).
+        """
+        fixed = sorted({"raw", "leaf"} & set(options))
+        if fixed:
+            raise ConfigError(f"`{fixed[0]}` can't be changed on a hook that is in place: add another.")
+        self.options = replace(self.options, **options)
+        self._set_plain()
+        self._refit()
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -161,7 +280,7 @@ class Hook:
     def _switch(self, on: bool) -> Hook:
         if self.alive and self._enabled != on:
             self._enabled = on
-            self.manager._refresh(self)
+            self._refit()
         return self
 
     @contextmanager
@@ -175,11 +294,19 @@ class Hook:
             self._switch(was)
 
     def remove(self) -> None:
-        """Take the hook off for good; it does not fire in graphs that already exist either. Twice is harmless."""
-        self.manager._remove([self])
+        """Take the hook off for good; it does not fire in graphs that already exist either. Twice is harmless.
+
+        Only where activation checkpointing repeats a forward in which it acted it acts once more: the repetition must
+        give what the forward gave.
+        """
+        registry = self.registry
+        if registry is not None:
+            registry.detach([self])
+        self.alive = False
 
     def reset(self) -> None:
         """Zero the counts, and let the function forget what it gathered."""
+        self._settled = 0
         for entry in self.entries:
             entry.reset()
         if isinstance(self.fn, _Function) or hasattr(self.fn, "reset"):
@@ -197,20 +324,24 @@ class Hook:
 
     def fail(self, cause: Exception, point: Point) -> None:
         """Act by the hook's policy on an exception of its function."""
-        error = point.error(cause)
-        self.error = error
+        # Not the one that is raised: the frames in its traceback hold the user's tensors.
+        error = self.error = point.error(cause)
         if self.options.on_error == "raise":
-            raise error from cause
-        error.__cause__ = cause
+            raise point.error(cause) from cause
+        error.__cause__ = cause.with_traceback(None)
+        done = "the hook goes on"
         if self.options.on_error == "disable":
             self.disable()
             done = "the hook was disabled"
-        else:
-            self.manager.close()
+        elif self.options.on_error == "close":
+            manager = self.context._manager()
+            registry = self.registry
+            if manager is not None:
+                manager.close()
+            elif registry is not None:
+                registry.close()
             done = "all hooks of its manager were taken off"
-        warnings.warn(
-            f"{error}; {done}, and the run goes on with the tensor untouched.", GradwatchWarning, stacklevel=2
-        )
+        warn(f"{one_line(str(error), 400)}; {done}, and the run goes on with the tensor untouched.", stacklevel=2)
 
     def holds(self, point: Point) -> bool:
         """Return whether the hook's own condition holds."""
@@ -232,7 +363,7 @@ class Hook:
         """
         try:
             if self.observes:
-                look(self.function, tensor if point.spot.view is None else point.spot.view.read(tensor), point)
+                look(self.function, tensor, point)
                 return None
             return self._intervene(tensor, point, guarded)
         except HookBreak:
@@ -240,6 +371,16 @@ class Hook:
         except Exception as cause:
             self.fail(cause, point)
             return None
+
+    def miss(self, entry: Entry, point: Point) -> None:
+        """Backward went past a point: what one that only looks has missed is said, what another has not done raises."""
+        if not (self.alive and self._enabled) or entry.done:
+            return
+        entry.note = _LOST
+        if self.observes:
+            warn(f"hook {self.id!r} at {point.name!r} missed a gradient: {_LOST}.")
+        else:
+            self.fail(RuntimeError(_LOST), point)
 
     def fail_or_break(self, cause: Exception, point: Point) -> None:
         """Let a break through, and act by the policy on anything else."""
@@ -257,12 +398,22 @@ class Hook:
 
     def _intervene(self, tensor: Tensor, point: Point, guarded: bool) -> Tensor | None:
         spot = point.spot
-        shown = tensor.clone() if spot.writing == "in_place" else tensor
-        shown = shown if spot.view is None else spot.view.read(shown)
-        version = _version(shown) if guarded else None
+        # What is shown is the tensor itself, where a change in place acts by itself; else a copy, to be written back.
+        apart = not guarded and (spot.view is not None or spot.writing != "replace")
+        seen = tensor if spot.view is None else spot.view.read(tensor)
+        shown = seen.clone() if apart and not self.pure else seen
+        version = _version(shown) if guarded or apart else None
+        references = getrefcount(shown)
         result = self.function(shown, point)
-        if version is not None and _version(shown) != version:
+        held = result is not None and result is not shown and getrefcount(result) > _BARE
+        kept = held or getrefcount(shown) > references
+        if kept and (shown.requires_grad or getattr(result, "requires_grad", False)):
+            self.keeps = True
+        changed = apart and not torch.equal(shown, seen) if version is None else _version(shown) != version
+        if changed and guarded:
             raise RuntimeError("it changed the gradient in place, which other branches may share: return a new tensor")
+        if result is None and changed and apart:
+            result = shown
         if result is None:
             return None
         new = check_replacement(result, shown)
@@ -275,7 +426,7 @@ class Hook:
         return new
 
     def __repr__(self) -> str:
-        state = "removed" if not self.alive else "enabled" if self._enabled else "disabled"
+        state = "removed" if self.is_removed else "enabled" if self._enabled else "disabled"
         at = self.points[0] if len(self.points) == 1 else f"{len(self.points)} points"
         return f"Hook({self.id!r}, at {at}, {state}, fired {self.calls} times)"
 
@@ -301,7 +452,8 @@ def look(fn: HookFunction, tensor: Tensor, point: Point) -> None:
     recording = torch.is_grad_enabled()
     set_grad_enabled(False)
     try:
-        fn(tensor, point)
+        view = point.spot.view
+        fn(tensor if view is None else view.read(tensor), point)
     finally:
         set_grad_enabled(recording)
     if _version(tensor) != version:

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from ..errors import ConfigError, UnknownPathError
+from ..torchside import clean_path
 
-__all__ = ["ModelNames", "clean_path"]
-
-# What wrappers (DDP, torch.compile, FSDP, Fabric, checkpointing) put into names.
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_forward_module|module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)"
-)
-
-
-def clean_path(path: str) -> str:
-    """Return the path without what wrappers put into it: `module.encoder.0` -> `encoder.0`."""
-    return _WRAPPERS.sub("", path).rstrip(".")
+__all__ = ["ModelNames"]
 
 
 class ModelNames:
@@ -37,6 +27,7 @@ class ModelNames:
         self.modules: dict[str, nn.Module] = self._unique(model.named_modules(remove_duplicate=False))
         self.parameters: dict[str, nn.Parameter] = self._unique(model.named_parameters(remove_duplicate=False))
         self._layers = layers
+        self._first_names: dict[bool, dict[str, str]] = {}
 
     def _unique(self, pairs: Iterable[tuple[str, object]]) -> dict:  # type: ignore[type-arg]
         first: dict[int, str] = {}
@@ -50,7 +41,7 @@ class ModelNames:
                 others.setdefault(canonical, []).append(name)
         taken = set(found).union(*others.values())
         for name in found:
-            cleaned = clean_path(name)
+            cleaned = clean_path(name, parallel=True)
             if cleaned not in taken:
                 others.setdefault(name, []).append(cleaned)
         self.other_names.update({name: tuple(dict.fromkeys(more)) for name, more in others.items()})
@@ -62,6 +53,12 @@ class ModelNames:
             yield name, name
             for other in self.other_names.get(name, ()):
                 yield other, name
+
+    def first_name(self, name: str, *, parameters: bool = False) -> str | None:
+        """Return the first name of what any of its names means exactly; None where there is no such name."""
+        if parameters not in self._first_names:
+            self._first_names[parameters] = dict(reversed(list(self.spellings(parameters=parameters))))
+        return self._first_names[parameters].get(name)
 
     def path_of(self, target: object) -> str:
         """Return the first name of a module or parameter object.

@@ -12,7 +12,7 @@ from ._points import Point
 
 __all__ = ["POLICIES", "HookOptions"]
 
-POLICIES = ("raise", "disable", "close")
+POLICIES = ("raise", "disable", "close", "warn")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ._functions import Intervention
-from ._points import Point
+from ._points import PAIR_PORTS, READ_AT, Point
 
 __all__ = ["add", "mean", "noise", "patch", "scale", "zero"]
 
@@ -43,6 +43,12 @@ class _Where:
         self.positions, self.heads, self.index = positions, heads, index
         self.num_heads, self.position_dim = num_heads, position_dim
 
+    def at_positions(self, positions: Selection) -> _Where:
+        """Return the same part at other positions."""
+        if self.positions is None:
+            raise ConfigError("`source_positions` go with `positions`.")
+        return _Where(positions, self.heads, num_heads=self.num_heads, position_dim=self.position_dim)
+
     @property
     def is_everything(self) -> bool:
         return self.positions is None and self.heads is None and self.index is None
@@ -55,17 +61,20 @@ class _Where:
             raise ValueError(f"a last dimension of {tensor.shape[-1]} does not split into {self.num_heads} heads")
         return tensor.unflatten(-1, (self.num_heads, -1))
 
-    def of(self, tensor: Tensor) -> Any:
-        """Return the index into a tensor of this shape; dimensions are kept."""
+    def of(self, tensor: Tensor, point: Point) -> Any:
+        """Return the index into a tensor of this shape; dimensions are kept. Positions of pairs are the queries'."""
         if self.index is not None:
             return self.index
         where: list[Any] = [slice(None)] * tensor.ndim
+        are_pairs = READ_AT.get(point.port, point.port) in PAIR_PORTS
+        position_dim = 2 if are_pairs else self.position_dim
         if self.positions is not None:
-            where[self.position_dim] = _kept(self.positions, tensor.shape[self.position_dim], "position")
+            where[position_dim] = _kept(self.positions, tensor.shape[position_dim], "position")
         if self.heads is not None:
             if tensor.ndim < 3:
                 raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has no heads: give `num_heads`")
-            where[tensor.ndim - 2] = _kept(self.heads, tensor.shape[-2], "head")
+            head_dim = 1 if are_pairs else tensor.ndim - 2
+            where[head_dim] = _kept(self.heads, tensor.shape[head_dim], "head")
         lists = [i for i, w in enumerate(where) if isinstance(w, Tensor)]
         if len(lists) == 2:  # every pair of them, not one of each
             first, second = lists
@@ -86,7 +95,15 @@ def _kept(which: Selection, size: int, what: str) -> Any:
 
 
 class _Partial(Intervention):
-    """Changes one part of a tensor; the rest is passed on as it is."""
+    """Changes one part of a tensor; the rest is passed on as it is.
+
+    Attributes:
+        is_pure: it never changes in place what it is shown.
+        is_fresh: what `change` returns belongs to nobody else, so that the model may change it in place.
+    """
+
+    is_pure = True
+    is_fresh = True
 
     def __init__(self, where: _Where, **metadata: Any) -> None:
         super().__init__(None, **metadata)
@@ -94,9 +111,10 @@ class _Partial(Intervention):
 
     def intervene(self, tensor: Tensor, point: Point) -> Tensor:
         if self.where.is_everything:
-            return self.change(tensor, tensor, point).expand_as(tensor)
+            changed = self.change(tensor, tensor, point).expand_as(tensor)
+            return changed if self.is_fresh else changed.clone(memory_format=torch.contiguous_format)
         apart = self.where.split(tensor)
-        index = self.where.of(apart)
+        index = self.where.of(apart, point)
         changed = apart.clone()
         changed[index] = self.change(apart[index], apart, point)
         return changed.reshape(tensor.shape)
@@ -107,9 +125,12 @@ class _Partial(Intervention):
 
 
 class _Patch(_Partial):
-    def __init__(self, source: Any, where: _Where) -> None:
+    is_fresh = False
+
+    def __init__(self, source: Any, where: _Where, source_positions: Selection = None) -> None:
         super().__init__(where, kind="patch")
         self.source = source
+        self.origin = where if source_positions is None else where.at_positions(source_positions)
 
     def change(self, part: Tensor, whole: Tensor, point: Point) -> Tensor:
         value = _looked_up(self.source, point)
@@ -117,7 +138,7 @@ class _Patch(_Partial):
         if value.shape != whole.shape and self.where.split(value).shape == whole.shape:
             value = self.where.split(value)
         if value.shape == whole.shape and not self.where.is_everything:
-            return value[self.where.of(value)]
+            return value[self.origin.of(value, point)]
         return value.expand_as(part)
 
 
@@ -147,6 +168,8 @@ class _Zero(_Partial):
 
 
 class _Mean(_Partial):
+    is_fresh = False
+
     def __init__(self, source: Any, dims: tuple[int, ...], where: _Where) -> None:
         super().__init__(where, kind="mean")
         self.source, self.dims = source, dims
@@ -155,7 +178,7 @@ class _Mean(_Partial):
         value = part
         if self.source is not None:
             value = self.where.split(_looked_up(self.source, point).to(device=part.device, dtype=part.dtype))
-            value = value if self.where.is_everything else value[self.where.of(value)]
+            value = value if self.where.is_everything else value[self.where.of(value, point)]
         return value.mean(dim=self.dims, keepdim=True).expand_as(part)
 
 
@@ -191,16 +214,24 @@ def _stable_hash(text: str) -> int:
     return number >> 1
 
 
-def patch(source: Any, *, positions: Selection = None, heads: Selection = None, **where: Any) -> Intervention:
+def patch(
+    source: Any,
+    *,
+    positions: Selection = None,
+    heads: Selection = None,
+    source_positions: Selection = None,
+    **where: Any,
+) -> Intervention:
     """Return an intervention that puts in what was there in another run.
 
     Args:
         source: a `Cache` (the value at the same point and call), a mapping by name, a function of the point, a tensor.
         positions: only these (dimension 1).
         heads: only these.
+        source_positions: where they come from in the source, if not from the same positions; as many of them.
         **where: `index`, `num_heads`, `position_dim`: see `zero`.
     """
-    return _Patch(source, _Where(positions, heads, **where))
+    return _Patch(source, _Where(positions, heads, **where), source_positions)
 
 
 def zero(*, positions: Selection = None, heads: Selection = None, **where: Any) -> Intervention:

@@ -11,11 +11,27 @@ from torch import nn
 
 from ..errors import ConfigError, UnavailablePointError, UnknownNameError, UnknownPathError
 from ._names import ModelNames
-from ._points import MODULE_PORTS, PARAMETER_PORTS, PORTS, HookPoint
+from ._points import ATTENTION_PORTS, GRADIENT_OF, MODULE_PORTS, PARAMETER_PORTS, PORTS, HookPoint
 
-__all__ = ["Resolver"]
+__all__ = ["ALL_PORTS", "Researched", "Resolver", "gradient_of"]
 
-_GRADIENT_OF = {"output": "grad_output", "input": "grad_at_input"}
+ALL_PORTS = PORTS + ATTENTION_PORTS
+
+
+class Researched:
+    """Names that are looked for only when somebody asks for one; here there are none."""
+
+    def names(self, pattern: str = "") -> Mapping[str, HookPoint]:
+        """Return name -> hook point, unavailable ones too; `pattern` is what was asked for."""
+        return {}
+
+    def may_mean(self, pattern: str) -> bool:
+        """Return whether a pattern could match one of the names."""
+        return False
+
+    def attending(self) -> set[str]:
+        """Return the paths of modules that are known to attend."""
+        return set()
 
 
 class Resolver:
@@ -23,35 +39,53 @@ class Resolver:
 
     Args:
         names: of the model.
-        aliases: alias -> hook point, unavailable ones included.
+        given: alias -> hook point, unavailable ones included.
+        researched: further aliases, found when they are needed.
     """
 
-    def __init__(self, names: ModelNames, aliases: Mapping[str, HookPoint]) -> None:
+    def __init__(self, names: ModelNames, given: Mapping[str, HookPoint], researched: Researched | None = None) -> None:
         self.names = names
-        self.aliases = aliases
-        self._alias_of: dict[tuple[str, str], list[str]] = {}
-        for alias, point in aliases.items():
-            if point.available:
-                self._alias_of.setdefault((point.path, point.port), []).append(alias)
+        self.given = given
+        self.researched = researched or Researched()
+
+    @property
+    def aliases(self) -> Mapping[str, HookPoint]:
+        """All aliases, unavailable ones included."""
+        found = {**self.researched.names(), **self.given}
+        for point in found.values():
+            point.named_by = self
+        return found
+
+    def aliases_of(self, path: str, port: str) -> tuple[str, ...]:
+        """Return the other names of what is at a place."""
+        return tuple(name for name, p in self.aliases.items() if p.available and (p.path, p.port) == (path, port))
+
+    def _candidates(self, pattern: str, *, wide: bool = False) -> Mapping[str, HookPoint]:
+        if not (wide or self.researched.may_mean(pattern)):
+            return self.given
+        self.researched.names(pattern)
+        return self.aliases
 
     def point(self, path: str, port: str) -> HookPoint:
         """Return the hook point of a first name."""
         table: Mapping[str, Any] = self.names.parameters if port in PARAMETER_PORTS else self.names.modules
         found = HookPoint(path, port, table[path])
         found.other_names = self.names.other_names.get(path, ())
-        found.aliases = tuple(self._alias_of.get((path, port), ()))
+        found.named_by = self
+        found.writing = "refuse" if port == "peak" else "replace"
         return found
 
     def matching(self, pattern: str, port: str) -> list[HookPoint]:
         """Return the points of a port whose path fits a glob; maybe none."""
-        exact = self._named(lambda name: name == pattern, port)
+        exact = self._exact(pattern, port)
         return exact or self._named(lambda name: fnmatchcase(name, pattern), port)
 
     def matching_aliases(self, pattern: str) -> list[HookPoint]:
         """Return the aliases that fit a glob, unavailable ones too; maybe none."""
-        return [point for alias, point in self.aliases.items() if alias == pattern or fnmatchcase(alias, pattern)]
+        known = self._candidates(pattern, wide=pattern == "*")
+        return [point for alias, point in known.items() if alias == pattern or fnmatchcase(alias, pattern)]
 
-    def resolve(self, target: Any, *, port: str = "output", ports: Iterable[str] = PORTS) -> list[HookPoint]:
+    def resolve(self, target: Any, *, port: str = "output", ports: Iterable[str] = ALL_PORTS) -> list[HookPoint]:
         """Return the hook points that `target` means, each once, in model order of its kind.
 
         Args:
@@ -95,7 +129,7 @@ class Resolver:
             return [self.point(path, port) for path, m in self.names.modules.items() if isinstance(m, target)]
         if callable(target):
             return self._from_predicate(target, port)
-        if isinstance(target, tuple) and len(target) == 2 and target[1] in PORTS:
+        if isinstance(target, tuple) and len(target) == 2 and target[1] in ALL_PORTS:
             return self._resolve(target[0], target[1], ports)
         if isinstance(target, Iterable):
             return [p for part in target for p in self.resolve(part, port=port, ports=ports)]
@@ -103,7 +137,9 @@ class Resolver:
 
     def _from_predicate(self, predicate: Callable[[HookPoint], Any], port: str) -> list[HookPoint]:
         table = self.names.parameters if port in PARAMETER_PORTS else self.names.modules
-        return [point for path in table if predicate(point := self.point(path, port))]
+        found = [point for path in table if predicate(point := self.point(path, port))]
+        # None of the first names: one of the others may be meant, as in `lambda name: name.endswith("hook_z")`.
+        return found or [point for point in self.aliases.values() if point.available and predicate(point)]
 
     def _layer(self, index: int, port: str) -> HookPoint:
         paths = self.names.layer_paths()
@@ -115,33 +151,49 @@ class Resolver:
         if text.startswith("re:"):
             return self._from_expression(re.compile(text[3:]), port, ports)
         pattern, colon, named = text.rpartition(":")
+        if named == "grad_output" and pattern.rpartition(":")[2] in ATTENTION_PORTS:
+            return [gradient_of(point) for point in self._from_text(pattern, port, ports)]
+        if colon and named not in ports and text in dict(self.names.spellings()):
+            colon = ""  # a path may hold one
         if not colon:
             pattern, wanted = text, [port]
         else:
-            wanted = [p for p in ports if fnmatchcase(p, named)]
+            wanted = [p for p in ports if p == named or (fnmatchcase(p, named) and p not in ATTENTION_PORTS)]
             if not wanted:
                 raise UnknownNameError("port", named, ports, where=text)
         if layer := re.fullmatch(r"layer (-?\d+)", pattern):
             return [self._layer(int(layer.group(1)), p) for p in wanted]
-        found = [p for one in wanted for p in self._named(lambda name: name == pattern, one)]
-        found += self._aliased(lambda name: name == pattern, wanted if colon else None)
+        found = [p for one in wanted for p in self._exact(pattern, one)]
+        asked = wanted if colon else None
+        found += self._aliased(lambda name: name == pattern, asked, self._candidates(pattern))
         if found:  # exact names first: a path may hold brackets
             return found
-        found = [p for one in wanted for p in self._named(lambda name: fnmatchcase(name, pattern), one)]
-        return found + self._aliased(lambda name: fnmatchcase(name, pattern), wanted if colon else None)
+        attending = self.researched.attending() if set(wanted) & set(ATTENTION_PORTS) else set()
+        for one in wanted:
+            named_here = self._named(lambda name: fnmatchcase(name, pattern), one)
+            found += [p for p in named_here if one not in ATTENTION_PORTS or p.path in attending]
+        known = self._candidates(pattern)
+        found += self._aliased(lambda name: fnmatchcase(name, pattern), asked, known)
+        return found or self._aliased(lambda name: fnmatchcase(name, pattern), asked, self.aliases)
+
+    def _exact(self, name: str, port: str) -> list[HookPoint]:
+        path = self.names.first_name(name, parameters=port in PARAMETER_PORTS)
+        return [] if path is None else [self.point(path, port)]
 
     def _named(self, matches: Callable[[str], bool], port: str) -> list[HookPoint]:
         spellings = self.names.spellings(parameters=port in PARAMETER_PORTS)
         return [self.point(path, port) for path in dict.fromkeys(p for name, p in spellings if matches(name))]
 
-    def _aliased(self, matches: Callable[[str], bool], ports: list[str] | None) -> list[HookPoint]:
+    def _aliased(
+        self, matches: Callable[[str], bool], ports: list[str] | None, known: Mapping[str, HookPoint]
+    ) -> list[HookPoint]:
         found = []
-        for alias, point in self.aliases.items():
+        for alias, point in known.items():
             if not matches(alias):
                 continue
             if ports is None or point.port in ports or not point.available:
                 found.append(point)
-            elif _GRADIENT_OF.get(point.port) in ports or "grad_output" in ports:
+            elif GRADIENT_OF.get(point.port) in ports or "grad_output" in ports:
                 found.append(gradient_of(point))
         return found
 
@@ -149,10 +201,12 @@ class Resolver:
         found = [
             self.point(path, one)
             for one in ports
+            if one not in ATTENTION_PORTS
             for name, path in self.names.spellings(parameters=one in PARAMETER_PORTS)
             if pattern.fullmatch(f"{name}:{one}") or (one == port and pattern.fullmatch(name))
         ]
-        return found + self._aliased(lambda name: pattern.fullmatch(name) is not None, None)
+        known = self._candidates(pattern.pattern, wide=not found)
+        return found + self._aliased(lambda name: pattern.fullmatch(name) is not None, None, known)
 
     def _unknown(self, target: Any, port: str) -> UnknownPathError:
         text = target if isinstance(target, str) else getattr(target, "__name__", repr(target))
@@ -168,7 +222,7 @@ class Resolver:
 
 def gradient_of(point: HookPoint) -> HookPoint:
     """Return the point of the gradient of an alias's tensor: the total over all its consumers."""
-    port = _GRADIENT_OF.get(point.port, point.port)
+    port = GRADIENT_OF.get(point.port, point.port)
     found = HookPoint(point.path, port, point.target, name=f"{point.name}:grad_output")
-    found.view, found.leaf, found.other_names = point.view, point.leaf, point.other_names
+    found.view, found.leaf, found.other_names, found.heads = point.view, point.leaf, point.other_names, point.heads
     return found

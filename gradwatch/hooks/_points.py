@@ -11,14 +11,34 @@ from ..errors import HookError
 
 if TYPE_CHECKING:
     from ._hook import Hook
+    from ._patterns import Resolver
     from ._views import View
 
-__all__ = ["MODULE_PORTS", "PARAMETER_PORTS", "PORTS", "HookPoint", "Point", "RawCall"]
+__all__ = [
+    "ATTENTION_PORTS",
+    "GRADIENT_OF",
+    "MODULE_PORTS",
+    "PAIR_PORTS",
+    "PARAMETER_PORTS",
+    "PORTS",
+    "READ_AT",
+    "HookPoint",
+    "Point",
+    "RawCall",
+]
 
 MODULE_PORTS = ("input", "output", "grad_output", "grad_input")
 PARAMETER_PORTS = ("grad", "accumulated_grad")
 PORTS = MODULE_PORTS + PARAMETER_PORTS
-BACKWARD_PORTS = frozenset({"grad_output", "grad_input", "grad_at_input", *PARAMETER_PORTS})
+ATTENTION_PORTS = ("q", "k", "v", "scores", "peak", "pattern", "z", "result")
+"""Of modules that attend, `result` of the projection that adds their heads up; see `_attention`. `peak` is the largest
+score of each head, (batch, heads), told without keeping the scores; it can be read only."""
+PAIR_PORTS = ("scores", "pattern")
+"""Those with a number for each pair of positions: (batch, heads, queries, keys)."""
+GRADIENT_OF = {"output": "grad_output", "input": "grad_at_input", **{p: f"grad_at_{p}" for p in ATTENTION_PORTS}}
+"""Port -> where the gradient of the tensor there is shown: the total over all its consumers."""
+READ_AT = {gradient: port for port, gradient in GRADIENT_OF.items()}
+BACKWARD_PORTS = frozenset({"grad_input", *READ_AT, *PARAMETER_PORTS})
 
 
 class RawCall(NamedTuple):
@@ -37,13 +57,14 @@ class HookPoint(str):
 
     Attributes:
         path: of the module or parameter.
-        port: one of `PORTS`.
+        port: one of `PORTS`, or of attention's: q, k, v, scores, peak, pattern, z, result.
         target: the module or parameter itself.
         aliases: other names of the same tensor.
         other_names: where a shared (tied) module or parameter appears elsewhere in the model.
         available: whether the model can offer it; if not, `reason` says why.
         view: how an alias shows the tensor (split into heads), or None.
         leaf: the one leaf that an alias means, or None for all.
+        heads: how many heads a projection adds up, for the port `result`.
         writing: what a replacement does: `"replace"`, `"in_place"` (the tensor is shared with a residual branch, so
             every consumer must see it) or `"refuse"` (the model does not use the tensor any more).
     """
@@ -51,19 +72,25 @@ class HookPoint(str):
     path: str
     port: str
     target: Any
-    aliases: tuple[str, ...]
+    named_by: Resolver | None
     other_names: tuple[str, ...]
     reason: str
     view: View | None
     leaf: str | None
     writing: str
+    heads: int | None
 
     def __new__(cls, path: str, port: str, target: Any = None, *, name: str | None = None) -> HookPoint:
         self = super().__new__(cls, f"{path}:{port}" if name is None else name)
         self.path, self.port, self.target = path, port, target
-        self.aliases, self.other_names = (), ()
+        self.named_by, self.other_names = None, ()
         self.reason, self.view, self.leaf, self.writing = "", None, None, "replace"
+        self.heads = None
         return self
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return () if self.named_by is None else self.named_by.aliases_of(self.path, self.port)
 
     @property
     def available(self) -> bool:
@@ -92,6 +119,12 @@ class HookPoint(str):
     def layer(self) -> int | None:
         """The first number in the name: 4 for `blocks.4.attn:output`."""
         return layer_of(self)
+
+    def unbound(self) -> HookPoint:
+        """Return the point as names alone, which keeps no model: what a hook that has been taken off remembers."""
+        found = HookPoint(self.path, self.port, name=self.name)
+        found.other_names, found.leaf, found.writing = self.other_names, self.leaf, self.writing
+        return found
 
     def __reduce__(self) -> Any:
         return (str, (self.name,))
@@ -154,9 +187,19 @@ class Point:
     def error(self, cause: BaseException) -> HookError:
         return HookError(self.hook.id, self.name, self.phase, cause)
 
+    def __reduce__(self) -> Any:
+        place = (self.path, self.port, self.name, self.call, self.step, self.is_recompute, self.leaf)
+        return _point_again, place
+
     def __repr__(self) -> str:
         where = f"{self.name}[{self.leaf}]" if self.leaf else self.name
         return f"Point({where!r}, call={self.call}, step={self.step}{', recompute' if self.is_recompute else ''})"
+
+
+def _point_again(*place: Any) -> Point:
+    """Return a point that has been in another process: it says where and when, and knows neither module nor hook."""
+    path, port, name, call, step, is_recompute, leaf = place
+    return Point(HookPoint(path, port, name=name), None, call, step, is_recompute, leaf)  # type: ignore[arg-type]
 
 
 def check_replacement(new: Any, old: Tensor) -> Tensor:

@@ -11,40 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..torchside import WeakHook, storage_identity, tensors_of
 from ._gradients import hook_gradient
 from ._profile_records import Clock, Record
 from ._profile_report import ModuleProfile, chrome_trace, summarise, table
-from ._pytree import tensors_of
-from ._runs import Inert, graph_task_id
+from ._runs import graph_task_id
 
 if TYPE_CHECKING:
     from ._manager import HookManager
 
 __all__ = ["Profile"]
-
-
-class _Probe:
-    """The torch hooks on one module. Inert when copied."""
-
-    __slots__ = ("module", "path", "profile")
-    is_copy = False
-
-    def __init__(self, profile: Profile, path: str, module: nn.Module) -> None:
-        self.profile, self.path, self.module = profile, path, module
-
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.is_copy:
-            self.profile._enter(self.path, (args, kwargs))
-
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self.is_copy:
-            self.profile._leave(self.path, (args, kwargs), output)
-
-    def __deepcopy__(self, memo: Any) -> Inert:
-        return Inert()
-
-    def __reduce__(self) -> Any:
-        return (Inert, ())
 
 
 class Profile(Sequence[ModuleProfile]):
@@ -71,9 +47,10 @@ class Profile(Sequence[ModuleProfile]):
         self._clock = Clock(model)
         self._types = {path: type(module).__name__ for path, module in modules.items()}
         self._records: list[Record] = []
-        self._parameter_times: list[tuple[str, Any]] = []
+        self._parameter_times: list[tuple[str, Any, int]] = []
         self._local = threading.local()
         self._handles: list[Any] = []
+        self._leaf_handles: dict[tuple[str, str, int], Any] = {}
         self._order: dict[str, int] = {path: i for i, path in enumerate(modules)}
         self._summary: list[ModuleProfile] | None = None
         self.is_running = True
@@ -82,16 +59,16 @@ class Profile(Sequence[ModuleProfile]):
         except BaseException:
             self.stop()
             raise
-        manager._on_close.append(self.stop)
+        manager._at_close(self.stop)
 
     def _attach(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         for path, module in modules.items():
-            probe = _Probe(self, path, module)
-            self._handles.append(module.register_forward_pre_hook(probe.enter, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(probe.leave, with_kwargs=True, always_call=True))
+            enter, leave = WeakHook(self, Profile._on_enter, path), WeakHook(self, Profile._on_leave, path)
+            self._handles.append(enter.hang(module.register_forward_pre_hook, prepend=True, with_kwargs=True))
+            self._handles.append(leave.hang(module.register_forward_hook, with_kwargs=True, always_call=True))
         for path, parameter in model.named_parameters():
             if parameter.requires_grad:
-                self._handles.append(parameter.register_hook(_ParameterMark(self, path)))
+                self._handles.append(WeakHook(self, Profile._on_parameter, path).hang(parameter.register_hook))
 
     def _stack(self) -> list[Record]:
         if not hasattr(self._local, "stack"):
@@ -99,14 +76,24 @@ class Profile(Sequence[ModuleProfile]):
         stack: list[Record] = self._local.stack
         return stack
 
+    def _on_enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._enter(path, (args, kwargs))
+
+    def _on_leave(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._leave(path, (args, kwargs), output)
+
+    def _on_parameter(self, path: str, grad: Tensor | None) -> None:
+        """Note when a parameter's gradient has been computed."""
+        if self.is_running:
+            self._parameter_times.append((path, self._clock.now(), graph_task_id()))
+
     def _enter(self, path: str, inputs: Any) -> None:
         stack = self._stack()
         record = Record(path, len(stack), graph_task_id() != -1, threading.get_ident(), stack[-1] if stack else None)
         for _, tensor in tensors_of(inputs):
-            record.input_storages.add(_storage(tensor)[0])
+            record.input_storages.add(storage_identity(tensor)[0])
             if tensor.requires_grad and torch.is_grad_enabled():
-                record.has_grad_input = True
-                self._keep_if_leaf(tensor, tensor.register_hook(_Mark(self, record, "backward_end")))
+                self._keep_if_leaf(record, tensor, tensor.register_hook(_Mark(self, record, "backward_end")))
         stack.append(record)
         self._records.append(record)
         record.memory_before = self._clock.memory()
@@ -123,24 +110,34 @@ class Profile(Sequence[ModuleProfile]):
         record.memory_after = self._clock.memory()
         seen = set(record.input_storages)
         for _, tensor in tensors_of(output):
-            pointer, size = _storage(tensor)
+            pointer, size = storage_identity(tensor)
             if pointer not in seen:
                 seen.add(pointer)
                 record.activation_bytes += size
             if tensor.requires_grad and torch.is_grad_enabled():
                 mark = _Mark(self, record, "backward_start")
                 handle = hook_gradient(tensor, mark, inputs[0]) if tensor is output else tensor.register_hook(mark)
-                self._keep_if_leaf(tensor, handle)
+                self._keep_if_leaf(record, tensor, handle)
 
-    def _keep_if_leaf(self, tensor: Tensor, handle: Any) -> None:
-        if tensor.is_leaf:
-            self._handles.append(handle)
+    def _keep_if_leaf(self, record: Record, tensor: Tensor, handle: Any) -> None:
+        """A hook on a leaf outlives the graph: at most one a module and leaf stays, that of the last call."""
+        if not tensor.is_leaf:
+            return
+        key = (record.path, "start" if record.forward_end is not None else "end", id(tensor))
+        previous = self._leaf_handles.pop(key, None)
+        if previous is not None:
+            previous.remove()
+        self._leaf_handles[key] = handle
 
     def stop(self) -> Profile:
         """Take all hooks off; what was found stays. Twice is harmless."""
         self.is_running = False
         while self._handles:
-            self._handles.pop().remove()
+            self._handles[-1].remove()
+            self._handles.pop()
+        for key, handle in list(self._leaf_handles.items()):
+            handle.remove()
+            self._leaf_handles.pop(key, None)
         return self
 
     def __enter__(self) -> Profile:
@@ -199,29 +196,11 @@ class _Mark:
     def __call__(self, grad: Tensor | None) -> None:
         if not self.profile.is_running:
             return
-        if self.what == "backward_start" and self.record.backward_start is not None:
-            return  # of several outputs the first
-        setattr(self.record, self.what, self.profile._clock.now())
-
-
-class _ParameterMark:
-    """Notes when a parameter's gradient has been computed."""
-
-    __slots__ = ("path", "profile")
-    __torch_unserializable__ = True
-
-    def __init__(self, profile: Profile, path: str) -> None:
-        self.profile, self.path = profile, path
-
-    def __call__(self, grad: Tensor | None) -> None:
-        if self.profile.is_running:
-            self.profile._parameter_times.append((self.path, self.profile._clock.now()))
-
-
-def _storage(tensor: Tensor) -> tuple[int, int]:
-    """Return (identity, bytes) of a tensor's storage; of wrappers without one, of the tensor."""
-    try:
-        storage = tensor.untyped_storage()
-        return storage.data_ptr(), storage.nbytes()
-    except (RuntimeError, NotImplementedError):
-        return id(tensor), tensor.numel() * tensor.element_size()
+        record, task = self.record, graph_task_id()
+        if self.what == "backward_start":
+            if record.backward_start is not None:
+                return  # of several outputs the first, and of several backwards
+            record.backward_task = task
+        elif record.backward_start is not None and record.backward_task != task:
+            return  # a leaf that many passes share: this is another one's backward
+        setattr(record, self.what, self.profile._clock.now())

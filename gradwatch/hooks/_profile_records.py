@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
+from time import perf_counter_ns
 from typing import Any
 
-import torch
 from torch import nn
+
+from ..torchside import allocated_bytes, home, mark, wait_for
 
 __all__ = ["Clock", "Record"]
 
@@ -18,10 +19,10 @@ class Record:
         "activation_bytes",
         "backward_end",
         "backward_start",
+        "backward_task",
         "depth",
         "forward_end",
         "forward_start",
-        "has_grad_input",
         "input_storages",
         "is_recompute",
         "memory_after",
@@ -37,38 +38,34 @@ class Record:
         self.forward_end: Any = None
         self.backward_start: Any = None
         self.backward_end: Any = None
-        self.has_grad_input = False
+        self.backward_task = -1
         self.input_storages: set[int] = set()
         self.activation_bytes = 0
         self.memory_before = self.memory_after = 0
 
 
 class Clock:
-    """Moments on the model's device: nanoseconds on the CPU, events on CUDA, which are read only at the end."""
+    """Moments on the model's device: nanoseconds on the host where its events tell no time; else events, which are read
+    only at the end."""
 
     def __init__(self, model: nn.Module) -> None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.is_cuda = device.type == "cuda"
-        self.device = device
+        self.device = home(model.parameters())
+        self.has_events = mark(self.device, timed=True) is not None
         self.zero = self.now()
 
     def now(self) -> Any:
-        if not self.is_cuda:
-            return time.perf_counter_ns()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return mark(self.device, timed=True) if self.has_events else perf_counter_ns()
 
     def memory(self) -> int:
         """Return the bytes that torch has allocated on the device: a counter on the host."""
-        return torch.cuda.memory_allocated(self.device) if self.is_cuda else 0
+        return allocated_bytes(self.device)
 
     def wait(self) -> None:
-        if self.is_cuda:
-            torch.cuda.synchronize(self.device)
+        if self.has_events:
+            wait_for(self.device)
 
     def microseconds(self, moment: Any) -> float:
         """Return the time of a moment since the clock was made."""
-        if self.is_cuda:
+        if self.has_events:
             return float(self.zero.elapsed_time(moment)) * 1e3
         return float(moment - self.zero) / 1e3

@@ -12,6 +12,8 @@ from ._profile_records import Clock, Record
 __all__ = ["ModuleProfile", "chrome_trace", "summarise", "table"]
 
 Span = tuple[float, float]
+Marks = Mapping[int, Sequence[tuple[str, float]]]
+"""Moments at which parameters got their gradients, by backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ def _forward(record: Record, clock: Clock) -> Span | None:
     return clock.microseconds(record.forward_start), clock.microseconds(record.forward_end)
 
 
-def _backward(record: Record, marks: Sequence[tuple[str, float]], clock: Clock) -> Span | None:
+def _backward(record: Record, marks: Marks, clock: Clock) -> Span | None:
     """Return begin and end of a call's backward, as far as it was seen."""
     if record.backward_start is None:
         return None
@@ -57,17 +59,20 @@ def _backward(record: Record, marks: Sequence[tuple[str, float]], clock: Clock) 
     if record.backward_end is not None:
         return start, max(start, clock.microseconds(record.backward_end))
     inside = f"{record.path}." if record.path else ""
-    ends = [moment for path, moment in marks if path.startswith(inside) and moment >= start]
+    ends = [m for path, m in marks.get(record.backward_task, ()) if m >= start and path.startswith(inside)]
     return (start, max(ends)) if ends else (start, start)
 
 
-def _marks(times: Sequence[tuple[str, Any]], clock: Clock) -> list[tuple[str, float]]:
-    return [(path, clock.microseconds(moment)) for path, moment in times]
+def _marks(times: Sequence[tuple[str, Any, int]], clock: Clock) -> Marks:
+    found: dict[int, list[tuple[str, float]]] = {}
+    for path, moment, task in times:
+        found.setdefault(task, []).append((path, clock.microseconds(moment)))
+    return found
 
 
 def summarise(
     records: Sequence[Record],
-    parameter_times: Sequence[tuple[str, Any]],
+    parameter_times: Sequence[tuple[str, Any, int]],
     types: Mapping[str, str],
     order: Mapping[str, int],
     clock: Clock,
@@ -128,7 +133,7 @@ def table(modules: Sequence[ModuleProfile], *, sort: str | None, top: int | None
 
 
 def chrome_trace(
-    records: Sequence[Record], parameter_times: Sequence[tuple[str, Any]], types: Mapping[str, str], clock: Clock
+    records: Sequence[Record], parameter_times: Sequence[tuple[str, Any, int]], types: Mapping[str, str], clock: Clock
 ) -> dict[str, Any]:
     """Return complete events, forward and backward as two threads of one process."""
     marks = _marks(parameter_times, clock)

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError, GradwatchWarning
+from .._warn import warn
+from ..errors import ConfigError
+from ..torchside import WeakHook, weakly
+from ._attention import AttentionSite
+from ._compiled import compiled_parts, is_within
 from ._dispatch import Site
-from ._hook import Hook
+from ._hook import Entry, Hook
 from ._parameters import ParameterSite
-from ._points import HookPoint
-from ._runs import Runs
+from ._points import ATTENTION_PORTS, READ_AT, HookPoint
+from ._results import ResultSite
+from ._runs import Run, Runs
 
-__all__ = ["Registry", "compiled_parts"]
+__all__ = ["Registry"]
 
-
-def compiled_parts(model: nn.Module) -> list[str]:
-    """Return the paths of modules that torch.compile has taken, by wrapping or in place."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-    ]
+AnySite = Site | ParameterSite | AttentionSite | ResultSite
 
 
 class Registry:
@@ -36,13 +33,16 @@ class Registry:
         self.model, self.runs = model, runs
         self.lock = threading.RLock()
         self.hooks: dict[str, Hook] = {}
-        self.sites: dict[tuple[bool, int], Site | ParameterSite] = {}
+        # While hooks are on the model they keep their manager, which its user may have let go of.
+        self.owner: Any = None
+        self.manager: weakref.ref[Any] | None = None
+        self._kept: list[tuple[Run, Entry]] = []
+        self.sites: dict[tuple[str, int], AnySite] = {}
         self._root_handle: Any = None
         self._order = 0
         self._last_number = 0
-        self._warned = False
         self._released: weakref.WeakSet[Hook] = weakref.WeakSet()
-        runs.on_threaded = self.refresh_all
+        runs.on_threaded = weakly(self.refresh_all)
 
     def new_id(self, wanted: str | None) -> str:
         if wanted is None:
@@ -59,12 +59,15 @@ class Registry:
         with self.lock:
             self._order += 1
             hook.order = -self._order if hook.options.prepend else self._order
-            self._warn_of_compiled()
             try:
+                hook.attached = True
                 for entry in hook.entries:
                     self._site(entry.spot).entries.append(entry)
                 self.hooks[hook.id] = hook
+                self.owner = None if self.manager is None else self.manager()
                 self.refresh(hook)
+                if hook.options.prepend:
+                    self._to_front(hook)
             except BaseException:
                 self.detach([hook])
                 raise
@@ -75,6 +78,26 @@ class Registry:
             for hook in hooks:
                 hook.alive = False
                 self._unlink(hook)
+
+    def keep(self, entry: Entry) -> None:
+        """Keep what the checkpoints of the present pass will need and can't keep themselves, till the next pass."""
+        with self.lock:
+            self._kept = [(run, known) for run, known in self._kept if run is self.runs.run]
+            self._kept.append((self.runs.run, entry))
+
+    def forget_kept(self) -> None:
+        self._kept.clear()
+
+    def replay(self, entries: Iterable[Entry], *, on: bool) -> None:
+        """Put hooks back for the repetition of a forward in which they acted, or take them off again."""
+        with self.lock:
+            touched: dict[tuple[str, int], AnySite] = {}
+            for entry in entries:
+                site: Any = self._site(entry.spot)
+                (site.replayed.append if on else site.replayed.remove)(entry)
+                touched[self._key(entry.spot)] = site
+            for key, site in touched.items():
+                self._fit_site(key, site)
 
     def release(self, hooks: Iterable[Hook]) -> None:
         """Take hooks off the model, but let them act in the graphs that they were placed in."""
@@ -97,12 +120,29 @@ class Registry:
             if site is None or entry not in site.entries:
                 continue
             site.entries.remove(entry)
-            if site.entries:
-                site.refresh()
-            else:
-                site.take_off()
-                del self.sites[key]
+            self._fit_site(key, site)
+        hook.settle()
         self._fit_root()
+        if not self.sites:
+            self.owner = None
+
+    def _fit_site(self, key: tuple[str, int], site: Any) -> None:
+        if site.entries or site.replayed:
+            site.refresh()
+            return
+        site.take_off()
+        self.sites.pop(key, None)
+
+    def _to_front(self, hook: Hook) -> None:
+        for entry in hook.entries:
+            site = self.sites.get(self._key(entry.spot))
+            if isinstance(site, Site):
+                site.to_front()
+
+    def close(self) -> None:
+        """Take everything off and silence it, in graphs that exist already too."""
+        self.detach(list(self.hooks.values()))
+        self.silence()
 
     def refresh(self, hook: Hook) -> None:
         """Make torch's hooks fit: the hook was attached, enabled or disabled."""
@@ -119,14 +159,21 @@ class Registry:
                 site.refresh()
 
     @staticmethod
-    def _key(point: HookPoint) -> tuple[bool, int]:
-        return (point.is_parameter, id(point.target))
+    def _key(point: HookPoint) -> tuple[str, int]:
+        port = READ_AT.get(point.port, point.port)
+        if point.is_parameter:
+            return "parameter", id(point.target)
+        if port not in ATTENTION_PORTS:
+            return "module", id(point.target)
+        # torch's own attention has its output projection within; elsewhere that is a module of its own.
+        projected = port == "result" and not isinstance(point.target, nn.MultiheadAttention)
+        return "result" if projected else "attention", id(point.target)
 
-    def _site(self, point: HookPoint) -> Site | ParameterSite:
+    def _site(self, point: HookPoint) -> AnySite:
         key = self._key(point)
         if key not in self.sites:
-            kind: Any = ParameterSite if point.is_parameter else Site
-            self.sites[key] = kind(point.path, point.target, self.runs)
+            kind: Any = {"parameter": ParameterSite, "module": Site, "result": ResultSite}.get(key[0], AttentionSite)
+            self.sites[key] = kind(point.path, point.target, self.runs, self)
         return self.sites[key]
 
     def _fit_root(self) -> None:
@@ -141,7 +188,9 @@ class Registry:
                 site.refresh()
         wanted = bool(active or self.runs.listeners) and not alone
         if wanted and self._root_handle is None:
-            self._root_handle = self.model.register_forward_pre_hook(self.runs.begin, prepend=True)
+            self._root_handle = WeakHook.of(self.runs.begin, keeps_owner=True).hang(
+                self.model.register_forward_pre_hook, prepend=True
+            )
         elif not wanted and self._root_handle is not None:
             self._root_handle.remove()
             self._root_handle = None
@@ -155,14 +204,14 @@ class Registry:
                 self.runs.listeners.remove(listener)
             self._fit_root()
 
-    def _warn_of_compiled(self) -> None:
-        parts = [] if self._warned else compiled_parts(self.model)
+    def warn_of_compiled(self, hook: Hook) -> None:
+        """Say, each time that a hook is added to stay, that it may be on a module that torch.compile has taken."""
+        compiled = compiled_parts(self.model)
+        parts = [p for p in compiled if any(is_within(entry.spot.path, [p]) for entry in hook.entries)]
         if parts:
-            self._warned = True
-            warnings.warn(
+            warn(
                 f"{type(self.model).__name__} is compiled ({', '.join(map(repr, parts[:3]))}): a hook added after its "
                 "first run may be ignored without a word. Add hooks before the first run, hook the uncompiled "
                 "model, or call torch.compiler.reset() after adding; coverage() tells which hooks fired.",
-                GradwatchWarning,
-                stacklevel=5,
+                stacklevel=4,
             )

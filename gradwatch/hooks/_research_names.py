@@ -1,203 +1,182 @@
-"""The usual research names (those of TransformerLens) for models that are known by their class names.
+"""The usual research names (those of TransformerLens) for whatever attends, found by trying one forward pass.
 
-Each builder returns name -> `Alias` or `Unavailable` for one model class found at a path; the class is told by its
-name, so that nothing needs to be imported for it.
+The pass is made when a name is asked for that could be one of these, and only once. Where no inputs can be made up for
+a model, those of a run that is asked for are taken, or those given to `HookManager.probe`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from ._aliases import Alias, Unavailable
+from .._warn import one_line, unheard
+from ..errors import ConfigError
+from ._aliases import Unavailable
+from ._anatomy import Found, Stack, anatomy
+from ._made_up import made_up_inputs
 from ._names import ModelNames
-from ._views import Heads
+from ._patterns import Researched
+from ._points import HookPoint
+from ._trace import trace
 
-__all__ = ["research_aliases"]
+__all__ = ["ResearchNames"]
 
-Meanings = dict[str, Any]
-_NO_WEIGHTS = "the attention weights are not computed by {how}; load the model with attn_implementation='eager'"
-_FUNCTIONAL = "nn.MultiheadAttention computes it functionally: no module's input or output is this tensor"
-_NO_SPLIT = "the model adds all heads up in one matrix product and never holds their results apart"
-
-
-def research_aliases(names: ModelNames) -> Meanings:
-    """Return the research names of every model of a known class within `names`; {} where there is none.
-
-    Where several models of known classes are found, the names of all but the first begin with their path.
-    """
-    found: Meanings = {}
-    taken: list[str] = []
-    for path, module in names.modules.items():
-        builder = _builder_of(module)
-        if builder is None or any(path == t or path.startswith(t + ".") for t in taken if t) or "" in taken:
-            continue
-        prefix = f"{path}." if found and path else ""
-        inside = f"{path}." if path else ""
-        for name, meaning in builder(module, inside).items():
-            found[prefix + name] = meaning
-        taken.append(path)
-    return found
-
-
-def _builder_of(module: nn.Module) -> Callable[[Any, str], Meanings] | None:
-    """Return the builder of a known class, itself or a subclass; a user's class that is merely named so is not one."""
-    for kind in type(module).__mro__:
-        if kind.__module__.startswith(("torch.nn.", "transformers.")) and kind.__name__ in _BUILDERS:
-            return _BUILDERS[kind.__name__]
-    return None
-
-
-def _pattern(model: Any, target: str, block: str) -> Alias | Unavailable:
-    how = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
-    if how == "eager":
-        return Alias(target, leaf="1", writing="refuse")
-    return Unavailable(_NO_WEIGHTS.format(how=repr(how)), where=block)
-
-
-def _gpt2(model: Any, p: str) -> Meanings:
-    h, b = p + "h.{i}", "blocks.{i}."
-    heads = model.config.num_attention_heads
-    names: Meanings = {
-        "hook_embed": Alias(p + "wte:output"),
-        "hook_pos_embed": Alias(p + "wpe:output"),
-        b + "hook_resid_pre": Alias(h + ":input", leaf="first"),
-        b + "ln1.hook_normalized": Alias(h + ".ln_1:output"),
-        b + "attn.hook_z": Alias(h + ".attn.c_proj:input", view=Heads(heads)),
-        b + "attn.hook_pattern": _pattern(model, h + ".attn:output", h),
-        b + "attn.hook_result": Unavailable(_NO_SPLIT, where=h),
-        b + "hook_attn_out": Alias(h + ".attn:output", leaf="first"),
-        b + "hook_resid_mid": Alias(h + ".ln_2:input", writing="in_place"),
-        b + "ln2.hook_normalized": Alias(h + ".ln_2:output"),
-        b + "mlp.hook_pre": Alias(h + ".mlp.c_fc:output"),
-        b + "mlp.hook_post": Alias(h + ".mlp.act:output"),
-        b + "hook_mlp_out": Alias(h + ".mlp:output"),
-        b + "hook_resid_post": Alias(h + ":output", leaf="first"),
-        "ln_final.hook_normalized": Alias(p + "ln_f:output"),
-    }
-    for part, letter in enumerate("qkv"):
-        names[f"{b}attn.hook_{letter}"] = Alias(h + ".attn.c_attn:output", view=Heads(heads, part=part, parts=3))
-    return names
+_IN_BLOCKS = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "ln1.hook_normalized",
+    "ln2.hook_normalized",
+    "ln1.hook_scale",
+    "ln2.hook_scale",
+    "attn.hook_q",
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_rot_q",
+    "attn.hook_rot_k",
+    "attn.hook_z",
+    "attn.hook_attn_scores",
+    "attn.hook_pattern",
+    "attn.hook_result",
+    "mlp.hook_pre",
+    "mlp.hook_pre_linear",
+    "mlp.hook_post",
+)
+_OTHERS = (
+    "hook_embed",
+    "hook_pos_embed",
+    "hook_token_type_embed",
+    "hook_full_embed",
+    "ln_final.hook_normalized",
+    "hook_cross_attn_out",
+    "ln_cross.hook_normalized",
+    "hook_normalized_resid_mid",
+    "hook_normalized_resid_post",
+)
+_LAST_PARTS = frozenset(name.rpartition(".")[2] for name in (*_IN_BLOCKS, *_OTHERS))
+_WILD = "*?]"
 
 
-def _llama(model: Any, p: str) -> Meanings:
-    layer, b = p + "layers.{i}", "blocks.{i}."
-    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
-    rotary = "the model has no positional embedding: positions enter as rotations of queries and keys"
-    return {
-        "hook_embed": Alias(p + "embed_tokens:output"),
-        "hook_pos_embed": Unavailable(rotary),
-        b + "hook_resid_pre": Alias(layer + ":input", leaf="first"),
-        b + "ln1.hook_normalized": Alias(layer + ".input_layernorm:output"),
-        b + "attn.hook_q": Alias(layer + ".self_attn.q_proj:output", view=Heads(heads)),
-        b + "attn.hook_k": Alias(layer + ".self_attn.k_proj:output", view=Heads(kv_heads)),
-        b + "attn.hook_v": Alias(layer + ".self_attn.v_proj:output", view=Heads(kv_heads)),
-        b + "attn.hook_rot_q": Unavailable("queries are rotated in a function, not in a module", where=layer),
-        b + "attn.hook_rot_k": Unavailable("keys are rotated in a function, not in a module", where=layer),
-        b + "attn.hook_z": Alias(layer + ".self_attn.o_proj:input", view=Heads(heads)),
-        b + "attn.hook_pattern": _pattern(model, layer + ".self_attn:output", layer),
-        b + "attn.hook_result": Unavailable(_NO_SPLIT, where=layer),
-        b + "hook_attn_out": Alias(layer + ".self_attn:output", leaf="first"),
-        b + "hook_resid_mid": Alias(layer + ".post_attention_layernorm:input", writing="in_place"),
-        b + "ln2.hook_normalized": Alias(layer + ".post_attention_layernorm:output"),
-        b + "mlp.hook_pre": Alias(layer + ".mlp.gate_proj:output"),
-        b + "mlp.hook_pre_linear": Alias(layer + ".mlp.up_proj:output"),
-        b + "mlp.hook_post": Alias(layer + ".mlp.down_proj:input"),
-        b + "hook_mlp_out": Alias(layer + ".mlp:output"),
-        b + "hook_resid_post": Alias(layer + ":output", leaf="first"),
-        "ln_final.hook_normalized": Alias(p + "norm:output"),
-    }
+class ResearchNames(Researched):
+    """The research names of one model as it is now."""
+
+    def __init__(self, names: ModelNames, model: nn.Module) -> None:
+        self.known_names, self.model = names, model
+        self.at_hand: tuple[Sequence[Any], Mapping[str, Any]] | None = None
+        self.stacks: list[Stack] = []
+        self._found: dict[str, HookPoint] | None = None
+        self._attending: set[str] = set()
+
+    def names(self, pattern: str = "") -> Mapping[str, HookPoint]:
+        if self._found is None:
+            roots = self._roots()
+            if roots:
+                self._found = self._probed(roots)
+            elif self.at_hand is not None and "hook_" in pattern:
+                self._found = self._probed({"": self.at_hand})
+        return self._found or {}
+
+    def probe(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Find the names by these inputs.
+
+        Raises:
+            ConfigError: the pass fails, or nothing in it attends.
+        """
+        found = self._probed({"": (args, kwargs)})
+        if not self._attending:
+            reason = next((p.reason for p in found.values()), "nothing attends in it, in a way that is known")
+            raise ConfigError(f"no research names for {type(self.model).__name__}: {reason}.")
+        self._found = found
+
+    def may_mean(self, pattern: str) -> bool:
+        if "hook" in pattern:
+            return True
+        tail = pattern[max(pattern.rfind(c) for c in _WILD) + 1 :]
+        return tail != pattern and bool(tail) and any(fnmatchcase(last, f"*{tail}") for last in _LAST_PARTS)
+
+    def attending(self) -> set[str]:
+        self.names()
+        torches = {p for p, m in self.known_names.modules.items() if isinstance(m, nn.MultiheadAttention)}
+        return self._attending | torches
+
+    def _roots(self) -> dict[str, tuple[Sequence[Any], Mapping[str, Any]]]:
+        """Return the outermost modules that inputs can be made up for, with these."""
+        found: dict[str, tuple[Sequence[Any], Mapping[str, Any]]] = {}
+        for path, module in self.known_names.modules.items():
+            if any(path == root or path.startswith(root + ".") or not root for root in found):
+                continue
+            try:
+                given = made_up_inputs(module)
+            except Exception:  # a stack of no layers, a config of its own kind: no inputs can be made up
+                given = None
+            if given is not None:
+                found[path] = given
+        return found
+
+    def _probed(self, roots: Mapping[str, tuple[Sequence[Any], Mapping[str, Any]]]) -> dict[str, HookPoint]:
+        found: dict[str, HookPoint] = {}
+        self.stacks = []
+        for path, (args, kwargs) in roots.items():
+            inside = f"{path}." if path else ""
+            module = self.known_names.modules[path]
+            try:
+                with unheard():
+                    _refuse_sharded(module)
+                    seen = trace(module, args, kwargs)
+                    names, stacks = anatomy(seen, model_name=type(module).__name__)
+            except Exception as cause:
+                reason = one_line(f"no forward pass of {type(module).__name__} could be tried: {cause!r}", 300)
+                names, stacks = self._all_unavailable(path, reason), []
+            else:
+                self._attending |= {f"{inside}{attend.path}" for attend in seen.attends}
+            first = not any(point.available for point in found.values())
+            prefix = "" if first else self._prefix(inside, stacks)
+            found.update({p.name: p for n, meaning in names.items() if (p := self._point(prefix + n, inside, meaning))})
+            for stack in stacks:
+                stack.prefix = prefix + stack.prefix
+                stack.final_norm = stack.final_norm and inside + stack.final_norm
+                stack.unembed = stack.unembed and inside + stack.unembed
+            self.stacks += stacks
+        return found
+
+    @staticmethod
+    def _prefix(inside: str, stacks: list[Stack]) -> str:
+        if len(stacks) != 1:
+            return inside
+        owner = (inside + stacks[0].container).rpartition(".")[0]
+        return f"{owner}." if owner else ""
+
+    def _point(self, name: str, inside: str, meaning: Any) -> HookPoint:
+        modules = self.known_names.modules
+        if isinstance(meaning, Unavailable):
+            point = HookPoint("", "output", modules[""], name=name)
+            point.reason = meaning.reason
+            return point
+        assert isinstance(meaning, Found)
+        path = f"{inside}{meaning.path}".rstrip(".") if not meaning.path else f"{inside}{meaning.path}"
+        point = HookPoint(path, meaning.port, modules[path], name=name)
+        point.leaf, point.view, point.writing, point.heads = meaning.leaf, meaning.view, meaning.writing, meaning.heads
+        return point
+
+    def _all_unavailable(self, path: str, reason: str) -> dict[str, Unavailable]:
+        missing = Unavailable(reason)
+        names = dict.fromkeys(("hook_embed", "hook_pos_embed", "ln_final.hook_normalized"), missing)
+        try:
+            layers = ModelNames(self.known_names.modules[path]).layer_paths()
+        except ConfigError:
+            layers = []
+        names.update({f"blocks.{i}.{name}": missing for i in range(len(layers)) for name in _IN_BLOCKS})
+        return names
 
 
-def _bert(model: Any, p: str) -> Meanings:
-    layer, b = p + "encoder.layer.{i}", "blocks.{i}."
-    attn, heads = layer + ".attention.", Heads(model.config.num_attention_heads)
-    return {
-        "hook_embed": Alias(p + "embeddings.word_embeddings:output"),
-        "hook_pos_embed": Alias(p + "embeddings.position_embeddings:output", optional=True),
-        "hook_token_type_embed": Alias(p + "embeddings.token_type_embeddings:output", optional=True),
-        "hook_full_embed": Alias(p + "embeddings:output"),
-        b + "hook_resid_pre": Alias(layer + ":input", leaf="first"),
-        b + "attn.hook_q": Alias(attn + "self.query:output", view=heads),
-        b + "attn.hook_k": Alias(attn + "self.key:output", view=heads),
-        b + "attn.hook_v": Alias(attn + "self.value:output", view=heads),
-        b + "attn.hook_z": Alias(attn + "output.dense:input", view=heads),
-        b + "attn.hook_pattern": _pattern(model, attn + "self:output", layer),
-        b + "attn.hook_result": Unavailable(_NO_SPLIT, where=layer),
-        b + "hook_attn_out": Alias(attn + "output.dropout:output"),
-        b + "hook_resid_mid": Alias(attn + "output.LayerNorm:input"),
-        b + "hook_normalized_resid_mid": Alias(attn + "output.LayerNorm:output"),
-        b + "mlp.hook_pre": Alias(layer + ".intermediate.dense:output"),
-        b + "mlp.hook_post": Alias(layer + ".intermediate.intermediate_act_fn:output"),
-        b + "hook_mlp_out": Alias(layer + ".output.dropout:output"),
-        b + "hook_resid_post": Alias(layer + ".output.LayerNorm:input"),
-        b + "hook_normalized_resid_post": Alias(layer + ".output.LayerNorm:output"),
-        "ln_final.hook_normalized": Unavailable("BERT normalises within each block and has no final norm"),
-    }
-
-
-def _torch_layers(stack: Any, path: str, b: str, *, decoder: bool) -> Meanings:
-    """Names of one stack of nn.TransformerEncoderLayer or DecoderLayer; norm first and norm last differ."""
-    layer = f"{path}layers.{{i}}"
-    first = bool(getattr(stack.layers[0], "norm_first", False))
-    last_norm, last_dropout = ("norm3", "dropout3") if decoder else ("norm2", "dropout2")
-    names: Meanings = {
-        b + "hook_resid_pre": Alias(layer + ":input", leaf="first"),
-        b + "hook_attn_out": Alias(layer + ".dropout1:output"),
-        b + "mlp.hook_pre": Alias(layer + ".linear1:output"),
-        b + "mlp.hook_post": Alias(layer + ".dropout:output"),
-        b + "hook_mlp_out": Alias(f"{layer}.{last_dropout}:output"),
-    }
-    for what in ("q", "k", "v", "z", "pattern", "result"):
-        names[f"{b}attn.hook_{what}"] = Unavailable(_FUNCTIONAL, where=layer)
-        if decoder:
-            names[f"{b}cross_attn.hook_{what}"] = Unavailable(_FUNCTIONAL, where=layer)
-    if decoder:
-        names[b + "hook_cross_attn_out"] = Alias(layer + ".dropout2:output")
-    if first:
-        names[b + "ln1.hook_normalized"] = Alias(layer + ".norm1:output")
-        names[b + "ln2.hook_normalized"] = Alias(f"{layer}.{last_norm}:output")
-        names[b + "hook_resid_mid"] = Alias(f"{layer}.{last_norm}:input", writing="in_place")
-        names[b + "hook_resid_post"] = Alias(layer + ":output")
-        if decoder:
-            names[b + "ln_cross.hook_normalized"] = Alias(layer + ".norm2:output")
-    else:
-        before_mlp = "norm2" if decoder else "norm1"
-        names[b + "hook_resid_mid"] = Alias(f"{layer}.{before_mlp}:input")
-        names[b + "hook_normalized_resid_mid"] = Alias(f"{layer}.{before_mlp}:output")
-        names[b + "hook_resid_post"] = Alias(f"{layer}.{last_norm}:input")
-        names[b + "hook_normalized_resid_post"] = Alias(f"{layer}.{last_norm}:output")
-    return names
-
-
-def _torch_stack(stack: Any, p: str, *, prefix: str = "", decoder: bool = False) -> Meanings:
-    kind = type(stack).__name__
-    names = _torch_layers(stack, p, prefix + "blocks.{i}.", decoder=decoder)
-    embedding = f"nn.{kind} holds no embedding: hook your own by its path"
-    names[prefix + "hook_embed"] = names[prefix + "hook_pos_embed"] = Unavailable(embedding)
-    if getattr(stack, "norm", None) is not None:
-        names[prefix + "ln_final.hook_normalized"] = Alias(p + "norm:output")
-    else:
-        names[prefix + "ln_final.hook_normalized"] = Unavailable(f"this nn.{kind} was made without a final norm")
-    return names
-
-
-def _transformer(model: Any, p: str) -> Meanings:
-    return {
-        **_torch_stack(model.encoder, p + "encoder.", prefix="encoder."),
-        **_torch_stack(model.decoder, p + "decoder.", prefix="decoder.", decoder=True),
-    }
-
-
-_BUILDERS: dict[str, Callable[[Any, str], Meanings]] = {
-    "GPT2Model": _gpt2,
-    "LlamaModel": _llama,
-    "MistralModel": _llama,
-    "Qwen2Model": _llama,
-    "BertModel": _bert,
-    "Transformer": _transformer,
-    "TransformerEncoder": _torch_stack,
-    "TransformerDecoder": lambda stack, p: _torch_stack(stack, p, decoder=True),
-}
+def _refuse_sharded(module: nn.Module) -> None:
+    """Raise where a pass would need the other ranks too."""
+    if any(type(p).__name__ == "DTensor" for p in module.parameters()):
+        raise ConfigError("its parameters are sharded; make the names before it is")
+    if any(type(m).__name__ in ("FullyShardedDataParallel", "DistributedDataParallel") for m in module.modules()):
+        raise ConfigError("it is wrapped for distributed training; make the names of the model within")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,19 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from ..errors import ConfigError
+from ..torchside import tensors_of
 from ._cache import Cache, Leaves
 from ._gradients import private_base
-from ._points import HookPoint, Point, RawCall
-from ._pytree import tensors_of
+from ._patterns import Resolver
+from ._points import GRADIENT_OF, PAIR_PORTS, READ_AT, HookPoint, Point, RawCall
+from ._silence import check_fired, check_missing
 
 if TYPE_CHECKING:
     from ._hook import Hook
+    from ._layers import LayerRun
     from ._manager import HookManager
 
-__all__ = ["CacheOptions", "run_with_cache", "run_with_hooks"]
+__all__ = ["CacheOptions", "hooks_in_place", "run_with_cache", "run_with_hooks"]
 
 LAST = -(10**9)
 Key = tuple[str, int, str]
@@ -51,6 +54,29 @@ class CacheOptions:
     dtype: torch.dtype | None = None
     clone: bool = True
     detach: bool = True
+    pos_slice: Any = None
+    remove_batch_dim: bool = False
+    part: LayerRun | None = None
+
+    def positions_of(self, tensor: Tensor, port: str) -> Tensor:
+        """Return the positions that are wanted, of what has a dimension for them."""
+        dim = 2 if port in PAIR_PORTS else 1
+        if self.pos_slice is None or tensor.dim() <= dim + 1:
+            return tensor
+        given = self.pos_slice
+        where = given if isinstance(given, (int, slice)) else torch.as_tensor(given, device=tensor.device)
+        return tensor[(slice(None),) * dim + (where,)]
+
+    def without_batch(self, leaves: Leaves, name: str) -> Leaves:
+        if not self.remove_batch_dim:
+            return leaves
+        for tensor in leaves.values():
+            if not tensor.dim() or tensor.shape[0] != 1:
+                raise ConfigError(f"`remove_batch_dim` is for batches of one. Got {tuple(tensor.shape)} at {name!r}.")
+        return {leaf: tensor[0] for leaf, tensor in leaves.items()}
+
+
+_stop.is_reader = True  # type: ignore[attr-defined]
 
 
 class Recorder:
@@ -58,10 +84,18 @@ class Recorder:
 
     A tensor that is shown at several points (a module's output, the next one's input) is copied once, as long as
     nothing has changed it in between.
+
+    Attributes:
+        in_graph: what it is shown must be what the model goes on with, since gradients are asked for.
+        lays_open: also where that takes a fused function apart: for what was asked for by name.
     """
+
+    is_reader = True
 
     def __init__(self, options: CacheOptions) -> None:
         self.options = options
+        self.in_graph = bool(options.gradients)
+        self.lays_open = False
         self.values: dict[str, dict[int, Leaves]] = {}
         self.edges: dict[Key, Any] = {}
         self.bases: dict[Key, tuple[Any, torch.Size]] = {}
@@ -69,6 +103,8 @@ class Recorder:
 
     def __call__(self, tensor: Tensor, point: Point) -> Tensor | None:
         replaced = None
+        if self.options.part is not None and not self.options.part.has_begun:
+            return None
         if self.options.gradients and not tensor.requires_grad and tensor.is_floating_point():
             # A frozen model: from here on autograd follows. The clone is no leaf, so that it may be changed in place.
             tensor = replaced = tensor.detach().requires_grad_().clone()
@@ -78,7 +114,8 @@ class Recorder:
             base = private_base(tensor, ()) if point.port == "output" and not point.leaf else None
             if base is not None:
                 self.bases[key] = (get_gradient_edge(base), tensor.shape)
-        self.values.setdefault(point.spot.name, {}).setdefault(point.call, {})[point.leaf] = self.kept(tensor)
+        kept = self.kept(self.options.positions_of(tensor, point.port))
+        self.values.setdefault(point.spot.name, {}).setdefault(point.call, {})[point.leaf] = kept
         return replaced
 
     def kept(self, tensor: Tensor) -> Tensor:
@@ -100,24 +137,46 @@ class Recorder:
         return copied
 
     def gathered(self) -> dict[str, list[Leaves]]:
-        return {name: [calls[i] for i in sorted(calls)] for name, calls in self.values.items()}
+        return _in_order(self.values, self.options)
+
+
+def _in_order(values: Mapping[str, dict[int, Leaves]], options: CacheOptions) -> dict[str, list[Leaves]]:
+    return {name: [options.without_batch(calls[i], name) for i in sorted(calls)] for name, calls in values.items()}
+
+
+@contextmanager
+def hooks_in_place(manager: HookManager, *batches: tuple[Sequence[Any], dict[str, Any]]) -> Iterator[list[Any]]:
+    """Hooks for the time of a run: off the model afterwards, but at work still in the run's graph."""
+    asked: list[tuple[Any, Hook]] = []
+    try:
+        for specs, options in batches:
+            asked += manager._add_all(specs, every_thread=False, **options)
+        _refuse_parameters(asked)
+        yield asked
+    except BaseException:
+        manager._registry.detach(hook for _, hook in asked)
+        raise
+    manager._registry.release(hook for _, hook in asked)
+
+
+def _stopping(stop_at: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+    return ([] if stop_at is None else [(stop_at, _stop)]), {"raw": True, "priority": LAST - 1}
 
 
 def run_with_hooks(
-    manager: HookManager, args: Sequence[Any], kwargs: Mapping[str, Any], *, hooks: Sequence[Any], stop_at: Any
+    manager: HookManager,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    hooks: Sequence[Any],
+    stop_at: Any,
+    missing: str = "raise",
 ) -> Any:
     """Run the model with hooks that are gone afterwards, but still act in the graph of this run."""
-    _refuse_parameters(manager, hooks)
-    added: list[Hook] = []
-    try:
-        added += manager._add_all(hooks, every_thread=False)
-        if stop_at is not None:
-            added += manager._add_all([(stop_at, _stop)], every_thread=False, raw=True, priority=LAST - 1)
+    check_missing(missing)
+    with hooks_in_place(manager, (hooks, {}), _stopping(stop_at)) as asked:
         output = _call(manager, args, kwargs, stop_at)
-    except BaseException:
-        manager._registry.detach(added)
-        raise
-    manager._registry.release(added)
+        check_fired(manager, asked[: len(hooks)], missing=missing, stop_at=stop_at)
     return output
 
 
@@ -130,26 +189,24 @@ def run_with_cache(
     stop_at: Any,
     hooks: Sequence[Any],
     options: CacheOptions,
+    missing: str = "raise",
 ) -> tuple[Any, Cache]:
     """Run the model once and bring back what was asked for."""
-    _refuse_parameters(manager, hooks)
+    check_missing(missing)
     resolver = manager._resolver
-    spots = _activations(manager, points, bool(options.gradients))
+    points = list(points) if isinstance(points, Iterator) else points
     recorder = Recorder(options)
-    added: list[Hook] = []
-    try:
-        added += manager._add_all(hooks, every_thread=False)
-        added += manager._add_all([(spots, recorder)], every_thread=False, priority=LAST, recompute=False)
-        if stop_at is not None:
-            added += manager._add_all([(stop_at, _stop)], every_thread=False, raw=True, priority=LAST - 1)
+    recorder.lays_open = recorder.in_graph and points is not None
+    spots = _activations(manager, points, bool(options.gradients))
+    recording = [(spots, recorder)], {"priority": LAST, "recompute": False}
+    with hooks_in_place(manager, (hooks, {}), recording, _stopping(stop_at)) as asked:
         with torch.enable_grad() if options.gradients else nullcontext():
             output = _call(manager, args, kwargs, stop_at)
             gradients = _gradients(recorder, output, options) if options.gradients else {}
-    except BaseException:
-        manager._registry.detach(added)
-        raise
-    manager._registry.release(added)
-    cache = Cache(recorder.gathered(), resolver)
+        kept = ("*:output" if points is None else points, asked[len(hooks)][1])
+        silent = check_fired(manager, [*asked[: len(hooks)], kept], missing=missing, stop_at=stop_at)
+    cache = Cache(recorder.gathered(), resolver, asked=_shown(resolver, points))
+    cache.missing.update(silent)
     cache.gradients = Cache(gradients, resolver, kind="gradients")
     return output, cache
 
@@ -172,19 +229,26 @@ def _activations(manager: HookManager, points: Any, with_gradients: bool) -> lis
         found = [*found, *(p for p in resolver.aliases.values() if p.available)]
     places: dict[str, HookPoint] = {}
     for point in found:
-        port = {"grad_output": "output", "grad_at_input": "input"}.get(point.port, point.port)
+        port = READ_AT.get(point.port, point.port)
         if port != point.port and not with_gradients:
             raise ConfigError(f"{point.name!r} is a gradient: ask with gradients=True or gradients=loss_function.")
-        if port not in ("input", "output"):
+        if port not in GRADIENT_OF:
             raise ConfigError(f"a cache keeps inputs and outputs, and their gradients. Got {point.name!r}.")
         real = resolver.point(point.path, port)
+        real.heads = point.heads
         places.setdefault(real.place, real)
     return list(places.values())
 
 
-def _refuse_parameters(manager: HookManager, hooks: Sequence[Any]) -> None:
-    for points, _ in hooks:
-        for point in manager._resolver.resolve(points):
+def _shown(resolver: Resolver, points: Any) -> list[HookPoint]:
+    """Return the names that a cache shows: those asked for; none of its own where all outputs were."""
+    found = [] if points is None else resolver.resolve(points)
+    return [point for point in found if point.port in GRADIENT_OF]
+
+
+def _refuse_parameters(asked: Sequence[tuple[Any, Hook]]) -> None:
+    for _, hook in asked:
+        for point in hook.points:
             if point.is_parameter:
                 raise ConfigError(
                     f"{point.name!r} fires in backward, after the run: use `with hooks.temporary(...)` around both."
@@ -210,11 +274,12 @@ def _gradients(recorder: Recorder, output: Any, options: CacheOptions) -> dict[s
         base = at_base.get(key)
         grad = base.reshape(recorder.bases[key][1]) if own is None and base is not None else own
         if grad is not None:
-            kept = grad.detach().to(device=options.device, dtype=options.dtype)
+            part = options.positions_of(grad, key[0].rpartition(":")[2])
+            kept = part.detach().to(device=options.device, dtype=options.dtype)
             found.setdefault(key[0], {}).setdefault(key[1], {})[key[2]] = kept
     recorder.edges.clear()
     recorder.bases.clear()
-    return {name: [calls[i] for i in sorted(calls)] for name, calls in found.items()}
+    return _in_order(found, options)
 
 
 def _loss_of(output: Any) -> Any:

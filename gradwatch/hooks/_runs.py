@@ -3,52 +3,53 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-__all__ = ["Inert", "Run", "Runs", "graph_task_id", "untraced"]
+from ..torchside import graph_task_id, untraced
 
-# Not -1 while a backward pass runs in this thread: a module that is called then is being recomputed. Private, so
-# where it is missing nothing counts as recomputed.
-graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+if TYPE_CHECKING:
+    from ._replay import Replay
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+_CALL = torch.nn.Module._call_impl.__code__
+
+__all__ = ["Run", "Runs", "graph_task_id", "untraced"]
 
 
-def untraced(fn: Function) -> Function:
-    """Keep torch.compile from tracing into a function: the graph breaks there, and it runs as it always does.
-
-    `torch.compiler.disable` does the same by a wrapper, which would cost each call as much as a whole hook, and imports
-    the compiler. The names are private; where they are missing, torch.compile traces what it can.
-    """
-    fn._torchdynamo_disable = True  # type: ignore[attr-defined]
-    frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-    with suppress(AttributeError, TypeError):
-        strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
-        frames.set_code_exec_strategy(fn.__code__, strategy)
-    return fn
+def _calls_itself() -> bool:
+    """Return whether the module whose call is about to begin is in a call of its own already, in this thread."""
+    calls: list[Any] = []
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            calls.append(frame.f_locals.get("self"))
+        frame = frame.f_back
+    return bool(calls) and any(module is calls[0] for module in calls[1:])
 
 
 class _Local(threading.local):
-    """Calls seen in this thread's present forward pass."""
+    """Calls seen in this thread's present forward pass; those begun and not ended; the repetition it is in."""
 
     def __init__(self) -> None:
         self.calls: dict[int, int] = {}
         self.recalls: dict[int, int] = {}
+        self.begun: dict[int, list[tuple[int, int]]] = {}
         self.step = 0
+        self.replay: Replay | None = None
 
 
 class Run:
-    """One forward pass. Compared by identity."""
+    """One forward pass, with gradients on or off. Compared by identity."""
 
-    __slots__ = ("step",)
+    __slots__ = ("recording", "step")
 
     def __init__(self, step: int) -> None:
         self.step = step
+        self.recording = torch.is_grad_enabled()
 
 
 class Runs:
@@ -61,8 +62,6 @@ class Runs:
         listeners: called with the step when a pass begins.
         last_step: of the pass that began last, in any thread; -1 before the first.
     """
-
-    is_copy = False
 
     def __init__(self) -> None:
         self.local = _Local()
@@ -82,11 +81,12 @@ class Runs:
     @untraced
     def begin(self, *_: Any) -> None:
         """Begin a forward pass: a forward pre-hook on the root."""
-        if self.is_copy or graph_task_id() != -1:
-            return
         local = self.local
+        if graph_task_id() != -1 or (any(local.begun.values()) and _calls_itself()):
+            return
         local.calls.clear()
         local.recalls.clear()
+        local.begun.clear()
         local.step = self.last_step = next(self._steps) if self.fixed is None else self.fixed
         self.run = Run(local.step)
         if not self.threaded and threading.get_ident() != self._owner:
@@ -114,29 +114,25 @@ class Runs:
         counts[key] = call + 1
         return call
 
-    def __deepcopy__(self, memo: Any) -> Inert:
-        return Inert()
+    def enter(self, key: int, recompute: bool, args: object) -> int:
+        """Count a call that begins, to be ended by `leave`; a module that calls itself has several open."""
+        call = self.count(key, recompute)
+        self.local.begun.setdefault(key, []).append((call, id(args)))
+        return call
 
-    def __reduce__(self) -> Any:
-        return (Inert, ())
+    def renamed(self, key: int, args: object) -> None:
+        """The call that began last goes on with other arguments."""
+        begun = self.local.begun.get(key)
+        if begun:
+            begun[-1] = (begun[-1][0], id(args))
 
-
-class Inert:
-    """What takes the place of gradwatch's hooks in a copied or unpickled model: does nothing.
-
-    A deep-copied bound method is the same function bound to the copied object, a pickled one is looked up again by its
-    name: so each of our hooks asks `is_copy` first, and its name is found here too.
-    """
-
-    is_copy = True
-    site: Any = None
-    tensor_type = None
-
-    def _nothing(self, *_: Any, **__: Any) -> None:
-        return None
-
-    begin = before = after = after_root = full = on_accumulated = on_output = on_output_look = on_placing = _nothing
-    __call__ = enter = leave = _nothing
-
-
-Inert.site = Inert()
+    def leave(self, key: int, recompute: bool, args: object) -> int:
+        """Return the number of the call that ends, given the arguments it went on with; calls that raised are passed
+        over."""
+        begun = self.local.begun.get(key)
+        if not begun:
+            return self.count(key, recompute)
+        place = next((i for i in reversed(range(len(begun))) if begun[i][1] == id(args)), len(begun) - 1)
+        call = begun[place][0]
+        del begun[place:]
+        return call

@@ -18,7 +18,8 @@ __all__ = ["ActivationStore"]
 INDEX = "index.jsonl"
 
 
-def _safetensors() -> Any:
+def safetensors_torch() -> Any:
+    """Return the package safetensors, with its part for torch loaded."""
     try:
         import safetensors.torch
     except ImportError as missing:
@@ -44,7 +45,7 @@ class ActivationStore(Sequence[Mapping[str, Tensor]]):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        _safetensors()
+        safetensors_torch()
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._index = self.folder / INDEX
@@ -58,7 +59,7 @@ class ActivationStore(Sequence[Mapping[str, Tensor]]):
         name = f"batch-{number:06d}.safetensors"
         plain = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
         writing = self.folder / (name + ".part")
-        _safetensors().torch.save_file(plain, writing)
+        safetensors_torch().torch.save_file(plain, writing)
         writing.rename(self.folder / name)
         entry = {
             "file": name,
@@ -124,7 +125,7 @@ class _Batch(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._entry["tensors"]:
             raise KeyError(name)
-        with _safetensors().safe_open(str(self._file), framework="pt") as file:
+        with safetensors_torch().safe_open(str(self._file), framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._warn import one_line
 from ..errors import ConfigError, UnknownNameError, UnknownPathError
-from ..stats import flat_local, is_readable, num_beyond, num_nonfinite
+from ..stats import num_beyond, num_nonfinite
+from ..torchside import Aside, in_transform, member, tensors_of
 from ._gradients import hook_gradient
-from ._pytree import tensors_of
 from ._runs import graph_task_id
 from ._tap_full import Preflight, register_full_hook
-from ._tap_probe import BackwardProbe, ForwardProbe, GradProbe, PreForwardProbe
+from ._tap_probe import BYSTANDER, BackwardProbe, ForwardProbe, GradProbe, PreForwardProbe
 from ._tap_stats import Ledger, Memo, TapStats, measured_extent, measured_moments
 from ._tap_units import UnitWindows, is_relu_like, is_saturating, layout_after
 
@@ -41,12 +42,12 @@ class ModuleTap:
             raise (in-place changes) nor stay silent. Full hooks may change the last bits of gradients where a tensor
             is used several times (attention on q, k, v of one tensor).
         gate: asked at every call; while it says False nothing is taken (validation, probes of single tasks).
+        on_output: told, while armed, what each call returned that no call of another module encloses; must hold none of
+            it, for it may be the largest tensor of the training.
 
     Attributes:
         armed: statistics are being gathered.
         forward_order: paths in the order of their first call.
-        last_output: the last floating tensor of two or more dimensions that a module returned, without its graph; it is
-            the owner's to take.
 
     Raises:
         UnknownPathError: the model has no module at one of the paths.
@@ -60,6 +61,7 @@ class ModuleTap:
         *,
         backend: str = "tensor",
         gate: Callable[[], bool] | None = None,
+        on_output: Callable[[Any], None] | None = None,
     ) -> None:
         if backend not in _BACKENDS:
             raise UnknownNameError("backend", backend, _BACKENDS, where="ModuleTap")
@@ -73,7 +75,8 @@ class ModuleTap:
         self.armed = False
         self.period = 0
         self.forward_order: list[str] = []
-        self.last_output: Tensor | None = None
+        self.on_output = on_output
+        self._depth = 0
         self._aliases: dict[str, str] = {}
         first_path: dict[nn.Module, str] = {}
         for path in self.paths:
@@ -84,8 +87,12 @@ class ModuleTap:
         self._hooked = {
             module: row
             for row, (path, module) in enumerate(zip(self.paths, self._modules, strict=True))
-            if path not in self._aliases and not isinstance(module, torch.jit.ScriptModule)
+            if path not in self._aliases and not _is_scripted(module)
         }
+        # Those that are not watched still tell whether a call lies within another. Not the root of a LightningModule:
+        # its wrappers run the whole `training_step` as its forward.
+        rest = [m for m in known.values() if m not in self._hooked and not _is_scripted(m)]
+        self._bystanders = [m for m in dict.fromkeys(rest) if m is not model or member(model, "training_step") is None]
         self._compiled = [path for path, module in known.items() if _is_compiled(module)]
         self._layouts = [layout_after(module) for module in self._modules]
         self._relu_like = [is_relu_like(module) for module in self._modules]
@@ -112,10 +119,15 @@ class ModuleTap:
         if self.armed:
             return
         self.period += 1
+        self._depth = 0
         handles: list[Any] = []
         try:
             for module, row in self._hooked.items():
                 self._register(row, module, handles)
+            for module in self._bystanders if self.on_output is not None else ():
+                enter, leave = PreForwardProbe(self, BYSTANDER), ForwardProbe(self, BYSTANDER)
+                handles.append(enter.hang(module.register_forward_pre_hook, with_kwargs=True))
+                handles.append(leave.hang(module.register_forward_hook, with_kwargs=True))
         except BaseException:
             _remove(handles)
             raise
@@ -123,15 +135,11 @@ class ModuleTap:
         self.armed = True
 
     def _register(self, row: int, module: nn.Module, handles: list[Any]) -> None:
-        if row not in self._entered or self._needs_verdict(row):
-            handles.append(module.register_forward_pre_hook(PreForwardProbe(self, row), with_kwargs=True))
-        handles.append(module.register_forward_hook(ForwardProbe(self, row), with_kwargs=True))
+        if row not in self._entered or self._needs_verdict(row) or self.on_output is not None:
+            handles.append(PreForwardProbe(self, row).hang(module.register_forward_pre_hook, with_kwargs=True))
+        handles.append(ForwardProbe(self, row).hang(module.register_forward_hook, with_kwargs=True))
         if self._has_full_hook(row):
             handles.extend(register_full_hook(module, BackwardProbe(self, row)))
-
-    def listens_to(self, module: nn.Module) -> bool:
-        """Return whether this module's calls are seen while the tap is armed."""
-        return module in self._hooked
 
     def disarm(self) -> None:
         """Take every hook off, and silence those that graphs still hold. What was gathered stays for `take`."""
@@ -146,7 +154,6 @@ class ModuleTap:
     def close(self) -> None:
         """Disarm for ever and forget everything gathered."""
         self.disarm()
-        self.last_output = None
         self._ledger.clear()
         self._windows = UnitWindows()
         self._closed = True
@@ -175,7 +182,7 @@ class ModuleTap:
         return reasons
 
     def _why_not_entered(self, path: str, module: nn.Module) -> str:
-        if isinstance(module, torch.jit.ScriptModule):
+        if _is_scripted(module):
             return "not seen: a scripted module"
         if any(path == c or path.startswith(c + ".") or not c for c in self._compiled):
             return "not seen: inside a compiled module"
@@ -191,31 +198,51 @@ class ModuleTap:
         """Called before a module's forward."""
         if self.gate is not None and not self.gate():
             return
+        if graph_task_id() == -1:
+            self._depth += 1
+        if row == BYSTANDER:
+            return
         if row not in self._entered:
             self._entered.add(row)
             self.forward_order.append(self.paths[row])
         if self._preflight is not None and self._needs_verdict(row):
-            self._preflight.on_enter(row, args, kwargs)
+            try:
+                with Aside():
+                    self._preflight.on_enter(row, args, kwargs)
+            except Exception as error:
+                self._fail(row, "input", error)
 
     def on_forward(self, row: int, args: Any, kwargs: Any, output: Any) -> None:
         """Called after a module's forward."""
         if self.gate is not None and not self.gate():
             return
+        is_recording = torch.is_grad_enabled()
+        # Inside backward activation checkpointing runs a forward again: it was counted.
+        counts = graph_task_id() == -1
+        with Aside():
+            if row != BYSTANDER:
+                self._look(row, args, kwargs, output, counts=counts, places=is_recording)
+            if counts:
+                self._depth = max(self._depth - 1, 0)
+                if self._depth == 0 and self.on_output is not None and not in_transform():
+                    self.on_output(output)
+
+    def _look(self, row: int, args: Any, kwargs: Any, output: Any, *, counts: bool, places: bool) -> None:
+        if in_transform():
+            self._failures.setdefault(row, "not seen: it is called inside a torch.func transform")
+            return
         try:
             inputs, outputs = _inputs(args, kwargs), _distinct(output)
             full = self._preflight is not None and self._has_full_hook(row)
             for tensor in outputs:
-                if tensor.requires_grad and not full:
+                if places and tensor.requires_grad and not full:
                     handle = hook_gradient(tensor, GradProbe(self, row), inputs, self._modules[row], any_shape=True)
                     if tensor.is_leaf:
                         self._leaf_handles.append(handle)
             if self._preflight is not None and self._needs_verdict(row):
                 self._preflight.on_forward(row, output)
-            # Inside backward activation checkpointing runs a forward again: it was counted.
-            if graph_task_id() == -1:
+            if counts:
                 self._measure(row, inputs, outputs)
-                if outputs and outputs[0] is output and output.ndim >= 2 and output.is_floating_point():
-                    self.last_output = output.detach()
         except Exception as error:
             self._fail(row, "output", error)
 
@@ -223,43 +250,66 @@ class ModuleTap:
         """Called in backward with the gradient with respect to an output of the module."""
         if self.gate is not None and not self.gate():
             return
+        if in_transform():
+            return
         try:
-            found = self._extents.find(grad)
-            if found is None:
-                piece = _piece(grad)
-                found = (piece.numel(), measured_extent(piece))
-                self._extents.keep(grad, found)
-            self._ledger.add_grad(row, *found)
+            with Aside():
+                self._measure_grad(row, grad)
             if self._preflight is not None:
                 self._preflight.on_grad(row)
         except Exception as error:
             self._fail(row, "grad_output", error)
 
+    def _measure_grad(self, row: int, grad: Tensor) -> None:
+        found = self._extents.find(grad)
+        if found is None:
+            tensor = _local(grad)
+            found = (_numel(tensor), measured_extent(tensor))
+            self._extents.keep(grad, found)
+        self._ledger.add_grad(row, *found)
+
     def _measure(self, row: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         self._layout = self._layouts[row] or self._layout
         for tensor in outputs:
-            found = self._moments.find(tensor)
-            if found is None:
-                piece = _piece(tensor)
-                found = (piece.numel(), measured_moments(piece))
-                self._moments.keep(tensor, found)
-            self._ledger.add_output(row, *found)
-            if self._relu_like[row]:
-                self._windows.see(row, _local(tensor).detach(), self._layout)
+            self._one(self._measure_output, row, "output", tensor)
         for tensor in inputs:
-            known = self._moments.find(tensor)
-            found = (known[0], known[1][3]) if known else self._counts.find(tensor)
-            if found is None:
-                piece = _piece(tensor)
-                found = (piece.numel(), num_nonfinite(piece))
-                self._counts.keep(tensor, found)
-            self._ledger.add_input(row, *found)
-            if self._saturating[row]:
-                self._ledger.add(row, "saturated", num_beyond(_piece(tensor).detach(), _SATURATED))
-                self._ledger.add(row, "saturated_numel", found[0])
+            self._one(self._measure_input, row, "input", tensor)
+
+    def _one(self, measure: Callable[[int, Tensor], None], row: int, port: str, tensor: Tensor) -> None:
+        """Measure one tensor: what can't be leaves the others alone."""
+        try:
+            measure(row, tensor)
+        except Exception as error:
+            self._fail(row, port, error)
+
+    def _measure_output(self, row: int, tensor: Tensor) -> None:
+        local = _local(tensor)
+        found = self._moments.find(tensor)
+        if found is None:
+            found = (_numel(local), measured_moments(local))
+            self._moments.keep(tensor, found)
+        self._ledger.add_output(row, *found)
+        if self._relu_like[row]:
+            self._windows.see(row, local.detach(), self._layout)
+
+    def _measure_input(self, row: int, tensor: Tensor) -> None:
+        known = self._moments.find(tensor)
+        found = (known[0], known[1][3]) if known else self._counts.find(tensor)
+        if found is None:
+            local = _local(tensor)
+            found = (_numel(local), num_nonfinite(local))
+            self._counts.keep(tensor, found)
+        self._ledger.add_input(row, *found)
+        if self._saturating[row]:
+            self._ledger.add(row, "saturated", num_beyond(_local(tensor), _SATURATED))
+            self._ledger.add(row, "saturated_numel", found[0])
 
     def _fail(self, row: int, port: str, error: Exception) -> None:
-        self._failures.setdefault(row, f"{port} could not be measured: {type(error).__name__}: {error}")
+        self._failures.setdefault(row, f"{port} could not be measured: {one_line(error)}")
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _distinct(tree: Any) -> list[Tensor]:
@@ -285,15 +335,15 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local()
 
 
-def _piece(tensor: Tensor) -> Tensor:
-    """Return a tensor's elements for measuring; for a kernel that looks at memory alone, the tensor itself."""
-    return tensor if is_readable(tensor) else flat_local(_local(tensor).detach())
+def _numel(tensor: Tensor) -> int:
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def _remove(handles: list[Any]) -> None:
     while handles:
-        handles.pop().remove()
+        handles[-1].remove()
+        handles.pop()
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+    return any(member(module, name) is not None for name in ("_compiled_call_impl", "_orig_mod"))

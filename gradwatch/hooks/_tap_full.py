@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._pytree import tensors_of
+from ..torchside import tensors_of
 
 __all__ = ["Preflight", "register_full_hook"]
 
@@ -31,18 +31,24 @@ class Preflight:
         self.verdicts: dict[int, str] = {}
 
     def on_enter(self, row: int, args: Any, kwargs: Any) -> None:
-        inputs = [tensor for _, tensor in tensors_of([args, kwargs])]
-        self._marks[row].extend(_mark(tensor) for tensor in inputs)
+        self._see(row, [tensor for _, tensor in tensors_of([args, kwargs])])
         if not any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._reasons.setdefault(row, "no positional input needs a gradient")
 
     def on_forward(self, row: int, output: Any) -> None:
         tensors = [tensor for _, tensor in tensors_of(output)]
-        self._marks[row].extend(_mark(tensor) for tensor in tensors)
+        self._see(row, tensors)
         top = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple) else []
         if any(tensor.requires_grad and not any(tensor is t for t in top) for tensor in tensors):
             kind = type(output).__name__
             self._reasons.setdefault(row, f"its output ({kind}) holds tensors that full hooks do not reach")
+
+    def _see(self, row: int, tensors: list[Tensor]) -> None:
+        plain = [tensor for tensor in tensors if _has_views(tensor)]
+        if len(plain) < len(tensors):
+            # Torch would ask them for a view in the user's forward, which then raises.
+            self._reasons.setdefault(row, "an input or output of it is no plain tensor")
+        self._marks[row].extend(_mark(tensor) for tensor in plain)
 
     def on_grad(self, row: int) -> None:
         self._fired.add(row)
@@ -55,6 +61,10 @@ class Preflight:
             self.verdicts[row] = self._reasons.get(row, "")
         self._marks = [[] for _ in self._marks]
         self._fired.clear()
+
+
+def _has_views(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _mark(tensor: Tensor) -> tuple[Tensor, int]:
@@ -73,7 +83,7 @@ def register_full_hook(module: nn.Module, probe: Any) -> list[Any]:
     Torch leaves a mark on the module that makes the other kind of backward hook impossible for ever after.
     """
     before = module._is_full_backward_hook
-    handle = module.register_full_backward_hook(probe)
+    handle = probe.hang(module.register_full_backward_hook)
     return [_Restore(module, before), handle]
 
 

@@ -7,45 +7,39 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..torchside import OwnedHook
+
 if TYPE_CHECKING:
     from ._tap import ModuleTap
 
-__all__ = ["BackwardProbe", "ForwardProbe", "GradProbe", "PreForwardProbe"]
+__all__ = ["BYSTANDER", "BackwardProbe", "ForwardProbe", "GradProbe", "PreForwardProbe"]
 
 
-class _Inert:
-    """What a probe becomes in a copied or unpickled model: it does nothing."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        return None
+BYSTANDER = -1
+"""The row of modules that are not watched, whose calls enclose those of others."""
 
 
-class _Probe:
-    """A callable that belongs to one tap and one of its rows, for one period of being armed.
+class _Probe(OwnedHook):
+    """A callable that belongs to one tap and one of its rows, for one period of being armed."""
 
-    Deep copies of the model (EMA, SWA), pickles and checkpoints get an inert object in its place.
-    """
-
-    __slots__ = ("period", "row", "tap")
+    __slots__ = ("period", "row")
 
     def __init__(self, tap: ModuleTap, row: int) -> None:
-        self.tap = tap
+        super().__init__(tap)
         self.row = row
         self.period = tap.period
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
-        return _Inert()
-
-    def __copy__(self) -> _Inert:
-        return _Inert()
-
-    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
-        return (_Inert, ())
-
     @property
-    def live(self) -> bool:
-        """A graph outlives the handle that put the probe there: what it reports later belongs to no step."""
-        return self.tap.armed and self.tap.period == self.period
+    def tap(self) -> ModuleTap | None:
+        """The tap, while it is there and listens.
+
+        A graph outlives the handle that put the probe there: what it reports later belongs to no step.
+        """
+        tap: ModuleTap | None = self._owner()
+        if tap is None:
+            self.take_off()
+            return None
+        return tap if tap.armed and tap.period == self.period else None
 
 
 class PreForwardProbe(_Probe):
@@ -54,8 +48,8 @@ class PreForwardProbe(_Probe):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not is_compiling() and self.live:
-            self.tap.on_enter(self.row, args, kwargs)
+        if not is_compiling() and (tap := self.tap) is not None:
+            tap.on_enter(self.row, args, kwargs)
 
 
 class ForwardProbe(_Probe):
@@ -64,8 +58,7 @@ class ForwardProbe(_Probe):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        tap = self.tap
-        if tap.armed and tap.period == self.period and not is_compiling():
+        if not is_compiling() and (tap := self.tap) is not None:
             tap.on_forward(self.row, args, kwargs, output)
 
 
@@ -76,8 +69,7 @@ class GradProbe(_Probe):
 
     def __call__(self, grad: Tensor | None) -> None:
         # None: torch's way to say zero, to a hook on an output of a fused function that nothing used.
-        tap = self.tap
-        if grad is not None and tap.armed and tap.period == self.period:
+        if grad is not None and (tap := self.tap) is not None:
             tap.on_grad(self.row, grad)
 
 
@@ -87,7 +79,7 @@ class BackwardProbe(_Probe):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, grad_input: Any, grad_output: Any) -> None:
-        if self.live:
+        if (tap := self.tap) is not None:
             for grad in grad_output:
                 if isinstance(grad, Tensor):
-                    self.tap.on_grad(self.row, grad)
+                    tap.on_grad(self.row, grad)

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..stats import extent, host_extent, host_moments, moments, wide_dtype
+from ..stats import extent, host_extent, host_moments, moments
+from ..torchside import home, is_host, moved, sent, wide_dtype
 
 __all__ = ["MAXIMA", "SUMS", "Ledger", "Memo", "TapStats", "measured_extent", "measured_moments"]
 
@@ -131,14 +132,14 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def measured_moments(piece: Tensor) -> Found:
-    """Return moments of a flat piece: plain numbers on the CPU, a tensor elsewhere."""
-    return host_moments(piece) if piece.device.type == "cpu" else moments(piece)
+def measured_moments(tensor: Tensor) -> Found:
+    """Return moments of a tensor of any kind: plain numbers on the CPU, a tensor elsewhere."""
+    return host_moments(tensor) if is_host(tensor.device) else moments(tensor)
 
 
-def measured_extent(piece: Tensor) -> Found:
-    """Return the extent of a flat piece: plain numbers on the CPU, a tensor elsewhere."""
-    return host_extent(piece) if piece.device.type == "cpu" else extent(piece)
+def measured_extent(tensor: Tensor) -> Found:
+    """Return the extent of a tensor of any kind: plain numbers on the CPU, a tensor elsewhere."""
+    return host_extent(tensor) if is_host(tensor.device) else extent(tensor)
 
 
 class Ledger:
@@ -197,19 +198,20 @@ class Ledger:
     def add(self, row: int, name: str, value: Tensor | float) -> None:
         """Add a number, or a 0-dim tensor, to one sum."""
         self.empty = False
-        if isinstance(value, Tensor) and value.device.type != "cpu":
+        if isinstance(value, Tensor) and not is_host(value.device):
             self._on(value.device)[0][row, _S[name]] += value
         else:
             self._host[row][_S[name]] += float(value)
 
     def take(self, paths: Sequence[str]) -> TapStats:
         """Return everything added so far on one device, and begin again."""
-        sums = torch.tensor(self._host, dtype=torch.float64).reshape(-1, len(SUMS))
-        maxima = torch.tensor(self._host_max, dtype=torch.float64).reshape(-1, len(MAXIMA))
+        here = home(sums for sums, _ in self._device.values())
+        wide = wide_dtype(here)
+        sums = sent(torch.tensor(self._host, dtype=wide).reshape(-1, len(SUMS)), here)
+        maxima = sent(torch.tensor(self._host_max, dtype=wide).reshape(-1, len(MAXIMA)), here)
         for more_sums, more_maxima in self._device.values():
-            here = more_sums.device if sums.device.type == "cpu" else sums.device
-            sums = _moved(sums, here) + _moved(more_sums, here)
-            maxima = torch.maximum(_moved(maxima, here), _moved(more_maxima, here))
+            sums += moved(more_sums, here, wide)
+            maxima = torch.maximum(maxima, moved(more_maxima, here, wide))
         self.clear()
         return TapStats(tuple(paths), sums, maxima)
 
@@ -221,11 +223,3 @@ class Ledger:
                 torch.zeros(self._rows, len(MAXIMA), dtype=wide, device=device),
             )
         return self._device[device]
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Any:
-    if tensor.device == device:
-        return tensor
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device, wide_dtype(device))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["CHANNELS", "LAST", "UnitWindows", "is_relu_like", "is_saturating", "layout_after"]
@@ -50,7 +50,7 @@ class UnitWindows:
     """
 
     def __init__(self) -> None:
-        self._active: dict[tuple[int, int], Tensor] = {}
+        self._active: dict[tuple[int, int], Any] = {}
         self._samples: dict[tuple[int, int], int] = {}
 
     def see(self, row: int, output: Tensor, layout: str | None) -> None:
@@ -68,17 +68,20 @@ class UnitWindows:
             samples = output.numel() // units
             largest = output.reshape(-1, units).amax(dim=0)
         # Not `> 0`: nan is no sign of silence.
-        active = ~(largest <= 0)
+        found = ~(largest <= 0)
         key = (row, units)
-        if key in self._active:
-            self._active[key] |= active.to(self._active[key].device)
-        else:
+        # On the host an array: between steps there is no tensor of ours.
+        active = found.numpy().copy() if found.device.type == "cpu" else found
+        known = self._active.get(key)
+        if known is None or type(known) is not type(active):
             self._active[key] = active
+        else:
+            self._active[key] = known | (active.to(known.device) if isinstance(active, Tensor) else active)
         self._samples[key] = self._samples.get(key, 0) + samples
 
-    def complete(self) -> Iterator[tuple[int, Tensor, int]]:
+    def complete(self) -> Iterator[tuple[int, Any, int]]:
         """Yield (row, number of silent units, number of units) of each complete window, and begin it again."""
         for key in [key for key, samples in self._samples.items() if samples >= MIN_SAMPLES]:
             active = self._active.pop(key)
             del self._samples[key]
-            yield key[0], torch.sum(~active), key[1]
+            yield key[0], (~active).sum(), key[1]

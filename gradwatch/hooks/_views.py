@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Heads", "View"]
+__all__ = ["Heads", "Strided", "View"]
 
 
 class View(Protocol):
@@ -46,3 +46,33 @@ class Heads:
         pieces = list(tensor.chunk(self.parts, dim=-1))
         pieces[self.part] = flat
         return torch.cat(pieces, dim=-1)
+
+
+@dataclass(frozen=True)
+class Strided:
+    """One part of a packed projection, wherever it stands: heads of `width`, the first at `offset`, each `step` on.
+
+    Attributes:
+        heads: how many; None for one part that has no heads.
+        width: of each.
+        offset: where the first begins.
+        step: from one to the next.
+    """
+
+    heads: int | None
+    width: int
+    offset: int
+    step: int
+
+    def read(self, tensor: Tensor) -> Tensor:
+        if self.heads is None:
+            return tensor[..., self.offset : self.offset + self.width]
+        inner = self.offset % self.step
+        begin = self.offset - inner
+        apart = tensor[..., begin : begin + self.heads * self.step].unflatten(-1, (self.heads, self.step))
+        return apart[..., inner : inner + self.width]
+
+    def write(self, tensor: Tensor, value: Tensor) -> Tensor:
+        new = tensor.clone()
+        self.read(new).copy_(value)
+        return new

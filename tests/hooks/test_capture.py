@@ -82,7 +82,7 @@ def test_cleanup_interval_and_limits_must_be_above_zero(net, x):
     for name in ("max_states", "memory_limit_mb", "cleanup_interval"):
         with pytest.raises(ConfigError, match=f"`{name}` is above 0"):
             HookManager(net).capture("head", **{name: float("nan")})
-    with pytest.raises(ConfigError, match="takes inputs, outputs or both"):
+    with pytest.raises(ConfigError, match="takes inputs, outputs, gradients"):
         HookManager(net).capture("head", outputs=False)
 
 

@@ -21,7 +21,7 @@ def test_every_example_of_the_hooks_page_runs(capsys):
     assert "out_proj" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["TransformerLens", "mi-crow", "torch hooks"])
+@pytest.mark.parametrize("name", ["TransformerLens", "nnsight", "pyvene", "baukit", "mi-crow", "torch hooks"])
 def test_the_page_compares_with_what_people_come_from(name):
     assert f"## Coming from {name}" in PAGE
 

@@ -280,7 +280,7 @@ class Counting(Observer):
     def __init__(self):
         super().__init__(author="me")
         self.count = 0
-        self.lock = threading.Lock()  # what makes deepcopy of closures and bound methods fail (H14)
+        self.lock = threading.Lock()  # what makes deepcopy of closures and bound methods fail
 
     def observe(self, tensor, point):
         self.count += 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradwatch.errors import HookError, UnavailablePointError
+from gradwatch.errors import UnavailablePointError
 from gradwatch.hooks import HookManager, patch, scale, zero
 
 transformers = pytest.importorskip("transformers")
@@ -140,14 +140,14 @@ def test_gradients_at_research_names(family):
     assert seen["blocks.1.attn.hook_z"].shape == (2, 6, 4, 4)
 
 
-def test_the_pattern_can_be_read_only_and_only_where_it_is_computed(family):
-    hooks = HookManager(MODELS[family]())
-    hooks.add("blocks.0.attn.hook_pattern", lambda t, p: t * 0)
-    with pytest.raises(HookError, match="can be read only"):
-        hooks.model(TOKENS)
-    fused = HookManager(MODELS[family]("sdpa"))
-    with pytest.raises(UnavailablePointError, match="load the model with attn_implementation='eager'"):
-        fused.add("blocks.0.attn.hook_pattern", print)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_pattern_can_be_changed_whichever_way_it_is_computed(family, attention):
+    model = MODELS[family](attention)
+    hooks = HookManager(model)
+    out = hooks.run_with_hooks(TOKENS, hooks=[("blocks.1.attn.hook_pattern", zero(heads=2))])
+    by_z = hooks.run_with_hooks(TOKENS, hooks=[("blocks.1.attn.hook_z", zero(heads=2))])
+    assert torch.allclose(out.logits, by_z.logits, atol=1e-6)
+    assert not torch.allclose(out.logits, model(TOKENS).logits, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -170,20 +170,19 @@ def test_torch_encoder(norm_first):
     assert torch.allclose(changed["resid_post", 0], before + changed["mlp_out", 0], atol=1e-6)
 
 
-def test_torch_attention_is_functional_and_says_so():
+def test_torch_attention_is_open_too_and_what_is_missing_is_listed():
     model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
     hooks = HookManager(model)
-    listed = {str(p): p.reason for p in hooks.points("*attn.hook_*") if not p.available}
-    assert "encoder.blocks.0.attn.hook_q" in listed
-    assert "decoder.blocks.0.cross_attn.hook_pattern" in listed
-    assert all("functionally" in reason for reason in listed.values())
-    with pytest.raises(UnavailablePointError, match=r"nn.MultiheadAttention computes it functionally"):
-        hooks.add("encoder.blocks.0.attn.hook_z", print)
+    listed = {str(p): p.reason for p in hooks.points("*hook_*") if not p.available}
+    assert "encoder.blocks.0.attn.hook_rot_q" in listed
+    assert "encoder.blocks.0.ln1.hook_scale" in listed
     with pytest.raises(UnavailablePointError, match="holds no embedding"):
         hooks.add("encoder.hook_embed", print)
     _, cache = hooks.run_with_cache(torch.randn(1, 3, 8), torch.randn(1, 4, 8))
     assert cache["decoder.blocks.0.hook_cross_attn_out"].shape == (1, 4, 8)
     assert cache["decoder.blocks.0.hook_resid_post"].shape == (1, 4, 8)
+    assert cache["decoder.blocks.0.cross_attn.hook_pattern"].shape == (1, 2, 4, 3)
+    assert cache["encoder.blocks.0.attn.hook_result"].shape == (1, 3, 2, 8)
 
 
 def test_names_that_are_not_wanted_can_be_left_out():

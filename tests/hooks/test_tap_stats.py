@@ -78,7 +78,7 @@ def test_micro_batches_and_repeated_calls_add_up() -> None:
         layer(x).sum().backward()
     layer(torch.ones(4)).sum().backward()
     found = columns_of(tap)
-    assert found["output_rms"] == {"0": 2.0}
+    assert found["output_rms"] == pytest.approx({"0": 2.0}, rel=1e-7)
     assert found["grad_output_norm"]["0"] == pytest.approx(math.sqrt(8))
     assert tap.take() is None
 
@@ -88,7 +88,7 @@ def test_gradients_are_divided_by_the_loss_scale() -> None:
     tap = tapped(model)
     (model(torch.ones(1)) * 1024.0).sum().backward()
     found = columns_of(tap, grad_scale=512.0)
-    assert found["grad_output_norm"] == {"0": 2.0}
+    assert found["grad_output_norm"] == pytest.approx({"0": 2.0}, rel=1e-7)
     assert found["grad_output_absmax"] == {"0": 2.0}
 
 
@@ -302,13 +302,12 @@ def test_arming_registers_on_all_modules_or_on_none() -> None:
 def test_tensor_that_can_not_be_measured_is_named_and_training_goes_on() -> None:
     class Strange(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nested.nested_tensor([x[0], x[1, :1]])
+            return torch.zeros(4, dtype=torch.float4_e2m1fn_x2)
 
     model = nn.Sequential(Strange())
     tap = tapped(model)
-    with pytest.warns(UserWarning, match="nested tensors"):
-        model(torch.ones(2, 3))
-    assert tap.coverage()["0"].startswith("output could not be measured: ")
+    model(torch.ones(2, 3))
+    assert tap.coverage()["0"].startswith("output could not be measured: UnreadableError: a Tensor of torch.float4")
 
 
 def test_closed_tap_can_not_be_armed_and_closing_twice_is_harmless() -> None:

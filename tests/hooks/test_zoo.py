@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradwatch.hooks import HookManager
-from gradwatch.hooks._pytree import tensors_of
+from gradwatch.torchside import tensors_of
 from tests.zoo import zoo
 
 CASES = [pytest.param(case, id=case.id) for case in zoo()]
@@ -149,7 +149,7 @@ SAFE_FOR_FULL_HOOKS = [p for p in CASES if "in-place" not in p.id]
 
 @pytest.mark.parametrize("case", SAFE_FOR_FULL_HOOKS)
 def test_grad_input_sees_what_torchs_full_backward_hook_sees(case):
-    """At grad_input sit torch's full hooks with dangers (B1): in-place operations raise, attention changes bits."""
+    """At grad_input sit torch's full hooks with dangers: in-place operations raise, attention changes bits."""
 
     def full(table):
         def hook(model):

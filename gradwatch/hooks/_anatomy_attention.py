@@ -1,0 +1,155 @@
+"""Names for what one attention is made of, by how the model itself takes its projections apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..torchside import storage_identity
+from ._aliases import Unavailable
+from ._dataflow import PLAIN, Flow, Route
+from ._trace import Attend, Call
+from ._views import Heads, Strided, View
+
+__all__ = ["Found", "Meanings", "attention_names"]
+
+_NOT_ROTATED = "no rotation enters queries and keys"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a name leads."""
+
+    path: str
+    port: str = "output"
+    leaf: str | None = None
+    view: View | None = None
+    writing: str = "replace"
+    heads: int | None = None
+
+
+Meanings = dict[str, Any]
+"""Name -> `Found`, or `Unavailable`."""
+
+
+def attention_names(flow: Flow, attend: Attend, prefix: str) -> Meanings:
+    """Return the names of one attention of a block: `attn.hook_q`, ..."""
+    return _Attention(flow, attend, prefix).names()
+
+
+class _Attention:
+    """One attention of a block."""
+
+    def __init__(self, flow: Flow, attend: Attend, prefix: str) -> None:
+        self.flow, self.attend, self.prefix = flow, attend, prefix
+        self.seen = flow.seen
+        self.width = self.seen.tensors[attend.q].shape[-1]
+
+    def names(self) -> Meanings:
+        a, p = self.attend, self.prefix
+        routes = {"q": self.flow.route(a.q), "k": self.flow.route(a.k), "v": self.flow.route(a.v)}
+        found: Meanings = {}
+        for letter, route in routes.items():
+            view = None if route is None else self._view(route)
+            found[f"{p}.hook_{letter}"] = Found(a.path, letter) if view is None or route is None else view
+        for letter in "qk":
+            route = routes[letter]
+            rotated = route is not None and self._is_rotated(route)
+            meaning: Any = Found(a.path, letter) if rotated else Unavailable(_NOT_ROTATED)
+            found[f"{p}.hook_rot_{letter}"] = meaning
+        found[f"{p}.hook_attn_scores"] = Found(a.path, "scores")
+        found[f"{p}.hook_pattern"] = Found(a.path, "pattern")
+        found.update(self._after())
+        return found
+
+    def _after(self) -> Meanings:
+        a, p = self.attend, self.prefix
+        z = self.seen.tensors[a.z]
+        heads = self._heads(z)
+        call = next(
+            (c for c in self.flow.calls if c.begin > a.when and self._is_fed(c)),
+            None,
+        )
+        if call is not None and heads:
+            return {
+                f"{p}.hook_z": Found(call.path, "input", view=Heads(heads)),
+                f"{p}.hook_result": Found(call.path, "result", heads=heads),
+            }
+        own = next(c for c in self.seen.calls if c.path == a.path)
+        if isinstance(own.module, torch.nn.MultiheadAttention):
+            return {f"{p}.hook_z": Found(a.path, "z"), f"{p}.hook_result": Found(a.path, "result")}
+        reason = "no projection takes the heads' values as they are"
+        return {f"{p}.hook_z": Found(a.path, "z"), f"{p}.hook_result": Unavailable(reason)}
+
+    def _is_fed(self, call: Call) -> bool:
+        """Return whether a projection takes z, with nothing done to it but moving it about."""
+        weight = getattr(call.module, "weight", None)
+        if not (isinstance(weight, torch.Tensor) and weight.dim() == 2 and len(call.inputs) == 1):
+            return False
+        one: int | None = call.inputs[0][1]
+        while one is not None and one != self.attend.z:
+            op = self.flow.op_of(one)
+            one = op.inputs[0] if op is not None and op.name in PLAIN else None
+        return one is not None
+
+    def _heads(self, z: torch.Tensor) -> int | None:
+        if z.dim() == 4:
+            return z.shape[1]
+        q = self.flow.route(self.attend.q)
+        if z.dim() == 3 and q is not None:
+            batch = self.seen.tensors[q.projection.outputs[0][1]].shape[0]
+            return z.shape[0] // batch
+        return None
+
+    def _view(self, route: Route) -> Found | None:
+        """Return the projection's output with heads apart, told by how the model itself takes it apart."""
+        whole = self.seen.tensors[route.projection.outputs[0][1]]
+        part = self._part_of(whole, route.ids[-1])
+        total, width = whole.shape[-1], self.width
+        if part is None or not whole.is_contiguous():
+            return None
+        offset = int(part.storage_offset() - whole.storage_offset()) % total
+        if part.dim() == 4:
+            apart = zip(part.shape[:-1], part.stride()[:-1], strict=True)
+            inner = [(size, stride) for size, stride in apart if size > 1 and stride < total]
+            heads, step = inner[0] if inner else (1, width)
+        else:
+            heads, step = part.shape[-1] // width, width
+        return Found(route.projection.path, view=_heads_view(heads, width, offset, step, total))
+
+    def _part_of(self, whole: torch.Tensor, end: int) -> torch.Tensor | None:
+        """Return the last part of a projection on the way to a tensor; with heads apart, where there is one."""
+        found: list[tuple[int, int, torch.Tensor]] = []
+        for one in (*self.flow.needs.get(end, ()), end):
+            part = self.seen.tensors[one]
+            if storage_identity(part)[0] != storage_identity(whole)[0] or part.stride(-1) != 1:
+                continue
+            if part.dim() == 4 and part.shape[-1] == self.width:
+                found.append((1, self.seen.maker.get(one, -1), part))
+            elif part.dim() == whole.dim() and part.shape[-1] % self.width == 0:
+                found.append((0, self.seen.maker.get(one, -1), part))
+        return max(found, key=lambda entry: entry[:2])[2] if found else None
+
+    def _is_rotated(self, route: Route) -> bool:
+        """Return whether something from outside enters on the way from the projection: sines and cosines."""
+        start, end = route.ids[0], route.ids[-1]
+        after = {i for i in (*self.flow.needs.get(end, ()), end) if start in self.flow.needs.get(i, ())}
+        norms = {call.path for call in self.flow.normed.values()}
+        for one in after:
+            op = self.flow.op_of(one)
+            if op is None or op.path in norms:
+                continue
+            others = [self.seen.tensors[i] for i in op.inputs if i != start and i not in after]
+            if any(t.is_floating_point() and t.dim() > 1 for t in others):
+                return True
+        return False
+
+
+def _heads_view(heads: int, width: int, offset: int, step: int, total: int) -> View:
+    """Return the simplest view that shows a part of a projection's output."""
+    size = heads * width
+    if step == width and offset % size == 0 and total % size == 0:
+        return Heads(heads, part=offset // size, parts=total // size)
+    return Strided(heads, width, offset, step)

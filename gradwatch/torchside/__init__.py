@@ -1,0 +1,121 @@
+"""The ground room: torch's oddities, each known in one place, to the floors above it."""
+
+from __future__ import annotations
+
+from ._aside import Aside, in_transform
+from ._autograd import graph_task_id, in_backward
+from ._bits import checksums, differ, num_bytes, pieces, put_bits
+from ._checkpoints import checkpoints_around, in_recomputation, may_be_checkpointed
+from ._copies import Kept, all_finite, fresh, kept, kept_tensors, local_piece, put_back, size_of
+from ._devices import (
+    Mark,
+    allocated_bytes,
+    fetched,
+    give_back_memory,
+    home,
+    is_host,
+    mark,
+    moved,
+    random_state,
+    sent,
+    set_random_state,
+    wait_for,
+    wide_dtype,
+)
+from ._flat import is_flat_sharded
+from ._graph import LossForm, loss_form, loss_pair, unmasked_attention
+from ._inert import OwnedHook, WeakHook, weakly
+from ._leaves import children, find, map_tensors, pick, storage, tensors_of, walk
+from ._members import member
+from ._memory import Loan, can_lend, can_lend_all, identity, lend, lend_at_once, storage_identity
+from ._modes import CallMode, past_override
+from ._paths import WRAPPER_PARTS, clean_path
+from ._pieces import Piece, StandIn, Whole, local_of, real_of, shape_of, whole_of
+from ._samples import Samples, unlike
+from ._standins import Owned, masters, parameters_of
+from ._untraced import untraced
+from ._values import Values, declassed, dense, overlaps, owned, parts, values, writable
+
+__all__ = [
+    "WRAPPER_PARTS",
+    "Aside",
+    "CallMode",
+    "Kept",
+    "Loan",
+    "LossForm",
+    "Mark",
+    "Owned",
+    "OwnedHook",
+    "Piece",
+    "Samples",
+    "StandIn",
+    "Values",
+    "WeakHook",
+    "Whole",
+    "all_finite",
+    "allocated_bytes",
+    "can_lend",
+    "can_lend_all",
+    "checkpoints_around",
+    "checksums",
+    "children",
+    "clean_path",
+    "declassed",
+    "dense",
+    "differ",
+    "fetched",
+    "find",
+    "fresh",
+    "give_back_memory",
+    "graph_task_id",
+    "home",
+    "identity",
+    "in_backward",
+    "in_recomputation",
+    "in_transform",
+    "is_flat_sharded",
+    "is_host",
+    "kept",
+    "kept_tensors",
+    "lend",
+    "lend_at_once",
+    "local_of",
+    "local_piece",
+    "loss_form",
+    "loss_pair",
+    "map_tensors",
+    "mark",
+    "masters",
+    "may_be_checkpointed",
+    "member",
+    "moved",
+    "num_bytes",
+    "overlaps",
+    "owned",
+    "parameters_of",
+    "parts",
+    "past_override",
+    "pick",
+    "pieces",
+    "put_back",
+    "put_bits",
+    "random_state",
+    "real_of",
+    "sent",
+    "set_random_state",
+    "shape_of",
+    "size_of",
+    "storage",
+    "storage_identity",
+    "tensors_of",
+    "unlike",
+    "unmasked_attention",
+    "untraced",
+    "values",
+    "wait_for",
+    "walk",
+    "weakly",
+    "whole_of",
+    "wide_dtype",
+    "writable",
+]

@@ -1,0 +1,149 @@
+"""Hooks that belong to an owner: they hold it weakly, come off when it is gone, and are nothing on copies."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+from ._untraced import untraced
+
+__all__ = ["OwnedHook", "WeakHook", "weakly"]
+
+_NOTHING = nullcontext().__exit__
+"""What a hook becomes in a pickle: the standard library's own way to take any arguments and return None. A class of
+ours would make the file of a saved model unreadable where gradwatch is not installed."""
+
+
+class OwnedHook:
+    """A hook of ours on a module, a parameter or an optimizer of the user's; its kinds say what a call does.
+
+    The owner is held weakly: a model must not keep alive, or at work, a watch that the user has let go of (a notebook
+    cell run again). When it is gone the hook takes itself off. Deep copies of what it hangs on (EMA, SWA) carry nothing
+    of it; in pickles, which keep every hook, a function of the standard library that does nothing stands for it.
+    """
+
+    __slots__ = ("__weakref__", "_handle", "_owner", "_place")
+    # A tensor's hooks are not pickled, and torch warns of it, unless they say that they know.
+    __torch_unserializable__ = True
+
+    def __init__(self, owner: Any) -> None:
+        self._owner: weakref.ref[Any] = weakref.ref(owner)
+        self._handle: Any = None
+        self._place: Any = None
+
+    def hang(self, register: Callable[..., Any], **options: Any) -> Any:
+        """Register the hook, `hook.hang(module.register_forward_hook, with_kwargs=True)`; return torch's handle."""
+        handle = self._handle = register(self, **options)
+        if options.get("with_kwargs") or options.get("always_call"):
+            _number_apart(handle, first=bool(options.get("prepend")))
+        place = getattr(register, "__self__", None)
+        self._place = None if place is None else weakref.ref(place)
+        owner = self._owner()
+        if owner is not None:
+            self._owner = weakref.ref(owner, partial(_abandoned, handle))
+        return handle
+
+    def take_off(self) -> None:
+        """Take the hook off, where it hangs. May be called twice."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def __copy__(self) -> Any:
+        return _NOTHING
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
+        place = None if self._place is None else self._place()
+        copied = None if place is None else memo.get(id(place))
+        if copied is not None:
+            memo.setdefault(_Sweep, _Sweep()).places.append((copied, self._handle.id))
+        return _NOTHING
+
+    def __reduce__(self) -> Any:
+        return getattr, (nullcontext(), "__exit__")
+
+
+class WeakHook(OwnedHook):
+    """Calls a function with its owner, what it was given, and torch's arguments, while there is an owner."""
+
+    __slots__ = ("_function", "_given", "_kept")
+
+    def __init__(self, owner: Any, function: Callable[..., Any], *given: Any) -> None:
+        super().__init__(owner)
+        self._function, self._given = function, given
+        self._kept: Any = None
+
+    @classmethod
+    def of(cls, method: Any, *, keeps_owner: bool = False) -> WeakHook:
+        """Return the hook that calls a bound method; one that keeps its owner stays until its handle is removed."""
+        hook = cls(method.__self__, method.__func__)
+        hook._kept = method.__self__ if keeps_owner else None
+        return hook
+
+    @untraced
+    def __call__(self, *args: Any) -> Any:
+        owner = self._owner()
+        if owner is None:
+            self.take_off()
+            return None
+        return self._function(owner, *self._given, *args)
+
+
+def weakly(method: Any, otherwise: Any = None) -> Callable[..., Any]:
+    """Return a bound method as a function that does not keep its object; without one it returns `otherwise`.
+
+    What hands such a callable down to its own parts is gone as soon as nobody holds it, and not only when the cycle is
+    found.
+    """
+    # `weakref.WeakMethod` does the same in Python, at three times the price.
+    reference, function = weakref.ref(method.__self__), method.__func__
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        owner = reference()
+        return otherwise if owner is None else function(owner, *args, **kwargs)
+
+    return call
+
+
+class _Sweep:
+    """Takes what stands for our hooks out of a deep copy again, when the copying is over and its memo is let go."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[Any, int]] = []
+
+    def __del__(self) -> None:
+        for copied, key in self.places:
+            for name, hooks in tuple(vars(copied).items()):
+                if "hook" in name and isinstance(hooks, dict):
+                    hooks.pop(key, None)
+
+
+def _number_apart(handle: Any, *, first: bool) -> None:
+    """Give a hook a number that torch gives to nobody.
+
+    Beside the hooks a module notes by number which of them take keyword arguments. Numbers begin at 0 in every process:
+    in one that loads the saved model, another's hook would get the number, and arguments that it does not take.
+    """
+    number = -1 - (uuid4().int >> 66)
+    for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref):
+        hooks = reference()
+        if hooks is not None and handle.id in hooks:
+            hooks[number] = hooks.pop(handle.id)
+            if first and hasattr(hooks, "move_to_end"):
+                hooks.move_to_end(number, last=False)
+    handle.id = number
+
+
+def _abandoned(handle: Any, _: Any) -> None:
+    # Called wherever the collector finds the owner: in the midst of torch's walk through a module's hooks too, which
+    # they must not vanish under. Those take themselves off when they are called next.
+    try:
+        frame: Any = sys._getframe(1)
+    except (AttributeError, ValueError):  # no such function, or nobody called: the interpreter is ending
+        frame = None
+    if frame is None or not str(frame.f_globals.get("__name__", "")).startswith("torch."):
+        handle.remove()

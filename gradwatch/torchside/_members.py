@@ -1,0 +1,20 @@
+"""What a module has by name, without asking the module: users' own `__getattr__` may raise, or hand on to another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["member"]
+
+
+def member(module: nn.Module, name: str) -> Any:
+    """Return what a module or its class holds under a name (an attribute, a child, a method); None for nothing."""
+    held = object.__getattribute__(module, "__dict__")
+    if name in held:
+        return held[name]
+    children = held.get("_modules") or {}
+    if name in children:
+        return children[name]
+    return getattr(type(module), name, None)

@@ -1,0 +1,199 @@
+"""Where elements lie: the only place that asks a tensor for an address."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from itertools import repeat
+from operator import add, attrgetter, eq, floordiv, le, mul
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import UnreadableError
+
+__all__ = ["Loan", "can_lend", "can_lend_all", "identity", "lend", "lend_at_once", "storage_identity"]
+
+_CPU = torch.device("cpu")
+_FEW = 4
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_STRIDED = frozenset({torch.strided})
+_LAYOUT, _IS_NESTED, _IS_CPU = attrgetter("layout"), attrgetter("is_nested"), attrgetter("is_cpu")
+_DTYPE = attrgetter("dtype")
+_NBYTES = torch.UntypedStorage.nbytes
+
+
+class Loan:
+    """Memory that a kernel may read from end to end while the loan is held.
+
+    Attributes:
+        addresses: where each tensor begins, uintp, shape (n,).
+        numels: how many elements lie there in a row, int64, shape (n,).
+    """
+
+    __slots__ = ("_owners", "addresses", "numels")
+
+    def __init__(self, owners: Sequence[Tensor], lent: tuple[array[int], array[int]] | None = None) -> None:
+        # Copies that were made for the loan live as long as it does.
+        self._owners = owners
+        if lent is not None:
+            self.addresses: NDArray[np.uintp] = np.frombuffer(lent[0], np.uintp)
+            self.numels: NDArray[np.int64] = np.frombuffer(lent[1], np.int64)
+            return
+        self.addresses = np.fromiter(map(_address, owners), np.uintp, len(owners))
+        self.numels = np.fromiter(map(Tensor.numel, owners), np.int64, len(owners))
+
+
+def can_lend(tensor: Tensor) -> bool:
+    """Return whether a real tensor's elements lie in memory in a row, as they are: no gap, no sign or zero put off."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )
+
+
+def can_lend_all(tensors: Sequence[Tensor]) -> bool:
+    """Return whether `can_lend` holds for all of these, at a fraction of the price of asking each."""
+    return (
+        _PLAIN.issuperset(map(type, tensors))
+        and _STRIDED.issuperset(map(_LAYOUT, tensors))
+        and not any(map(_IS_NESTED, tensors))
+        and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, tensors))
+        and not any(map(Tensor._is_zerotensor, tensors))
+    )
+
+
+def lend(tensors: Sequence[Tensor], *, dtype: torch.dtype, device: torch.device, copy: bool = True) -> Loan:
+    """Return the addresses of tensors' elements, for a kernel that believes what it is told.
+
+    Args:
+        tensors: of any strides; what is not dense is copied so.
+        dtype: that the kernel reads.
+        device: that it runs on.
+        copy: False for memory that is written to: what is not dense is then refused.
+
+    Raises:
+        UnreadableError: a tensor of another dtype or device, one of a kind that has no such memory, one whose storage
+            is shorter than its shape says.
+    """
+    if len(tensors) > _FEW and device == _CPU and (lent := lend_at_once(tensors, dtype=dtype)) is not None:
+        return Loan(tuple(tensors), lent)
+    owners = []
+    for tensor in tensors:
+        if tensor.dtype is not dtype or tensor.device != device:
+            raise UnreadableError(f"a kernel for {dtype} on {device} was given {tensor.dtype} on {tensor.device}")
+        if not can_lend(tensor):
+            tensor = _copied(tensor, copy)
+        owners.append(tensor)
+    return Loan(owners)
+
+
+def lend_at_once(
+    tensors: Sequence[Tensor], *, dtype: torch.dtype, numels: array[int] | None = None
+) -> tuple[array[int], array[int]] | None:
+    """Return addresses and numbers of elements of tensors that lie in the host's memory, in a row each.
+
+    Holds what `lend` holds, by a few calls that take all tensors each, where `lend` asks one after the other. None
+    where any of them is of another dtype, is anywhere else, does not lie in a row, or has no memory: `lend` then says
+    which, or copies. The tensors must be kept until the addresses were read from.
+
+    Args:
+        tensors: the tensors.
+        dtype: theirs.
+        numels: how many elements they should have, as gradients have as many as their parameters. Those that fill their
+            memory with just so many are lent sooner, and without a look at whether a sign was put off.
+    """
+    if numels is not None and (lent := _whole(tensors, dtype, numels)) is not None:
+        return lent
+    is_plain = (
+        {dtype}.issuperset(map(_DTYPE, tensors))
+        and all(map(_IS_CPU, tensors))
+        and _PLAIN.issuperset(map(type, tensors))
+        and _STRIDED.issuperset(map(_LAYOUT, tensors))
+        and not any(map(_IS_NESTED, tensors))
+        and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, tensors))
+    )
+    if not is_plain:
+        return None
+    try:
+        numels = array("q", map(Tensor.numel, tensors))
+        rooms = map(_NBYTES, map(Tensor.untyped_storage, tensors))
+        ends = map(add, numels, map(Tensor.storage_offset, tensors))
+        if not all(map(le, ends, map(floordiv, rooms, repeat(dtype.itemsize)))):
+            return None
+        addresses = array("Q", map(Tensor.data_ptr, tensors))
+    except RuntimeError:
+        return None
+    # An address of 0 is that of an empty tensor, of one of zeros that were never made, of memory that was given back.
+    return None if 0 in addresses else (addresses, numels)
+
+
+def _whole(tensors: Sequence[Tensor], dtype: torch.dtype, numels: array[int]) -> tuple[array[int], array[int]] | None:
+    """Return addresses of tensors that are each all that lies in its memory; None where any is not.
+
+    Each question costs a small tensor as much as its arithmetic: those that have no memory answer by an exception, and
+    in a memory of just as many elements there is no room for a gap, nor for anything before the first.
+    """
+    if len(tensors) != len(numels) or not _PLAIN.issuperset(map(type, tensors)):
+        return None
+    try:
+        fits = (
+            {dtype}.issuperset(map(_DTYPE, tensors))
+            and all(map(_IS_CPU, tensors))
+            and all(map(Tensor.is_contiguous, tensors))
+            and all(
+                map(eq, map(_NBYTES, map(Tensor.untyped_storage, tensors)), map(mul, numels, repeat(dtype.itemsize)))
+            )
+        )
+        addresses = array("Q", map(Tensor.data_ptr, tensors)) if fits else array("Q", (0,))
+    except RuntimeError:
+        return None
+    return None if 0 in addresses else (addresses, numels)
+
+
+def _copied(tensor: Tensor, allowed: bool) -> Tensor:
+    if not allowed:
+        raise UnreadableError(f"a {type(tensor).__name__} whose elements do not lie in a row can't be written to")
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested:
+        raise UnreadableError(f"a {type(tensor).__name__} of layout {tensor.layout} has no memory of its own in a row")
+    tensor = tensor.detach()
+    return (tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()).contiguous()
+
+
+def _address(tensor: Tensor) -> int:
+    if not tensor.numel():
+        return 0
+    try:
+        storage = tensor.untyped_storage()
+        room = storage.nbytes() // tensor.element_size() - tensor.storage_offset()
+        address = tensor.data_ptr()
+    except RuntimeError as error:
+        raise UnreadableError(f"a tensor without memory of its own: {error}") from error
+    if not address or room < tensor.numel():
+        raise UnreadableError(f"a tensor of {tensor.numel()} elements whose memory was given back")
+    return address
+
+
+def identity(tensor: Tensor) -> int:
+    """Return a number that tensors share which begin at the same place in memory; never read from."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def storage_identity(tensor: Tensor) -> tuple[int, int]:
+    """Return (identity, bytes) of a tensor's storage; of wrappers without one, of the tensor."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError):
+        return id(tensor), tensor.numel() * tensor.element_size()

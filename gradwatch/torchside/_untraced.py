@@ -1,0 +1,27 @@
+"""Functions that torch.compile leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["untraced"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def untraced(fn: Function) -> Function:
+    """Keep torch.compile from tracing into a function: the graph breaks there, and it runs as it always does.
+
+    `torch.compiler.disable` does the same by a wrapper, which would cost each call as much as a whole hook, and imports
+    the compiler. The names are private; where they are missing, torch.compile traces what it can.
+    """
+    fn._torchdynamo_disable = True  # type: ignore[attr-defined]
+    frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    with suppress(AttributeError, TypeError):
+        strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+        frames.set_code_exec_strategy(fn.__code__, strategy)
+    return fn
