@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .records import Incident as Incident
     from .records import Index as Index
     from .records import StepRecord as StepRecord
+    from .records import Verdict as Verdict
+    from .runs import verdict as verdict
     from .treatments.surgery import Surgery as Surgery
     from .treatments.surgery import split as split
     from .watch import StepOutcome as StepOutcome
@@ -35,14 +37,34 @@ _DOORS = {
     "StepOutcome": "watch",
     "StepRecord": "records",
     "Surgery": "treatments.surgery",
+    "Verdict": "records",
     "Watch": "watch",
     "check_lightning": "_preflight",
     "load_rules": "book",
     "preflight": "_preflight",
     "split": "treatments.surgery",
+    "verdict": "runs",
 }
 
-__all__ = ["ConfigError", "GradwatchError", "GradwatchWarning", "__version__", *sorted(_DOORS)]
+__all__ = [
+    "ConfigError",
+    "GradwatchError",
+    "GradwatchWarning",
+    "__version__",
+    "Finding",
+    "Histogram",
+    "Incident",
+    "Index",
+    "PreflightReport",
+    "StepOutcome",
+    "StepRecord",
+    "Surgery",
+    "Watch",
+    "check_lightning",
+    "load_rules",
+    "preflight",
+    "split",
+]
 
 
 def __getattr__(name: str) -> Any:

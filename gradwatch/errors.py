@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 __all__ = [
     "ConfigError",
@@ -11,12 +13,14 @@ __all__ = [
     "GradwatchWarning",
     "HookBreak",
     "HookError",
+    "HookNeverFired",
     "MissingExtraError",
     "RunFormatError",
     "TrainingStopped",
     "UnavailablePointError",
     "UnknownNameError",
     "UnknownPathError",
+    "UnreadableError",
     "suggest",
 ]
 
@@ -24,12 +28,38 @@ __all__ = [
 def suggest(name: str, known: Iterable[str], *, otherwise: str = "") -> str:
     """Return "Did you mean 'a' or 'b'?" for the known names nearest to `name`, else `otherwise`."""
     known = sorted({k for k in known if k})
-    near = get_close_matches(name, known, n=3) or [k for k in known if name and name.lower() in k.lower()][:3]
+    near = [k for k in known if plain_name(k) == plain_name(name)] or get_close_matches(name, known, n=3)
+    near = near or [k for k in known if name and name.lower() in k.lower()][:3]
     return f"Did you mean {' or '.join(map(repr, near))}?" if near else otherwise
 
 
+def plain_name(name: str) -> str:
+    """Return what is left of a name whichever way it is spelt: "clipbynorm" of "ClipByNorm" and "clip-by-norm"."""
+    return "".join(filter(str.isalnum, name)).lower()
+
+
 class GradwatchError(Exception):
-    """Base of all gradwatch errors."""
+    """Base of all gradwatch errors.
+
+    They cross processes whatever their constructors take; an attribute that can't be pickled arrives as its text.
+    """
+
+    def __reduce__(self) -> Any:
+        return _made_again, (type(self), self.args, {name: _portable(value) for name, value in vars(self).items()})
+
+
+def _made_again(cls: type[GradwatchError], args: tuple[Any, ...], state: dict[str, Any]) -> GradwatchError:
+    error = cls.__new__(cls, *args)
+    vars(error).update(state)
+    return error
+
+
+def _portable(value: Any) -> Any:
+    try:
+        pickle.dumps(value)
+    except Exception:
+        return repr(value)
+    return value
 
 
 class GradwatchWarning(UserWarning):
@@ -69,6 +99,10 @@ class UnknownPathError(ConfigError, LookupError):
         examples = ", ".join(repr(k) for k in self.known[:3])
         hint = suggest(self.path, self.known, otherwise=f"Known are, for example, {examples}." if examples else "")
         super().__init__(f"{model_name} has no {kind} that matches {self.path!r} ({len(self.known)} known). {hint}")
+
+
+class UnreadableError(GradwatchError, TypeError):
+    """A tensor of a kind that can't be read, or not in the way asked for: only its own numbers are missing."""
 
 
 class HookError(GradwatchError, RuntimeError):
@@ -116,6 +150,26 @@ class HookBreak(GradwatchError, RuntimeError):  # noqa: N818 - an outcome that w
         self.tensor = tensor
         step, name = getattr(point, "step", "?"), getattr(point, "name", point)
         super().__init__(f"hook {hook_id!r}: {what} at {str(name)!r}, step {step}, call {getattr(point, 'call', '?')}")
+
+
+class HookNeverFired(GradwatchError, RuntimeError):  # noqa: N818 - reads as what happened
+    """A hook that was asked for in a run did nothing there: its point was never reached.
+
+    Attributes:
+        hook_id: which hook.
+        point: name of the hook point, or the pattern, of which nothing fired.
+        kind: as `PointCoverage.kind`: "never called", "compiled away", "no gradient", ...
+        reason: the same as a clause.
+    """
+
+    def __init__(self, hook_id: str, point: str, kind: str, reason: str) -> None:
+        self.hook_id = hook_id
+        self.point = point
+        self.kind = kind
+        self.reason = reason
+        super().__init__(
+            f"hook {hook_id!r} at {point!r} never fired in this run: {reason}. missing='ignore' lets it pass."
+        )
 
 
 class MissingExtraError(GradwatchError, ImportError):

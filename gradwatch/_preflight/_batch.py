@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from ..torchside import map_tensors
 from ._report import PreflightFinding
 from ._snapshot import same_randomness
 from ._task import first_tensor, float_tensors
@@ -84,7 +85,7 @@ def _with_gradients(trial: Trial) -> tuple[Tensor | None, object]:
     given = float_tensors(trial.task.inputs)
     if given:
         leaf = given[0].detach().clone().requires_grad_()
-        return leaf, trial.task.forward(_replaced(trial.task.inputs, given[0], leaf))
+        return leaf, trial.task.forward(map_tensors(trial.task.inputs, lambda t, _: leaf if t is given[0] else None))
     caught: list[Tensor] = []
 
     def catch(_module: nn.Module, _args: object, output: Tensor) -> None:
@@ -98,16 +99,6 @@ def _with_gradients(trial: Trial) -> tuple[Tensor | None, object]:
         for handle in handles:
             handle.remove()
     return (caught[0] if caught else None), outputs
-
-
-def _replaced(tree: object, old: Tensor, new: Tensor) -> object:
-    if tree is old:
-        return new
-    if isinstance(tree, dict):
-        return {k: _replaced(v, old, new) for k, v in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_replaced(v, old, new) for v in tree)
-    return tree
 
 
 def overfit(trial: Trial) -> Findings:

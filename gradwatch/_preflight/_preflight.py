@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def preflight(
             raise UnknownNameError("check", name, CHECKS, where="preflight")
     if not overfit_steps >= 0:
         raise ConfigError(f"`overfit_steps` must be 0 or more. Got {overfit_steps}.")
-    begun = time.perf_counter()
+    begun = perf_counter()
     optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     task = Task(model, batch, loss_fn)
     findings: list[PreflightFinding] = []
@@ -108,7 +108,7 @@ def preflight(
         checks=tuple(name for name in CHECKS if name not in skipped),
         skipped=skipped,
         measures={"loss": trial.trace.loss, **trial.measures},
-        seconds=time.perf_counter() - begun,
+        seconds=perf_counter() - begun,
         can_learn=trial.trace.can_learn,
     )
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..torchside import random_state, set_random_state
+
 __all__ = ["same_randomness", "unchanged"]
 
 _DICTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
@@ -65,18 +67,13 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 
 def _random_states() -> dict[str, Any]:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": random_state()}
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    set_random_state(states["torch"])
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import UninitializedParameter
-from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigError
+from ..torchside import find, tensors_of
 
 __all__ = ["Task", "float_tensors", "first_tensor"]
 
@@ -40,7 +40,7 @@ class Task:
     def __post_init__(self) -> None:
         if any(isinstance(p, UninitializedParameter) for p in self.model.parameters()):
             raise ConfigError("The model has lazy parameters without values yet: run it once on a batch first.")
-        if not float_tensors(self.batch) and not [t for t in tree_leaves(self.batch) if isinstance(t, Tensor)]:
+        if next(tensors_of(self.batch, objects=True), None) is None:
             raise ConfigError(f"`batch` holds no tensor. Got {type(self.batch).__name__}.")
 
     @cached_property
@@ -139,22 +139,11 @@ class Task:
             return True
         return bool(((targets == 0) | (targets == 1)).all()) and targets.numel() > 1
 
-    @cached_property
-    def has_one_hot_targets(self) -> bool:
-        targets = self.targets
-        return (
-            self.is_classification
-            and targets.is_floating_point()
-            and targets.dim() == 2
-            and targets.shape[1] > 1
-            and bool((targets.sum(1) == 1).all())
-        )
-
 
 def _own_loss(outputs: Any) -> Any:
-    if isinstance(outputs, Mapping):
-        return outputs.get("loss")
-    return getattr(outputs, "loss", outputs)
+    if isinstance(outputs, (Tensor, tuple, list)):
+        return outputs
+    return find(outputs, "loss")
 
 
 def _checked(loss: Any) -> Tensor:
@@ -170,12 +159,12 @@ def _checked(loss: Any) -> Tensor:
 
 def float_tensors(tree: Any) -> list[Tensor]:
     """Return the floating-point tensors of a tree."""
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for _, t in tensors_of(tree, objects=True) if t.is_floating_point()]
 
 
 def first_tensor(tree: Any) -> Tensor | None:
     """Return the first floating-point tensor of a tree; of a model's output, its `logits` where it has some."""
-    logits = tree.get("logits") if isinstance(tree, Mapping) else getattr(tree, "logits", None)
+    logits = find(tree, "logits")
     if isinstance(logits, Tensor):
         return logits
     return next(iter(float_tensors(tree)), None)

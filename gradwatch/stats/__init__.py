@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from ._counting import num_beyond
 from ._details import GradientDetails, gradient_details
-from ._device import kernel_backends
+from ._device import forget_layouts, kernel_backends, kernel_faults
 from ._exchange import Exchange
 from ._exponents import exponent_histograms
 from ._gradients import Gradients
 from ._measure import GradientMeasures, GradientPieces, measure_gradients, measure_pieces
 from ._moments import MOMENTS, extent, host_extent, host_moments, moments, num_nonfinite
-from ._native import is_readable
-from ._norms import global_norm, second_look, tensor_norms, wide_dtype
-from ._shards import Shards, flat_local, reduce_max_, reduce_sum_
+from ._norms import global_norm, second_look, tensor_norms
+from ._shards import Shards, reduce_max_, reduce_sum_
 from ._spread import row_spread
+from ._statistic import GIVEN, Statistic, View
 from ._tasks import cosines, gramian
 from ._updates import UpdateMeter, UpdateStats
 
 __all__ = [
+    "GIVEN",
     "MOMENTS",
     "Exchange",
     "GradientDetails",
@@ -25,19 +26,21 @@ __all__ = [
     "GradientPieces",
     "Gradients",
     "Shards",
+    "Statistic",
     "UpdateMeter",
     "UpdateStats",
+    "View",
     "cosines",
     "exponent_histograms",
     "extent",
-    "flat_local",
     "global_norm",
     "gradient_details",
     "gramian",
     "host_extent",
     "host_moments",
-    "is_readable",
+    "forget_layouts",
     "kernel_backends",
+    "kernel_faults",
     "measure_gradients",
     "measure_pieces",
     "moments",
@@ -48,5 +51,4 @@ __all__ = [
     "row_spread",
     "second_look",
     "tensor_norms",
-    "wide_dtype",
 ]

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..torchside import home, is_host
 from ._counting import num_nonzero
 from ._device import scanned
 from ._native import native
-from ._norms import wide_dtype
-from ._shards import Shards, by_dtype
+from ._packed import counted
+from ._shards import Shards, alike, put_together
 
 __all__ = ["GradientDetails", "gradient_details", "local_details"]
 
@@ -25,7 +26,7 @@ class GradientDetails:
 
     Attributes:
         sums: float64, shape (n, 2): how many elements are exactly zero, and how many inf or nan. Elements that a
-            sparse tensor does not store are counted in neither.
+            sparse tensor does not store are zeros as others are.
         maxima: float64, shape (n, 1): the largest magnitude, inf included, nan left out; 0 for an empty tensor.
     """
 
@@ -56,6 +57,7 @@ def gradient_details(tensors: Sequence[Tensor], *, reduce: bool = True) -> Gradi
     """
     shards = Shards(tensors)
     sums, maxima = local_details(shards.locals)
+    shards.add_unstored_(sums)
     details = GradientDetails(sums, maxima, shards if shards.groups else None)
     return details.reduce_() if reduce else details
 
@@ -64,26 +66,23 @@ def local_details(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return sums (n, 2) and maxima (n, 1) of contiguous local pieces."""
     if not pieces:
         return torch.zeros(0, 2, dtype=torch.float64), torch.zeros(0, 1, dtype=torch.float64)
-    if pieces[0].device.type == "cpu":
-        table = _on_cpu(pieces)
-    elif len(by_dtype(pieces)) == 1 and (found := scanned(pieces, histograms=False)):
-        table = found[0][:, 2:]
-    else:
-        wide = wide_dtype(pieces[0].device)
-        table = torch.stack([_anywhere(piece, wide) for piece in pieces])
+    groups = alike(pieces)
+    parts = [_of_one_kind([pieces[p] for p in positions]) for positions in groups]
+    table = put_together(parts, groups, home(pieces))
     return table[:, :2].contiguous(), table[:, 2:].contiguous()
 
 
-def _on_cpu(pieces: Sequence[Tensor]) -> Tensor:
-    table = torch.zeros(len(pieces), 3, dtype=torch.float64)
-    for positions in by_dtype(pieces):
-        chosen = [pieces[p] for p in positions]
-        kernels = native(chosen, worth=_WORTH_NATIVE)
-        if kernels is not None:
-            table[positions] = torch.from_numpy(kernels.moments(chosen)[:, 2:])
-        else:
-            table[positions] = torch.tensor([_host_details(piece) for piece in chosen], dtype=torch.float64)
-    return table
+def _of_one_kind(pieces: Sequence[Tensor]) -> Tensor:
+    """Return zeros, non-finite counts and absmax of pieces of one device and dtype, shape (n, 3)."""
+    if not is_host(pieces[0].device):
+        found = scanned(pieces, histograms=False)
+        rows = counted(pieces, details=True)[0] if found is None else found[0][:, 2:]
+        assert rows is not None
+        return rows
+    kernels = native(pieces, worth=_WORTH_NATIVE)
+    if kernels is not None:
+        return torch.from_numpy(kernels.moments(pieces)[:, 2:])
+    return torch.tensor([_host_details(piece) for piece in pieces], dtype=torch.float64)
 
 
 def _host_details(piece: Tensor) -> tuple[float, float, float]:
@@ -99,12 +98,3 @@ def _host_details(piece: Tensor) -> tuple[float, float, float]:
         zeros -= int(torch.isnan(piece).sum())
         absmax = float(piece.abs().nan_to_num_(nan=0.0, posinf=torch.inf).max())
     return float(zeros), nonfinite, absmax
-
-
-def _anywhere(piece: Tensor, wide: torch.dtype) -> Tensor:
-    if not piece.numel():
-        return torch.zeros(3, dtype=wide, device=piece.device)
-    magnitudes = piece.abs()
-    absmax = torch.where(torch.isnan(magnitudes), 0.0, magnitudes).amax()
-    counts = [(piece == 0).sum(), (~torch.isfinite(piece)).sum(), absmax]
-    return torch.stack([c.to(wide) for c in counts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._native import _load
+from ..torchside import can_lend
+from ._native import native_fault, native_state
 
-__all__ = ["kernel_backends", "scanned"]
+__all__ = ["forget_layouts", "kernel_backends", "kernel_faults", "scanned"]
 
 _failure: list[str] = []
 
@@ -25,7 +27,8 @@ def scanned(pieces: Sequence[Tensor], *, histograms: bool) -> tuple[Tensor, Tens
     """
     if not pieces or pieces[0].device.type != "cuda" or _failure:
         return None
-    if any(type(piece) not in (Tensor, torch.nn.Parameter) or piece.is_neg() for piece in pieces):
+    device = pieces[0].device
+    if any(piece.device != device or not can_lend(piece) for piece in pieces):
         return None
     scan = _scan()
     if scan is None:
@@ -46,9 +49,22 @@ def _scan() -> Callable[..., Any] | None:
     return scan
 
 
+def forget_layouts() -> None:
+    """Let go of what the kernels keep on devices from step to step; they make it again where it is wanted."""
+    kernels = sys.modules.get(f"{__package__}._triton")
+    if kernels is not None:
+        kernels._layout.cache_clear()
+
+
 def kernel_backends() -> dict[str, str]:
     """Return what measures CPU and CUDA tensors here, by device type: for reports of the installation."""
     cuda = "not available"
     if torch.cuda.is_available():
         cuda = f"torch ({_failure[0]})" if _failure else "triton" if _scan() is not None else "torch"
-    return {"cpu": "native" if _load() is not None else "torch", "cuda": cuda}
+    return {"cpu": native_state(), "cuda": cuda}
+
+
+def kernel_faults() -> list[str]:
+    """Return which kernels were switched off in this process because they failed or were wrong; none is tried."""
+    faults = [native_fault()] if native_fault() else []
+    return faults + [f"the CUDA kernels failed, torch measures instead: {failure}" for failure in _failure]

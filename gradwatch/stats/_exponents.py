@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..torchside import home, is_host
 from ._device import scanned
 from ._native import native
-from ._shards import Shards, by_dtype
+from ._packed import NUM_BINS, counted, exponent_codes
+from ._shards import Shards, alike, put_together
 
 __all__ = ["NUM_BINS", "exponent_histograms", "local_histograms"]
 
-NUM_BINS = 512
 _CHUNK = 1 << 16
 _WORTH_NATIVE = 1 << 16
-_SHIFT = {torch.float32: (torch.int32, 23), torch.bfloat16: (torch.int16, 7)}
 
 
 @torch.no_grad()
@@ -33,46 +33,30 @@ def exponent_histograms(tensors: Sequence[Tensor]) -> Tensor:
         that DTensors among them are split over.
     """
     shards = Shards(tensors)
-    return shards.sum_(local_histograms(shards.locals))
+    return shards.sum_(shards.add_unstored_(local_histograms(shards.locals)))
 
 
 def local_histograms(pieces: Sequence[Tensor]) -> Tensor:
     """Return exponent histograms of contiguous local pieces, int64, shape (n, 512)."""
     if not pieces:
         return torch.zeros(0, NUM_BINS, dtype=torch.int64)
-    if len(by_dtype(pieces)) == 1 and (found := scanned(pieces, histograms=True)) and found[1] is not None:
-        return found[1]
-    counts = torch.zeros(len(pieces), NUM_BINS, dtype=torch.int64, device=pieces[0].device)
-    if pieces[0].device.type == "cpu":
-        for positions in by_dtype(pieces):
-            chosen = [pieces[p] for p in positions]
-            kernels = native(chosen, worth=_WORTH_NATIVE)
-            if kernels is not None:
-                counts[positions] = torch.from_numpy(kernels.histograms(chosen))
-            else:
-                _count_all_(counts, positions, chosen)
+    groups = alike(pieces)
+    parts = [_of_one_kind([pieces[p] for p in positions]) for positions in groups]
+    return put_together(parts, groups, home(pieces))
+
+
+def _of_one_kind(pieces: Sequence[Tensor]) -> Tensor:
+    """Return histograms of pieces of one device and dtype."""
+    if not is_host(pieces[0].device):
+        found = scanned(pieces, histograms=True)
+        counts = counted(pieces, histograms=True)[1] if found is None else found[1]
+        assert counts is not None
         return counts
-    _count_all_(counts, list(range(len(pieces))), pieces)
-    return counts
-
-
-def _count_all_(counts: Tensor, positions: list[int], pieces: Sequence[Tensor]) -> None:
-    scratch = torch.empty(_CHUNK, dtype=torch.int32, device=pieces[0].device)
-    for position, piece in zip(positions, pieces, strict=True):
+    if kernels := native(pieces, worth=_WORTH_NATIVE):
+        return torch.from_numpy(kernels.histograms(pieces))
+    counts = torch.zeros(len(pieces), NUM_BINS, dtype=torch.int64)
+    scratch = torch.empty(_CHUNK, dtype=torch.int32)
+    for row, piece in zip(counts.unbind(), pieces, strict=True):
         for chunk in piece.view(-1).split(_CHUNK) if piece.numel() else ():
-            _count_(counts[position], chunk, scratch)
-
-
-def _count_(row: Tensor, chunk: Tensor, scratch: Tensor) -> None:
-    """Add the codes (sign and exponent, nine bits) of a chunk to a row of counts, through one reused scratch."""
-    bits, shift = _SHIFT.get(chunk.dtype, (torch.int32, 23))
-    if chunk.dtype not in _SHIFT:
-        chunk = chunk.float()
-    codes = scratch[: chunk.numel()]
-    torch.bitwise_right_shift(chunk.view(bits), shift, out=codes)
-    codes.bitwise_and_(0x1FF)
-    if chunk.device.type == "cpu":
-        row += torch.bincount(codes, minlength=NUM_BINS)
-    else:
-        # bincount reads its maximum back to the host; with fixed bins nothing needs to be read.
-        row.index_add_(0, codes, torch.ones_like(codes, dtype=torch.int64))
+            row += torch.bincount(exponent_codes(chunk, scratch[: chunk.numel()]), minlength=NUM_BINS)
+    return counts

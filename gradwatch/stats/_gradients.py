@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnreadableError
 from ..records import select_paths
+from ..torchside import Piece, home, identity, moved, owned, values
 from ._measure import GradientMeasures, GradientPieces, measure_gradients, measure_pieces
-from ._norms import global_norm, tensor_norms
+from ._norms import global_norm, host_norms, tensor_norms
 from ._scaling import scale_
 from ._shards import index_on
 
 __all__ = ["Gradients"]
+
+_USUAL = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128})
+_WIDE = frozenset({torch.float64, torch.complex128})
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+_USUAL_LAYOUTS = (torch.strided, torch.sparse_coo)
 
 
 class _Shared:
@@ -25,8 +36,78 @@ class _Shared:
         self.paths = paths
         self.params = params
         self.grad_scale = grad_scale
-        self.norms: Tensor | None = None
+        self._norms: Tensor | None = None
+        # As the host found them, and their norm, until somebody wants tensors.
+        self._found: tuple[NDArray[np.float64], float] | None = None
         self.dropped: set[int] = set()
+        self.is_owned = False
+        self._whole: tuple[Tensor, int, Tensor, int] | None = None
+
+    @property
+    def norms(self) -> Tensor | None:
+        """Free of `grad_scale`; None where nobody has measured them, or since they have changed."""
+        if self._found is not None:
+            norms, whole = self._found
+            # A copy: treatments may go on to change norms in place.
+            self.norms = found = torch.from_numpy(norms.copy())
+            total = torch.tensor(whole, dtype=torch.float64, device="cpu")
+            self._whole = (found, _version(found), total, _version(total))
+        return self._norms
+
+    @norms.setter
+    def norms(self, norms: Tensor | None) -> None:
+        self._norms, self._found = norms, None
+
+    @property
+    def is_measured(self) -> bool:
+        return self._norms is not None or self._found is not None
+
+    def found_by_host(self, norms: NDArray[np.float64], whole: float) -> None:
+        """Take the norms of all, and the norm of these."""
+        self._norms, self._found = None, (norms, whole)
+
+    def own(self) -> None:
+        """Make sure that arithmetic in place on one gradient changes each of its elements once, and no other gradient.
+
+        An expanded gradient, one that is another parameter's too, and one that may not be written to give way to a
+        copy, as the optimizer will find it.
+        """
+        if self.is_owned:
+            return
+        self.is_owned = True
+        places: set[int] = set()
+        for member, param in enumerate(self.params):
+            if member in self.dropped or param.grad is None:
+                continue
+            grad = owned(param.grad)
+            place = identity(grad)
+            if place and place in places:
+                grad = grad.detach().clone()
+            places.add(place)
+            if grad is not param.grad:
+                param.grad = grad
+
+    def global_norm(self, norms: Tensor) -> Tensor:
+        """Return the norm of all, from their norms; kept until these are others."""
+        kept = self._whole
+        if kept is None or kept[0] is not norms or kept[1] != _version(norms) or kept[3] != _version(kept[2]):
+            # Squares of norms of float32 tensors do not leave float64.
+            grads = [param.grad for param in self.params]
+            wide = any(grad is not None and grad.dtype in _WIDE for grad in grads)
+            whole = global_norm(norms, in_range=not wide)
+            kept = self._whole = (norms, _version(norms), whole, _version(whole))
+        return kept[2]
+
+    def unscaled(self, values: Tensor) -> Tensor:
+        """Return values free of `grad_scale`."""
+        scale = self.grad_scale
+        if isinstance(scale, Tensor):
+            return values / moved(scale, values.device)
+        return values if scale == 1 else values / scale
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class Gradients:
@@ -37,13 +118,16 @@ class Gradients:
 
     Attributes:
         grad_scale: what every `.grad` is still multiplied by (a loss scale), 1 if nothing. `norms` are free of it.
+        unread: path -> why its gradient can't be read, and is not among these.
     """
 
-    __slots__ = ("_members", "_shared")
+    __slots__ = ("_members", "_shared", "unread")
+    unread: Mapping[str, str]
 
-    def __init__(self, shared: _Shared, members: tuple[int, ...]) -> None:
+    def __init__(self, shared: _Shared, members: Sequence[int]) -> None:
         self._shared = shared
         self._members = members
+        self.unread = _NOTHING
 
     @classmethod
     def collect(cls, named: Sequence[tuple[str, nn.Parameter]], *, grad_scale: float | Tensor = 1.0) -> Gradients:
@@ -59,18 +143,32 @@ class Gradients:
         if not isinstance(grad_scale, Tensor) and not grad_scale > 0:
             raise ConfigError(f"`grad_scale` must be above 0. Got {grad_scale}.")
         kept: dict[int, tuple[str, nn.Parameter]] = {}
+        unread: dict[str, str] = {}
         for path, param in named:
-            if param.grad is not None:
+            if param.grad is None:
+                continue
+            if why := _why_unreadable(param.grad):
+                unread[path] = why
+            else:
                 kept.setdefault(id(param), (path, param))
         paths, params = tuple([path for path, _ in kept.values()]), tuple([param for _, param in kept.values()])
-        return cls(_Shared(paths, params, grad_scale), tuple(range(len(kept))))
+        found = cls(_Shared(paths, params, grad_scale), tuple(range(len(kept))))
+        found.unread = unread
+        return found
+
+    @classmethod
+    def of(
+        cls, paths: tuple[str, ...], params: tuple[nn.Parameter, ...], *, grad_scale: float | Tensor = 1.0
+    ) -> Gradients:
+        """Return what `collect` does, of parameters that are known to differ and to have a gradient each."""
+        return cls(_Shared(paths, params, grad_scale), range(len(params)))
 
     def _alive(self) -> list[int]:
         dropped = self._shared.dropped
         return [m for m in self._members if m not in dropped] if dropped else list(self._members)
 
     def __len__(self) -> int:
-        return len(self._alive())
+        return len(self._alive()) if self._shared.dropped else len(self._members)
 
     @property
     def grad_scale(self) -> float | Tensor:
@@ -82,17 +180,32 @@ class Gradients:
 
     @property
     def params(self) -> tuple[nn.Parameter, ...]:
+        if not self._shared.dropped and len(self._members) == len(self._shared.params):
+            return self._shared.params
         return tuple([self._shared.params[m] for m in self._alive()])
 
     @property
     def grads(self) -> list[Tensor]:
-        """The live gradients: `p.grad` of each parameter, still multiplied by `grad_scale`."""
+        """The live gradients: `p.grad` of each parameter, still multiplied by `grad_scale`, to be changed in place.
+
+        One that can't be (an expanded tensor, one that two parameters share) becomes a copy first; `tensors` are to be
+        read only, and stay as they are.
+        """
+        self._shared.own()
+        return self.tensors
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The live gradients as they are, still multiplied by `grad_scale`: to be read only."""
         params = self._shared.params
+        if not self._shared.dropped and len(self._members) == len(params):
+            return [p.grad for p in params]  # type: ignore[misc]
         return [params[m].grad for m in self._alive()]  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        return self._shared.params[0].device if self._shared.params else torch.device("cpu")
+        """Where numbers about them are put together (see `home`)."""
+        return home(self._shared.params)
 
     @property
     def norms(self) -> Tensor:
@@ -101,12 +214,12 @@ class Gradients:
         Measured when first asked for, for the whole collection at once, and kept up to date by `mul_`.
         """
         shared = self._shared
+        if shared.norms is not None and not shared.dropped and len(self._members) == len(shared.params):
+            return shared.norms
         if shared.norms is None:
             alive = [m for m in range(len(shared.params)) if m not in shared.dropped]
             found = tensor_norms([shared.params[m].grad for m in alive])  # type: ignore[misc]
-            if isinstance(shared.grad_scale, Tensor) or shared.grad_scale != 1:
-                found = found / shared.grad_scale
-            shared.norms = found
+            shared.norms = found = shared.unscaled(found)
             if len(alive) < len(shared.params):
                 shared.norms = torch.zeros(len(shared.params), dtype=found.dtype, device=found.device)
                 shared.norms.index_copy_(0, index_on(alive, found.device), found)
@@ -118,31 +231,65 @@ class Gradients:
     @property
     def is_measured(self) -> bool:
         """Whether `norms` are known as they are now, so that asking for them costs nothing."""
-        return self._shared.norms is not None
+        return self._shared.is_measured
 
     @property
     def global_norm(self) -> Tensor:
         """The norm of all of them seen as one vector, free of `grad_scale`; 0-dim, float64."""
-        return global_norm(self.norms)
+        return self._shared.global_norm(self.norms)
+
+    def measure_on_host(
+        self,
+        known: tuple[NDArray[np.float64], float] | None = None,
+        tensors: list[Tensor] | None = None,
+        numels: array[int] | None = None,
+    ) -> tuple[NDArray[np.float64], float, list[Tensor]] | None:
+        """Return norms and the norm of all as numbers, and what was measured; `norms` gives them from then on.
+
+        None where it takes more than one call of a compiled kernel: where gradients are elsewhere, in pieces, of
+        several dtypes or odd layouts.
+
+        Args:
+            known: both, as they are in `.grad`, where somebody has measured them so.
+            tensors: what `tensors` gives, where somebody has just asked.
+            numels: of the parameters, where that is known.
+        """
+        shared, scale = self._shared, self._shared.grad_scale
+        if (
+            shared.dropped
+            or len(self._members) < len(shared.params)
+            or (isinstance(scale, Tensor) and not scale.is_cpu)
+        ):
+            return None
+        if tensors is None:
+            tensors = self.tensors
+        found = host_norms(tensors, numels) if known is None else known
+        if found is None:
+            return None
+        norms, whole = found
+        if isinstance(scale, Tensor) or scale != 1:
+            norms, whole = norms / float(scale), whole / float(scale)
+        shared.found_by_host(norms, whole)
+        return norms, whole, tensors
 
     def measure(self, *, histograms: bool = False) -> GradientMeasures:
         """Return details, and histograms if asked for, with the norms from the same read, which `norms` gives from
         then on. Norms and maxima are free of `grad_scale`; histograms are of `.grad` as it is."""
-        return self._take(measure_gradients(self.grads, histograms=histograms))
+        return self._take(measure_gradients(self.tensors, histograms=histograms))
 
     def pieces(self, *, histograms: bool = False) -> GradientPieces:
         """Return what can be measured on this rank alone: norms, and with `histograms` all of `measure`. Once its rows
         and maxima are merged over ranks, give it to `put_together`."""
-        return measure_pieces(self.grads, histograms=histograms)
+        return measure_pieces(self.tensors, histograms=histograms)
 
     def put_together(self, pieces: GradientPieces) -> GradientMeasures:
         """Return the measures of merged pieces, whose norms `norms` gives from then on."""
         return self._take(pieces.whole())
 
     def _take(self, found: GradientMeasures) -> GradientMeasures:
-        scale = self._shared.grad_scale
+        scale, unscaled = self._shared.grad_scale, self._shared.unscaled
         if isinstance(scale, Tensor) or scale != 1:
-            found = replace(found, norms=found.norms / scale, maxima=found.maxima / scale)
+            found = replace(found, norms=unscaled(found.norms), maxima=unscaled(found.maxima))
         if len(self) == len(self._shared.params):
             self._shared.norms = found.norms
         return found
@@ -172,12 +319,14 @@ class Gradients:
                 f"`mul_` takes one coefficient, or {len(mine)}: one for each gradient. "
                 f"Got a tensor of shape {tuple(coefficient.shape)}."
             )
-        known = self._shared.norms is not None
+        known = self._shared.is_measured
         norms = self.norms if known else None
         scale_(self.grads, coefficient)
         if norms is None:
             return self
-        factor = coefficient.to(norms).abs() if isinstance(coefficient, Tensor) else abs(coefficient)
+        factor = (
+            moved(coefficient, norms.device, norms.dtype).abs() if isinstance(coefficient, Tensor) else abs(coefficient)
+        )
         scaled = norms * factor
         if len(mine) == len(self._shared.params):
             self._shared.norms = scaled
@@ -187,8 +336,20 @@ class Gradients:
         return self
 
     def touch(self) -> None:
-        """Say that gradients were changed by other means: norms are measured again when next asked for."""
-        self._shared.norms = None
+        """Say that gradients were changed by other means: norms are measured again when next asked for.
+
+        Within a step nobody needs to: after a treatment that is not gradwatch's own, all is looked at anew. A gradient
+        that is gone since counts as dropped.
+        """
+        shared = self._shared
+        gone = [m for m in self._alive() if shared.params[m].grad is None]
+        shared.dropped.update(gone)
+        shared.norms, shared.is_owned = None, False
+
+    def lack_(self, absent: Sequence[int]) -> None:
+        """Say that some of them are on no rank, which was not known before ranks had met; positions move up."""
+        alive = self._alive()
+        self._shared.dropped.update(alive[p] for p in absent)
 
     def replace_(self, position: int, tensor: Tensor) -> None:
         """Put another tensor in the place of one gradient.
@@ -204,6 +365,7 @@ class Gradients:
                 f"Got {tuple(tensor.shape)}."
             )
         param.grad = tensor
+        self._shared.is_owned = False
         self.touch()
 
     def drop_(self, positions: Sequence[int]) -> None:
@@ -212,3 +374,19 @@ class Gradients:
         for member in [alive[p] for p in positions]:
             self._shared.params[member].grad = None
             self._shared.dropped.add(member)
+
+
+def _why_unreadable(grad: Tensor) -> str:
+    """Return why a gradient can't be read; empty where it can."""
+    kind = type(grad)
+    if kind is Tensor and grad.layout in _USUAL_LAYOUTS and grad.dtype in _USUAL and not grad.is_nested:
+        return ""
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    if isinstance(grad, Piece) or (dtensor is not None and isinstance(grad, dtensor.DTensor)):
+        return ""
+    try:
+        with torch.no_grad():
+            values(grad)
+    except UnreadableError as error:
+        return str(error)
+    return ""

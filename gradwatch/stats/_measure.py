@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..torchside import home, is_host
 from ._details import local_details
 from ._device import scanned
-from ._exponents import NUM_BINS, local_histograms
+from ._exponents import local_histograms
 from ._native import native
 from ._norms import local_norms
-from ._shards import Shards, by_dtype, index_on
+from ._packed import counted
+from ._shards import Shards, alike, index_on, put_together
 
 __all__ = ["GradientMeasures", "GradientPieces", "measure_gradients", "measure_pieces"]
 
@@ -29,12 +31,14 @@ class GradientMeasures:
         sums: float64, shape (n, 2): zeros and non-finite elements, as by `gradient_details`.
         maxima: float64, shape (n, 1): largest magnitudes.
         histograms: int64, shape (n, 512), as by `exponent_histograms`; None if not asked for.
+        absent: bool, shape (n,): tensors that turned out to be on no rank; None where that was known before.
     """
 
     norms: Tensor
     sums: Tensor
     maxima: Tensor
     histograms: Tensor | None
+    absent: Tensor | None = None
 
 
 @torch.no_grad()
@@ -50,8 +54,9 @@ def measure_gradients(tensors: Sequence[Tensor], *, histograms: bool = False) ->
     """
     pieces = measure_pieces(tensors, details=True, histograms=histograms)
     if pieces.shards.groups:
-        pieces.shards.sum_(pieces.rows)
+        assert pieces.rows is not None
         assert pieces.maxima is not None
+        pieces.shards.sum_(pieces.rows)
         pieces.shards.max_(pieces.maxima)
     return pieces.whole()
 
@@ -62,23 +67,39 @@ class GradientPieces:
 
     Attributes:
         shards: the pieces.
-        rows: float64, shape (n, 1), (n, 3) or (n, 515): sum of squares; zeros and non-finite elements; histograms.
-        maxima: float64, shape (n, 1): largest magnitudes; None if not asked for.
+        rows: float64, shape (n, 1), (n, 3) or (n, 515): sum of squares, -inf of what is not there; zeros and
+            non-finite elements; histograms. None where there are norms alone, and no tensor is in pieces.
+        maxima: float64, shape (n, 1): largest magnitudes; None if not asked for, and (n, 0) in what `whole` returns.
         norms: float64, shape (n,): as measured, for tensors that are not in pieces.
     """
 
     shards: Shards
-    rows: Tensor
+    rows: Tensor | None
     maxima: Tensor | None
     norms: Tensor
 
     def whole(self) -> GradientMeasures:
         """Return the measures, after `rows` and `maxima` were merged over ranks."""
-        norms = self.rows[:, 0].sqrt() if self.shards.groups else self.norms
+        if self.rows is None:
+            nothing = self.norms.new_empty(len(self.norms), 0)
+            return GradientMeasures(self.norms, nothing, nothing, None)
+        norms, absent = self.norms, None
+        if self.shards.groups:
+            squares = self.rows[:, 0]
+            if self.shards.absent is not None:
+                absent = torch.isneginf(squares)
+                squares = squares.masked_fill(absent, 0.0)
+            norms = squares.sqrt()
         # Counts are whole numbers below 2**53: exact in float64.
         counts = self.rows[:, 3:].to(torch.int64) if self.rows.shape[1] > 3 else None
-        maxima = self.rows.new_zeros(len(norms), 1) if self.maxima is None else self.maxima
-        return GradientMeasures(norms, self.rows[:, 1:3].contiguous(), maxima, counts)
+        maxima = self.rows[:, 1:2] if self.maxima is None else self.maxima
+        return GradientMeasures(norms, self.rows[:, 1:3].contiguous(), maxima, counts, absent)
+
+    def mark_absent(self) -> GradientPieces:
+        """Say in the rows what is not there; a rank that holds no element of a tensor can't know."""
+        if self.shards.absent and self.rows is not None:
+            self.rows[:, 0].index_fill_(0, index_on(self.shards.absent, self.rows.device), -torch.inf)
+        return self
 
 
 @torch.no_grad()
@@ -93,42 +114,51 @@ def measure_pieces(tensors: Sequence[Tensor], *, details: bool = False, histogra
     shards = Shards(tensors)
     if not (details or histograms):
         norms = local_norms(shards.locals)
-        return GradientPieces(shards, norms.square()[:, None], None, norms)
+        rows = norms.square()[:, None] if shards.groups else None
+        return GradientPieces(shards, rows, None, norms).mark_absent()
     norms, sums, maxima, counts = _local(shards.locals, histograms)
+    shards.add_unstored_(sums)
+    if counts is not None:
+        shards.add_unstored_(counts)
     parts = [norms.square()[:, None], sums] + ([] if counts is None else [counts.to(sums.dtype)])
-    return GradientPieces(shards, torch.cat(parts, dim=1), maxima, norms)
+    return GradientPieces(shards, torch.cat(parts, dim=1), maxima, norms).mark_absent()
 
 
-def _local(pieces: Sequence[Tensor], histograms: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+_Measured = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _local(pieces: Sequence[Tensor], histograms: bool) -> _Measured:
     if not pieces:
         sums, maxima = local_details(pieces)
         return local_norms(pieces), sums, maxima, local_histograms(pieces) if histograms else None
-    groups = by_dtype(pieces)
+    groups, device = alike(pieces), home(pieces)
     if len(groups) == 1:
-        return _of_one_dtype(pieces, histograms)
-    device = pieces[0].device
-    table = torch.zeros(len(pieces), 4, dtype=torch.float64, device=device)
-    counts = torch.zeros(len(pieces), NUM_BINS, dtype=torch.int64, device=device) if histograms else None
-    for positions in groups:
-        index = index_on(positions, device)
-        norms, sums, maxima, part = _of_one_dtype([pieces[p] for p in positions], histograms)
-        table.index_copy_(0, index, torch.cat([norms[:, None], sums, maxima], dim=1))
-        if counts is not None and part is not None:
-            counts.index_copy_(0, index, part)
-    return table[:, 0].clone(), table[:, 1:3].contiguous(), table[:, 3:].contiguous(), counts
+        return _of_one_kind(pieces, histograms)
+    found = [_of_one_kind([pieces[p] for p in positions], histograms) for positions in groups]
+    counts = [part[3] for part in found if part[3] is not None]
+    return (
+        put_together([part[0] for part in found], groups, device),
+        put_together([part[1] for part in found], groups, device),
+        put_together([part[2] for part in found], groups, device),
+        put_together(counts, groups, device) if histograms else None,
+    )
 
 
-def _of_one_dtype(pieces: Sequence[Tensor], histograms: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _of_one_kind(pieces: Sequence[Tensor], histograms: bool) -> _Measured:
     found = scanned(pieces, histograms=histograms)
     if found is not None:
         moments, counts = found
         return moments[:, 1].sqrt(), moments[:, 2:4].contiguous(), moments[:, 4:].contiguous(), counts
-    if pieces[0].device.type == "cpu" and pieces[0].dtype is not torch.float64:
+    if not is_host(pieces[0].device):
+        rows, counts = counted(pieces, details=True, histograms=histograms)
+        assert rows is not None
+        return local_norms(pieces), rows[:, :2].contiguous(), rows[:, 2:].contiguous(), counts
+    if pieces[0].dtype is not torch.float64:
         kernels = native(pieces, worth=_WORTH_NATIVE)
         if kernels is not None:
-            table, counted = kernels.everything(pieces) if histograms else (kernels.moments(pieces), None)
+            table, bins = kernels.everything(pieces) if histograms else (kernels.moments(pieces), None)
             moments = torch.from_numpy(table)
-            counts = None if counted is None else torch.from_numpy(counted)
+            counts = None if bins is None else torch.from_numpy(bins)
             return moments[:, 1].sqrt(), moments[:, 2:4].contiguous(), moments[:, 4:].contiguous(), counts
     sums, maxima = local_details(pieces)
     return local_norms(pieces), sums, maxima, local_histograms(pieces) if histograms else None

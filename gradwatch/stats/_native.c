@@ -1,6 +1,7 @@
 /* One-pass statistics of float tensors on the CPU; compiled at first use by _native.py, which says what each returns.
 
    Sums are in double, in lanes that the compiler turns into vectors. Types: 0 float, 1 bfloat16, 2 double. */
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -151,6 +152,14 @@ void gradwatch_squares(int type, size_t count, const void **tensors, const int64
         out[t] = type == 0 ? squares_float(tensors[t], (size_t)numels[t])
                : type == 1 ? squares_half(tensors[t], (size_t)numels[t])
                            : squares_double(tensors[t], (size_t)numels[t]);
+}
+
+void gradwatch_norms(int type, size_t count, const void **tensors, const int64_t *numels, double *out) {
+    /* Behind the norms, the norm of them all. */
+    double total = 0;
+    gradwatch_squares(type, count, tensors, numels, out);
+    for (size_t t = 0; t < count; t++) total += out[t], out[t] = sqrt(out[t]);
+    out[count] = sqrt(total);
 }
 
 static void moments(int type, const void *x, size_t n, double *out, int64_t *counts) {

@@ -4,48 +4,108 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Shards", "by_dtype", "dense_local", "flat_local", "index_on", "reduce_max_", "reduce_sum_"]
+from ..torchside import (
+    Piece,
+    StandIn,
+    can_lend,
+    can_lend_all,
+    dense,
+    local_of,
+    moved,
+    sent,
+    values,
+    whole_of,
+    wide_dtype,
+)
 
-_WIDE_ENOUGH = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+__all__ = [
+    "Shards",
+    "alike",
+    "index_on",
+    "put_together",
+    "reduce_max_",
+    "reduce_sum_",
+]
+
+_USUAL = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_DEVICE, _DTYPE = attrgetter("device"), attrgetter("dtype")
 
 
 class Shards:
     """The pieces of a list of tensors that lie on this rank.
 
     A DTensor is split over some dimensions of its mesh and repeated over the others. Sums over pieces need one SUM
-    all-reduce per process group, however many tensors are split over it; repeated ones are not counted twice.
+    all-reduce per process group, however many tensors are split over it; repeated ones are not counted twice. The same
+    holds for pieces of FSDP1's flat parameters.
 
     Args:
-        tensors: plain tensors, sparse ones and DTensors in any order, the same list on every rank. A DTensor with a
-            pending sum (`Partial`) is reduced first, which costs a collective of its own.
+        tensors: plain tensors, sparse ones, DTensors and pieces in any order, the same list on every rank. A DTensor
+            with a pending sum (`Partial`) is reduced first, which costs a collective of its own.
 
     Attributes:
         locals: contiguous, real pieces in the order given, of any shape; some may be empty. They share memory with the
-            tensors where that is possible (not for sparse, fp8 and overlapping ones).
+            tensors where that is possible (not for fp8, nor for those with gaps or repetitions).
+        unstored: position -> how many elements of a sparse tensor are zero and not among its piece.
         groups: process group name -> (group, positions of the tensors split over it).
         mesh_sizes: how many ranks the tensors' meshes have.
+        absent: positions of pieces of gradients that are not there; None where every rank knows by itself what is.
     """
 
-    __slots__ = ("groups", "locals", "mesh_sizes")
+    __slots__ = ("absent", "groups", "locals", "mesh_sizes", "unstored")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.groups: dict[str, tuple[Any, list[int]]] = {}
         self.mesh_sizes: set[int] = set()
+        self.unstored: dict[int, int] = {}
+        self.absent: list[int] | None = None
         dtensor = sys.modules.get("torch.distributed.tensor")
         kinds = set(map(type, tensors))
-        if dtensor is None or not any(issubclass(kind, dtensor.DTensor) for kind in kinds):
-            self.locals = [dense_local(t) for t in tensors]
+        if _USUAL.issuperset(map(_DTYPE, tensors)) and can_lend_all(tensors):
+            self.locals = list(tensors)
+            return
+        split = (Piece, StandIn) if dtensor is None else (Piece, StandIn, dtensor.DTensor)
+        if not any(issubclass(kind, split) for kind in kinds):
+            self.locals = [self._dense(position, tensor) for position, tensor in enumerate(tensors)]
             return
         self.locals = []
         for position, tensor in enumerate(tensors):
-            piece = self._note(position, tensor, dtensor) if isinstance(tensor, dtensor.DTensor) else tensor
-            self.locals.append(dense_local(piece))
+            if isinstance(tensor, (Piece, StandIn)):
+                piece = self._note_piece(position, tensor)
+            else:
+                piece = self._note(position, tensor, dtensor) if isinstance(tensor, split) else tensor
+            self.locals.append(self._dense(position, piece))
+
+    def _note_piece(self, position: int, tensor: Tensor) -> Tensor:
+        whole = whole_of(tensor)
+        if whole is not None:
+            self.mesh_sizes.add(whole.num_holders)
+            self.groups.setdefault(whole.group.group_name, (whole.group, []))[1].append(position)
+        if isinstance(tensor, Piece):
+            self.absent = [] if self.absent is None else self.absent
+            if tensor.is_absent:
+                self.absent.append(position)
+        return local_of(tensor)
+
+    def _dense(self, position: int, tensor: Tensor) -> Tensor:
+        if tensor.dtype in _USUAL and can_lend(tensor):
+            return tensor
+        piece, zeros = values(tensor)
+        if zeros:
+            self.unstored[position] = zeros
+        return dense(piece)
+
+    def add_unstored_(self, counts: Tensor) -> Tensor:
+        """Add the zeros that sparse tensors do not store to the first column of `counts` (n, k), in place."""
+        for position, zeros in self.unstored.items():
+            counts[position, 0] += zeros
+        return counts
 
     def _note(self, position: int, tensor: Any, dtensor: Any) -> Tensor:
         if any(placement.is_partial() for placement in tensor.placements):
@@ -79,47 +139,33 @@ class Shards:
         return values
 
 
-def dense_local(tensor: Tensor) -> Tensor:
-    """Return all elements of a plain tensor contiguously, in any order, without a copy wherever that is possible.
-
-    Sparse tensors give the values that are stored, duplicates added up; complex ones real and imaginary parts in turn;
-    8-bit floats come as float32.
-    """
-    if tensor.layout is not torch.strided:
-        tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
-    if tensor.dtype not in _WIDE_ENOUGH:
-        tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.float()
-    if tensor.is_contiguous():
-        return tensor
-    # channels_last, transposed: the memory has no holes, and a reduction may read it in any order.
-    pairs = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
-    expected = 1
-    for stride, size in pairs:
-        if stride != expected:
-            return tensor.reshape(-1)
-        expected *= size
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def flat_local(tensor: Tensor) -> Tensor:
-    """Return what `dense_local` does, in one row."""
-    return dense_local(tensor).view(-1)
-
-
-def by_dtype(pieces: Sequence[Tensor]) -> list[list[int]]:
-    """Return positions grouped by dtype."""
-    groups: dict[torch.dtype, list[int]] = {}
+def alike(pieces: Sequence[Tensor]) -> list[list[int]]:
+    """Return positions grouped by device and dtype: what one kernel may be given."""
+    if len(set(zip(map(_DEVICE, pieces), map(_DTYPE, pieces), strict=True))) == 1:
+        return [list(range(len(pieces)))]
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for position, piece in enumerate(pieces):
-        groups.setdefault(piece.dtype, []).append(position)
+        groups.setdefault((piece.device, piece.dtype), []).append(position)
     return list(groups.values())
+
+
+def put_together(parts: Sequence[Tensor], groups: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return rows that were computed group by group in the order of their positions, on one device."""
+    wide = wide_dtype(device) if parts[0].is_floating_point() else None
+    here = [moved(part, device, wide) for part in parts]
+    flat = torch.cat(here) if len(here) > 1 else here[0]
+    order = [position for group in groups for position in group]
+    if order == list(range(len(order))):
+        return flat
+    places = [0] * len(order)
+    for row, position in enumerate(order):
+        places[position] = row
+    return flat.index_select(0, index_on(places, device))
 
 
 def index_on(positions: Sequence[int], device: torch.device) -> Tensor:
     """Return int64 positions on a device, without making the host wait for it."""
-    index = torch.tensor(positions, dtype=torch.int64)
-    if device.type == "cuda":
-        return index.pin_memory().to(device, non_blocking=True)
-    return index.to(device)
+    return sent(torch.tensor(positions, dtype=torch.int64), device)
 
 
 def _has_peers() -> bool:

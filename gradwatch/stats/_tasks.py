@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._norms import wide_dtype
+from ..torchside import home, moved, wide_dtype
 from ._shards import Shards
 
 __all__ = ["cosines", "gramian"]
@@ -36,21 +36,27 @@ def gramian(grads_per_task: Sequence[Sequence[Tensor | None]]) -> Tensor:
             f"`gramian` needs one gradient (or None) per parameter from every task. "
             f"Got {[len(grads) for grads in grads_per_task]} gradients."
         )
-    device, parts, whole = _device_of(grads_per_task), [], []
+    device, parts, whole = home(g for grads in grads_per_task for g in grads if g is not None), [], []
     wide = wide_dtype(device)
-    total_TT = torch.zeros(tasks, tasks, dtype=wide, device=device)
+    totals: dict[torch.device, Tensor] = {}
     for grads in zip(*grads_per_task, strict=True):
         present = [(task, grad) for task, grad in enumerate(grads) if grad is not None]
         if not present:
             continue
         shards = Shards([_dense(grad) for _, grad in present])
-        part_TT = torch.zeros_like(total_TT)
-        _add_products_(part_TT, [task for task, _ in present], shards.locals)
+        here = shards.locals[0].device
         if shards.groups:
+            part_TT = torch.zeros(tasks, tasks, dtype=wide_dtype(here), device=here)
             parts.append(part_TT)
             whole.append(present[0][1])
         else:
-            total_TT += part_TT
+            if here not in totals:
+                totals[here] = torch.zeros(tasks, tasks, dtype=wide_dtype(here), device=here)
+            part_TT = totals[here]
+        _add_products_(part_TT, [task for task, _ in present], shards.locals)
+    total_TT = torch.zeros(tasks, tasks, dtype=wide, device=device)
+    for part_TT in totals.values():
+        total_TT += moved(part_TT, device, wide)
     if parts:
         total_TT += Shards(whole).sum_(torch.stack(parts)).sum(dim=0)
     return total_TT
@@ -69,10 +75,6 @@ def _dense(grad: Tensor) -> Tensor:
     if grad.layout is not torch.strided:
         return grad.to_dense()
     return grad.contiguous()
-
-
-def _device_of(grads_per_task: Sequence[Sequence[Tensor | None]]) -> torch.device:
-    return next((g.device for grads in grads_per_task for g in grads if g is not None), torch.device("cpu"))
 
 
 def cosines(gramian: Tensor) -> Tensor:

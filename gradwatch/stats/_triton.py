@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..torchside import can_lend, lend
+
 __all__ = ["scan"]
 
 _BLOCK = 1024
@@ -151,8 +153,9 @@ def scan(pieces: Sequence[Tensor], *, histograms: bool) -> tuple[Tensor, Tensor 
     partials = torch.empty(max(layout.num_chunks, 1), 5, dtype=torch.float64, device=device)
     out = torch.empty(len(pieces), 5, dtype=torch.float64, device=device)
     counts = torch.zeros(len(pieces), 512, dtype=torch.int64, device=device) if histograms else None
-    addresses = [piece.data_ptr() for piece in pieces]
-    single = len(pieces) == 1
+    loan = lend(pieces, dtype=dtype, device=device)
+    addresses = loan.addresses.tolist()
+    single = len(pieces) == 1 and can_lend(pieces[0])
     pointers = pieces[0].view(-1) if single else _sent(torch.tensor(addresses, dtype=torch.int64), device)
     with _on(device):
         if layout.num_chunks:

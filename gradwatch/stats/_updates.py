@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ._native import is_readable, native
+from ..torchside import can_lend_all, home, is_host, lend, whole_of, wide_dtype
+from ._native import native
 from ._norms import tensor_norms
-from ._shards import Shards
+from ._shards import Shards, alike
 
 __all__ = ["UpdateMeter", "UpdateStats"]
 
@@ -55,7 +56,8 @@ class UpdateMeter:
         memory_limit_bytes: of all copies together.
 
     Attributes:
-        left_out: positions of parameters that can't be measured within the bound.
+        left_out: positions of parameters that can't be measured within the bound. Those of a kind that can't be copied
+            and subtracted (nested, sparse, 8 bits) are not measured either.
         in_pieces: whether any parameter is split over ranks.
 
     Raises:
@@ -75,6 +77,7 @@ class UpdateMeter:
         self.in_pieces = any(map(_is_split, self._params))
         self._bytes = list(map(_bytes, self._params))
         self.left_out = [i for i, need in enumerate(self._bytes) if need > memory_limit_bytes]
+        self._never = {i for i, param in enumerate(self._params) if not _has_copies(param)}.union(self.left_out)
 
     @property
     def held_bytes(self) -> int:
@@ -104,25 +107,26 @@ class UpdateMeter:
         Raises:
             RuntimeError: `before` was not called.
         """
-        if not self._chosen and self._params and len(self.left_out) < len(self._params):
+        if not self._chosen and len(self._never) < len(self._params):
             raise RuntimeError("`UpdateMeter.after` needs a call of `before` first.")
         chosen, params = self._chosen, [self._params[i] for i in self._chosen]
-        norms: Tensor | None = None
+        found: tuple[Tensor, Tensor] | None = None
         try:
             if self._copies is not None:
-                norms = torch.stack(_moved(self._copies, list(map(_local, params))), dim=1)
+                found = _moved(self._copies, list(map(_local, params)))
         finally:
             # Also where that failed: the other ranks wait.
             self.discard()
-            if norms is None or self.in_pieces:
-                norms = self._whole(params, norms)
-        update_norms, param_norms = norms.unbind(dim=1)
-        return UpdateStats(chosen, update_norms, param_norms)
+            if found is None or self.in_pieces:
+                whole = self._whole(params, None if found is None else torch.stack(found, dim=1))
+                found = whole[:, 0], whole[:, 1]
+        return UpdateStats(chosen, *found)
 
     def _whole(self, params: list[Tensor], norms: Tensor | None) -> Tensor:
         """Put the pieces' norms together; -1 for all, on all ranks, where any rank has none."""
         if norms is None:
-            squares = torch.full((len(params), 2), -torch.inf, dtype=torch.float64, device=self._params[0].device)
+            device = home(self._params)
+            squares = torch.full((len(params), 2), -torch.inf, dtype=wide_dtype(device), device=device)
         else:
             squares = norms.square()
         Shards(params).sum_(squares)
@@ -140,13 +144,13 @@ class UpdateMeter:
 
     def _choose(self) -> list[int]:
         if sum(self._bytes) <= self._limit:
-            return list(range(len(self._params)))
+            return [i for i in range(len(self._params)) if i not in self._never]
         chosen: list[int] = []
-        room, left_out = self._limit, set(self.left_out)
+        room = self._limit
         count = len(self._params)
         for k in range(count):
             i = (self._next + k) % count
-            if i in left_out:
+            if i in self._never:
                 continue
             need = self._bytes[i]
             if need > room:
@@ -178,19 +182,22 @@ class UpdateMeter:
 
 
 def _copy_(copies: list[Tensor], sources: list[Tensor]) -> None:
-    if copies[0].device.type != "cpu" or torch.get_num_threads() > 1 or not all(map(is_readable, sources)):
+    if not is_host(copies[0].device) or torch.get_num_threads() > 1 or not can_lend_all(sources):
         torch._foreach_copy_(copies, sources)
         return
     # The C library's copy passes by the caches: a third less time than torch's.
-    for copy, source in zip(copies, sources, strict=True):
-        ctypes.memmove(copy.data_ptr(), source.data_ptr(), source.numel() * source.element_size())
+    dtype, device = copies[0].dtype, copies[0].device
+    into = lend(copies, dtype=dtype, device=device, copy=False)
+    out_of = lend(sources, dtype=dtype, device=device)
+    sizes = (out_of.numels * dtype.itemsize).tolist()
+    for target, source, size in zip(into.addresses.tolist(), out_of.addresses.tolist(), sizes, strict=True):
+        ctypes.memmove(target, source, size)
 
 
 def _moved(copies: list[Tensor], params: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return norms of (copy - parameter) and of the copy; the copies may be overwritten."""
-    if copies and all(t.device.type == "cpu" and t.dtype is copies[0].dtype for t in copies):
-        plain = all(param.is_contiguous() for param in params) and torch.get_num_threads() == 1
-        kernels = native([*copies, *params], worth=_WORTH_NATIVE) if plain else None
+    if copies and is_host(copies[0].device) and len(alike(copies)) == 1:
+        kernels = native([*copies, *params], worth=_WORTH_NATIVE) if torch.get_num_threads() == 1 else None
         if kernels is not None and copies[0].dtype is not torch.float64:
             update_norms, param_norms = torch.from_numpy(np.sqrt(kernels.moved(copies, params))).unbind(dim=1)
             return update_norms, param_norms
@@ -206,7 +213,7 @@ def _grouped(into: list[Tensor], sources: list[Tensor]) -> list[tuple[list[Tenso
         if target.numel():
             pair = groups.setdefault((target.device, target.dtype), ([], []))
             pair[0].append(target)
-            pair[1].append(source.detach())
+            pair[1].append(source)
     return list(groups.values())
 
 
@@ -225,7 +232,16 @@ def _padded(piece: Tensor) -> int:
     return -(-piece.numel() * piece.element_size() // _ALIGN) * _ALIGN
 
 
+def _has_copies(param: Any) -> bool:
+    """Return whether a parameter can be copied and subtracted: not a nested, sparse or 8-bit one."""
+    local = _local(param)
+    wide = (local.is_floating_point() or local.is_complex()) and local.dtype.itemsize > 1
+    return wide and local.layout is torch.strided and not local.is_nested
+
+
 def _is_split(param: Any) -> bool:
+    if whole_of(param) is not None:
+        return True
     dtensor = sys.modules.get("torch.distributed.tensor")
     if dtensor is None or not isinstance(param, dtensor.DTensor):
         return False
@@ -234,8 +250,12 @@ def _is_split(param: Any) -> bool:
 
 def _bytes(param: Any) -> int:
     """Return the bytes of a copy of the largest piece on any rank."""
+    if not _has_copies(param):
+        return 0
     if not _is_split(param):
         return _padded(_local(param))
+    if (whole := whole_of(param)) is not None:
+        return -(-whole.most * param.element_size() // _ALIGN) * _ALIGN
     shape = list(param.shape)
     for i, placement in enumerate(param.placements):
         dim = getattr(placement, "dim", None)

@@ -1,19 +1,39 @@
 """The engine that knows no trainer, and `Watch`, its door for plain loops."""
 
-from ._draft import StepInputs
+from ._batch import look
+from ._clean import CLEAN
+from ._ending import Ending
 from ._engine import Engine, StepOutcome
-from ._news import IncidentTarget, incident_target
+from ._forget_step import forget_step
+from ._guard import Guard
+from ._incident_target import IncidentTarget, incident_target
+from ._inventory import Inventory
 from ._options import MeasureOptions
-from ._paths import clean_path, unwrap
+from ._paths import unwrap
+from ._prediction import Forward
+from ._produced import Look, look_at
+from ._requests import Home
 from ._scaler import ScaleReader, scale_left_in_gradients
 from ._session import Session
 from ._settings import Settings, resolve
-from ._stepper import Stepper
+from ._step_inputs import StepInputs
+from ._stepper import Stepper, raw_optimizer
+from ._summary import summarize
+from ._tasks import Tasks, tasks_of
+from ._undo import Undo
+from ._validation import validation_name, validation_scalars
 from ._watch import Watch
 
 __all__ = [
+    "CLEAN",
+    "Ending",
     "Engine",
+    "Forward",
+    "Guard",
+    "Home",
     "IncidentTarget",
+    "Inventory",
+    "Look",
     "MeasureOptions",
     "ScaleReader",
     "Session",
@@ -21,10 +41,19 @@ __all__ = [
     "StepInputs",
     "StepOutcome",
     "Stepper",
+    "Tasks",
+    "Undo",
     "Watch",
-    "clean_path",
+    "forget_step",
     "incident_target",
+    "look",
+    "look_at",
+    "raw_optimizer",
     "resolve",
     "scale_left_in_gradients",
+    "summarize",
+    "tasks_of",
     "unwrap",
+    "validation_name",
+    "validation_scalars",
 ]

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
+from torch.autograd.graph import saved_tensors_hooks
 
-from ._paths import clean_path
+from ..torchside import (
+    Aside,
+    WeakHook,
+    clean_path,
+    find,
+    map_tensors,
+    random_state,
+    set_random_state,
+    tensors_of,
+)
 
-__all__ = ["Autopsy", "Replay", "examine", "remember_forward", "rng_state"]
+__all__ = ["Autopsy", "ForwardMemory", "Replay", "examine", "rng_state"]
+
+rng_state = random_state
 
 
 @dataclass(frozen=True)
@@ -43,20 +53,6 @@ class Autopsy:
     modules: list[dict[str, Any]] = field(default_factory=list)
 
 
-def rng_state() -> dict[str, Any]:
-    """Return the random state of the CPU and of the CUDA devices in use."""
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _set_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def examine(model: nn.Module, replays: Sequence[Replay], params: Sequence[Tensor]) -> Autopsy:
     """Run the micro-batches of a step again, until one shows where it went bad.
 
@@ -69,7 +65,8 @@ def examine(model: nn.Module, replays: Sequence[Replay], params: Sequence[Tensor
         params: what to differentiate by.
     """
     result = Autopsy()
-    with _untouched(model):
+    # The user's hooks on saved tensors (a count, an offload) are not for a second run.
+    with _untouched(model), saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
         for replay in replays:
             result = _run_one(model, replay, params)
             if result.born:
@@ -99,7 +96,7 @@ def _run_one(model: nn.Module, replay: Replay, params: Sequence[Tensor]) -> Auto
             if tensor.requires_grad:
                 tensor.register_hook(lambda grad: on_grad(row, grad))
 
-    _set_rng(replay.rng)
+    set_random_state(replay.rng)
     with ExitStack() as stack:
         for path, module in model.named_modules():
             name = clean_path(path)
@@ -118,27 +115,47 @@ def _run_one(model: nn.Module, replay: Replay, params: Sequence[Tensor]) -> Auto
     return Autopsy(born=backward[0] if backward else "", phase="backward" if backward else "", modules=rows)
 
 
-def remember_forward(model: nn.Module, remember: Callable[[Callable[[], Any]], None]) -> RemovableHandle:
-    """Hand every training forward of a model over as something that can be run again, until the handle is removed."""
-    examining: list[bool] = []
+class ForwardMemory:
+    """Hands every training forward of a model over as something that can be run again, until it is closed.
 
-    def again(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        examining.append(True)
+    Args:
+        model: whose forwards.
+        remember: takes a call that runs one again.
+    """
+
+    def __init__(self, model: nn.Module, remember: Callable[[Callable[[], Any]], None]) -> None:
+        self._remember = remember
+        self._examining = False
+        self._handle = WeakHook.of(self._before).hang(model.register_forward_pre_hook, with_kwargs=True)
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module.training and torch.is_grad_enabled() and not self._examining:
+            # Without the graphs they came of, which would stay until the step; but still asking for gradients.
+            kept: Any = (args, kwargs)
+            # A container of the user's that can't be built anew is kept as it is.
+            with Aside(), suppress(Exception):
+                kept = map_tensors(kept, _apart)
+            self._remember(lambda: self._again(module, *kept))
+
+    def _again(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._examining = True
         try:
             return module(*args, **kwargs)
         finally:
-            examining.clear()
+            self._examining = False
 
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module.training and torch.is_grad_enabled() and not examining:
-            remember(lambda: again(module, args, kwargs))
+    def close(self) -> None:
+        """Take the hook off. May be called twice."""
+        self._handle.remove()
 
-    return model.register_forward_pre_hook(hook, with_kwargs=True)
+
+def _apart(value: Tensor, leaf: str) -> Tensor:
+    return value if value.is_leaf else value.detach().requires_grad_(value.requires_grad)
 
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    rng = rng_state()
+    rng = random_state()
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     try:
         yield
@@ -146,21 +163,19 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, copy in buffers:
                 buffer.copy_(copy)
-        _set_rng(rng)
+        set_random_state(rng)
 
 
 def _loss(output: Any) -> Tensor | None:
-    if isinstance(output, dict):
-        output = output.get("loss")
+    if not isinstance(output, Tensor):
+        output = find(output, "loss")
     if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad:
         return output.reshape(())
     return None
 
 
 def _floats(tree: Any) -> list[Tensor]:
-    if hasattr(tree, "__dataclass_fields__") and not isinstance(tree, type):
-        tree = {k: getattr(tree, k) for k in tree.__dataclass_fields__}
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for _, t in tensors_of(tree, objects=True) if t.is_floating_point()]
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:

@@ -3,133 +3,258 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.nn.utils.rnn import PackedSequence
 
+from ..torchside import Aside, children, declassed, find, tensors_of, values, walk, wide_dtype
 from ._formulas import formula_scalars
+from ._guard import Guard
+from ._loss_graph import form_scalars
+from ._numbers import Missed, Numbers, Scalars
+from ._prediction import Forward, Prediction, blocks, extremes, predicted, row_sums
+from ._target_numbers import repeats, tail
 
-__all__ = ["batch_scalars", "num_samples", "split_batch"]
+__all__ = ["batch_scalars", "holds_targets", "look", "num_samples", "reduced", "split_batch"]
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 _OUTPUT_KEYS = ("logits", "preds", "pred", "predictions", "outputs", "output", "y_hat")
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-        value = {k: getattr(value, k) for k in value.__dataclass_fields__}
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
 def num_samples(batch: Any) -> int:
-    """Return the length of the first dimension of the batch's first tensor that has one; 0 where there is none."""
-    return next((int(t.shape[0]) for t in _tensors(batch) if t.ndim), 0)
+    """Return the length of the first dimension of the batch's first tensor that has one (packed sequences: their
+    number); of its first array where it holds no tensor; 0 where there is none. Never raises.
+    """
+    if type(batch) is Forward:
+        return batch.num_samples
+    return next((n for kind in (Tensor, np.ndarray) for n in _lengths(batch, kind) if n is not None), 0)
+
+
+def _lengths(batch: Any, kind: type) -> Iterator[int | None]:
+    for _, item in walk(batch, objects=True, stop_at=(PackedSequence, np.ndarray)):
+        if issubclass(type(item), PackedSequence) or issubclass(type(item), kind):
+            yield _length(item)
+
+
+def _length(item: Any) -> int | None:
+    # Of tensors of another library's making anything may fail.
+    try:
+        if isinstance(item, PackedSequence):
+            return int(item.batch_sizes[0])  # always on the host
+        if isinstance(item, np.ndarray):
+            return int(item.shape[0]) if item.ndim else None
+        return int(item.size(0)) if item.dim() else None
+    except Exception:
+        return None
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
-    """Return inputs and targets of a batch in one of the usual forms: a pair, or a mapping with labels."""
-    if isinstance(batch, Mapping):
-        key = next((k for k in _TARGET_KEYS if k in batch), None)
-        return {k: v for k, v in batch.items() if k != key}, batch.get(key) if key else None
-    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
+    """Return inputs and targets of a batch in one of the usual forms: a pair, or something with labels by name (a
+    mapping, a dataclass, an object with attributes)."""
+    if issubclass(type(batch), (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
-    return batch, None
+    held = dict(children(batch, objects=True))
+    key = next((k for k in _TARGET_KEYS if k in held), None)
+    return (batch, None) if key is None else ({k: v for k, v in held.items() if k != key}, held[key])
+
+
+def holds_targets(batch: Any, size: int) -> bool:
+    """Return whether a batch in one of the usual forms holds targets of so many elements."""
+    target = _first(split_batch(batch)[1], lambda t: t.numel() > 0)
+    return target is not None and target.numel() == size
+
+
+def reduced(outputs: Any, kept: int = 0) -> Prediction | None:
+    """Return what is kept of a model's outputs; None where no tensor among them looks like a prediction."""
+    if type(outputs) is Prediction:
+        return outputs
+    found = _prediction(outputs)
+    return None if found is None else predicted(found, kept)
 
 
 def _prediction(outputs: Any) -> Tensor | None:
-    if isinstance(outputs, Mapping):
-        outputs = next((outputs[k] for k in _OUTPUT_KEYS if k in outputs), outputs)
-    found = [t for t in _tensors(outputs) if t.ndim >= 1 and t.is_floating_point()]
-    return found[0].detach() if found else None
+    """Return the tensor that looks like a prediction, as it is: its graph tells how it was made."""
+    named = find(outputs, *_OUTPUT_KEYS)
+    outputs = outputs if named is None else named
+    return _first(outputs, lambda t: t.dim() > 0 and t.is_floating_point() and t.numel() > 0, with_graph=True)
 
 
-def batch_scalars(batch: Any = None, outputs: Any = None, targets: Any = None) -> dict[str, Tensor | float]:
+def _first(tree: Any, want: Callable[[Tensor], bool], *, with_graph: bool = False) -> Tensor | None:
+    for _, tensor in tensors_of(tree, objects=True):
+        # Of tensors of another library's making anything may fail.
+        with suppress(Exception):
+            if want(tensor):
+                return tensor if with_graph else declassed(tensor)
+    return None
+
+
+def batch_scalars(
+    batch: Any = None, outputs: Any = None, targets: Any = None, *, missed: Missed | None = None
+) -> Scalars:
     """Return what can be said of this batch in numbers (see the vocabulary in docs/rules.md). Reads nothing back.
 
     Args:
-        batch: inputs, or a pair (inputs, targets), or a mapping with labels.
-        outputs: the model's predictions, or something that holds them.
+        batch: inputs, or a pair (inputs, targets), or something with labels by name; or a `Forward`, which has it all.
+        outputs: the model's predictions, or something that holds them; or a `Prediction`.
         targets: what they are compared with; taken from the batch where not given.
+        missed: told of each number that can't be measured; the others are measured all the same.
 
     Returns:
         name -> float or 0-dim tensor; a name that can't be told is absent.
     """
+    if type(batch) is Forward:
+        return dict(batch.numbers or {})
     inputs, found = split_batch(batch)
-    targets = found if targets is None else targets
-    prediction = _prediction(outputs)
-    target = next((t.detach() for t in _tensors(targets)), None)
-    scalars: dict[str, Tensor | float] = {}
+    x = _first(inputs, lambda t: t.is_floating_point() and t.numel() > 1)
+    target = _first(found if targets is None else targets, lambda t: t.numel() > 0)
+    numbers = Numbers(missed)
     with torch.no_grad():
-        floats = [t.detach() for t in _tensors(inputs) if t.is_floating_point() and t.numel() > 1]
-        if floats:
-            scalars |= _input_scalars(floats[0])
-        if prediction is not None and prediction.numel():
-            scalars |= _output_scalars(prediction)
-        if target is not None and target.numel():
-            scalars |= _target_scalars(target, prediction)
-            if prediction is not None:
-                scalars |= formula_scalars(prediction, target)
+        if x is not None:
+            numbers.ask("the inputs", (_size, _spread, _range), x)
+        prediction = None
+        try:
+            prediction = reduced(outputs)
+        except Exception as error:
+            numbers.miss("the outputs", error.with_traceback(None))
+        if prediction is not None:
+            numbers.found |= prediction.scalars
+            for what, why in prediction.missed:
+                numbers.miss(what, why)
+        if target is not None:
+            # Rows of several lengths have no shape, and are no matrix.
+            ways = (_target_range, _target_kind, _target_row_sums, _classes, _target_whole, repeats, tail)
+            numbers.ask("the targets", ways[:1] if target.is_nested else ways, target, prediction)
+            tokens = _first(inputs, lambda t: _is_integer(t) and t.numel() > 1) if x is None else None
+            if tokens is not None:
+                numbers.ask("inputs and targets", (_shifts,), tokens, target)
+            pred = _prediction(outputs) if prediction is not outputs else prediction and prediction.values
+            pred = None if pred is None else declassed(pred)
+            if pred is not None and not pred.is_nested and not target.is_nested:
+                numbers.ask("outputs and targets", (formula_scalars,), pred, target)
+    return numbers.found
+
+
+def look(batch: Any, outputs: Any, guard: Guard | None = None, *, sampled: bool = True) -> Forward:
+    """Return what is kept of a forward pass, of its end: how many samples, and on sampled steps its numbers.
+
+    Args:
+        batch, outputs: as for `batch_scalars`.
+        guard: that is told of what can't be read; nobody is where None.
+        sampled: take the numbers too.
+    """
+    numbers, part, missed = None, "numbers of the batch", None if guard is None else guard.miss
+    if sampled and (guard is None or guard.ok(part)):
+        with suppress(Exception) if guard is None else guard(part), Aside():
+            numbers = {**batch_scalars(batch, outputs, missed=missed), **form_scalars(find(outputs, "loss"))}
+    return Forward(num_samples(batch), numbers)
+
+
+def _size(x: Tensor) -> Scalars:
+    return {"batch_size": float(x.size(0))} if x.dim() else {}
+
+
+def _spread(x: Tensor) -> Scalars:
+    stored, zeros = values(x)
+    stored = stored.float()
+    if not zeros:
+        std, mean = torch.std_mean(stored, correction=0)
+        return {"input_mean": mean, "input_std": std}
+    num = stored.numel() + zeros
+    mean = stored.sum() / num
+    return {"input_mean": mean, "input_std": (((stored - mean).square().sum() + zeros * mean.square()) / num).sqrt()}
+
+
+def _range(x: Tensor) -> Scalars:
+    low, high = extremes(x)
+    return {"input_absmax": torch.maximum(-low, high)}
+
+
+def _target_range(target: Tensor, pred: Prediction | None) -> Scalars:
+    low, high = extremes(target)
+    return {"target_min": low, "target_max": high}
+
+
+def _is_integer(target: Tensor) -> bool:
+    return not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+
+
+def _target_kind(target: Tensor, pred: Prediction | None) -> Scalars:
+    scalars: Scalars = {"target_is_integer": float(_is_integer(target))}
+    if not _is_integer(target) and pred is not None and pred.shape != target.shape and _broadcasts(pred, target):
+        scalars["shape_mismatch"] = 1.0
     return scalars
 
 
-def _input_scalars(x: Tensor) -> dict[str, Tensor | float]:
-    std, mean = torch.std_mean(x.float(), correction=0)
-    low, high = torch.aminmax(x)
-    absmax = torch.maximum(-low, high).double()
-    return {"input_mean": mean, "input_std": std, "input_absmax": absmax, "batch_size": float(x.shape[0])}
+def _target_row_sums(target: Tensor, pred: Prediction | None) -> Scalars:
+    if _is_integer(target) or target.ndim < 2 or target.shape[1] < 2:
+        return {}
+    low, high = row_sums(target)
+    return {"target_row_sum_min": low, "target_row_sum_max": high}
 
 
-def _output_scalars(pred: Tensor) -> dict[str, Tensor | float]:
-    low, high = torch.aminmax(pred)
-    scalars: dict[str, Tensor | float] = {"output_min": low.double(), "output_max": high.double()}
-    scalars["output_units"] = float(pred.numel() // max(pred.shape[0], 1))
-    if pred.shape[0] > 1:
-        scalars["output_batch_variance"] = pred.double().reshape(len(pred), -1).var(dim=0, correction=0).amax()
-    if pred.ndim >= 2 and pred.shape[1] > 1:
-        low, high = torch.aminmax(pred.double().sum(dim=1))
-        scalars |= {"output_row_sum_min": low, "output_row_sum_max": high}
-    return scalars
+def _classes(target: Tensor, pred: Prediction | None) -> Scalars:
+    # Class indices: as many as the prediction has rows of scores, along its dimension 1 or its last.
+    if pred is None or not _is_integer(target) or pred.ndim < 2:
+        return {}
+    if pred.shape[0] == target.shape[0] and pred.shape[2:] == target.shape[1:]:
+        k = int(pred.shape[1])
+    else:
+        k = int(pred.shape[-1]) if pred.numel() == target.numel() * pred.shape[-1] else 0
+    return {"num_classes": float(k), "expected_initial_loss": math.log(k), **_entropy(target, k)} if k > 1 else {}
 
 
-def _target_scalars(target: Tensor, pred: Tensor | None) -> dict[str, Tensor | float]:
-    low, high = torch.aminmax(target)
-    scalars: dict[str, Tensor | float] = {"target_min": low.double(), "target_max": high.double()}
-    is_integer = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-    scalars["target_is_integer"] = float(is_integer)
-    if not is_integer:
-        if target.ndim >= 2 and target.shape[1] > 1:
-            low, high = torch.aminmax(target.double().sum(dim=1))
-            scalars |= {"target_row_sum_min": low, "target_row_sum_max": high}
-        if pred is not None and pred.shape != target.shape and _broadcasts(pred, target):
-            scalars["shape_mismatch"] = 1.0
-        return scalars
-    # Class indices: one dimension fewer than the prediction, whose dimension 1 (or last) counts the classes.
-    if pred is not None and pred.ndim == target.ndim + 1 and pred.ndim >= 2:
-        k = int(pred.shape[1] if pred.shape[0] == target.shape[0] and pred.shape[2:] == target.shape[1:] else 0)
-        k = k or int(pred.shape[-1])
-        if k > 1:
-            scalars |= {"num_classes": float(k), "expected_initial_loss": math.log(k)}
-            scalars |= _entropy(target, k)
-    return scalars
-
-
-def _entropy(target: Tensor, num_classes: int) -> dict[str, Tensor | float]:
-    flat = target.reshape(-1)
-    # Labels such as -100 mean "ignore": they fall into one bin more, that is not counted. bincount would read back.
-    inside = torch.where((flat >= 0) & (flat < num_classes), flat, num_classes).long()
-    counts = torch.zeros(num_classes + 1, dtype=torch.float64, device=flat.device)
-    counts.index_add_(0, inside, torch.ones(len(inside), dtype=torch.float64, device=flat.device))
-    share = counts[:num_classes] / counts[:num_classes].sum().clamp(min=1)
+def _entropy(target: Tensor, num_classes: int) -> Scalars:
+    counts = torch.zeros(num_classes + 1, dtype=wide_dtype(target.device), device=target.device)
+    for part in blocks(target.reshape(-1), keep=-1):
+        # Labels such as -100 mean "ignore": they fall into one bin more, that is not counted. bincount would read back.
+        inside = torch.where((part >= 0) & (part < num_classes), part, num_classes).long()
+        counts.index_add_(0, inside, torch.ones(len(inside), dtype=counts.dtype, device=counts.device))
+    counts = counts[:num_classes]
+    total = counts.sum().clamp(min=1)
+    share = counts / total
     entropy = -torch.special.xlogy(share, share).sum()
-    return {"target_entropy": entropy, "baseline_loss": entropy}
+    # A batch holds less than all there is to guess: the entropy of few draws is too low (Miller and Madow, 1955).
+    seen = (counts > 0).sum()
+    level = (entropy + (seen - 1) / (2 * total)).clamp(max=math.log(num_classes))
+    # Fewer draws than classes (a large vocabulary) tell next to nothing of the shares.
+    known = total >= num_classes
+    return {"target_entropy": entropy, "baseline_loss": torch.where(known, level, torch.nan)}
 
 
-def _broadcasts(a: Tensor, b: Tensor) -> bool:
+def _target_whole(target: Tensor, pred: Prediction | None) -> Scalars:
+    """Whether numbers that a model is to predict are whole ones."""
+    if pred is None or pred.numel() != target.numel() or target.is_complex() or target.dtype == torch.bool:
+        return {}
+    return {
+        "target_is_whole": 1.0
+        if _is_integer(target)
+        else (target == target.round()).all().to(wide_dtype(target.device))
+    }
+
+
+def _shifts(tokens: Tensor, target: Tensor) -> Scalars:
+    """Share of targets that are the very tokens of the input, so many places further on."""
+    if tokens.ndim != 2 or target.numel() != tokens.numel() or tokens.shape[1] < 8 or not _is_integer(target):
+        return {}
+    target, length = target.reshape(tokens.shape), tokens.shape[1]
+    found: Scalars = {}
+    for shift, name in SHIFTS.items():
+        y = target[:, max(-shift, 0) : length - max(shift, 0)]
+        x = tokens[:, max(shift, 0) : max(shift, 0) + y.shape[1]]
+        told = y >= 0
+        found[name] = ((x == y) & told).sum() / told.sum().clamp(min=1)
+    return found
+
+
+SHIFTS = {-1: "target_at_minus_1", 0: "target_at_0", 1: "target_at_1", 2: "target_at_2"}
+
+
+def _broadcasts(a: Prediction, b: Tensor) -> bool:
     try:
         shape = torch.broadcast_shapes(a.shape, b.shape)
     except RuntimeError:

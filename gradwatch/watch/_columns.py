@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..records import Bools, Floats
 
-__all__ = ["Columns"]
+__all__ = ["Columns", "as_float32"]
 
 
 @dataclass
@@ -40,11 +40,14 @@ class Columns:
             elif chosen.any():
                 self.put(name, positions[chosen], values[chosen])
 
-    def put_details(self, positions: NDArray[np.int64], host: Mapping[str, Floats], numel: Floats) -> None:
-        """Set absmax, zero share and non-finite count from `gradient_details`."""
+    def put_details(self, positions: NDArray[np.int64], host: Mapping[str, Floats], counts: NDArray[np.int64]) -> None:
+        """Set absmax, zero share and non-finite count from `gradient_details`.
+
+        The share is one of all that histograms have counted: of a complex number that is two.
+        """
         sums, maxima = host["details_sums"], host["details_maxima"]
         with np.errstate(divide="ignore", invalid="ignore"):
-            self.put("zero_fraction", positions, sums[:, 0] / numel)
+            self.put("zero_fraction", positions, sums[:, 0] / counts.sum(axis=1))
         self.put("nonfinite_count", positions, sums[:, 1])
         self.put("grad_absmax", positions, maxima[:, 0])
 

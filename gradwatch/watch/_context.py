@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..protocols import Request
 from ..records import Finding, StepRecord
+from ..requests import Request, StopTraining, checked_request
 
 __all__ = ["Decision", "StepContext", "StepOutcome"]
 
@@ -43,21 +43,33 @@ class Decision:
             self.veto = torch.logical_or(torch.as_tensor(self.veto), torch.as_tensor(flag))
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepOutcome:
     """What came of one step.
 
     Attributes:
-        skip: the optimizer must not move anything (it will not: a gate sees to it).
-        record: what was measured; None while its numbers are on their way from the device.
-        findings: what the rules saw.
+        skip: the optimizer must not move anything (it will not: a gate sees to it). None where that is decided on the
+            device, and not known here yet.
         requests: what actions ask of the trainer.
+        ask: returns the record and the findings, where somebody wants them; None once the watch is gone.
     """
 
-    skip: bool = False
-    record: StepRecord | None = None
-    findings: Sequence[Finding] = ()
+    skip: bool | None = False
     requests: Sequence[Request] = ()
+    ask: Callable[[], tuple[StepRecord | None, Sequence[Finding]] | None] | None = field(default=None, repr=False)
+
+    @property
+    def record(self) -> StepRecord | None:
+        """What was measured; None while its numbers are on their way from the device."""
+        found = None if self.ask is None else self.ask()
+        return None if found is None else found[0]
+
+    @property
+    def findings(self) -> Sequence[Finding]:
+        """What the rules saw in it, those apart that wait for the optimizer's step; none while its numbers are on their
+        way."""
+        found = None if self.ask is None else self.ask()
+        return () if found is None else found[1]
 
 
 @dataclass
@@ -78,7 +90,8 @@ class StepContext:
         self.decision.add_veto(flag if isinstance(flag, Tensor) else bool(flag), reason)
 
     def request(self, request: Request) -> None:
-        if self.is_treatment and request.kind == "stop":
+        asked = checked_request(request)
+        if self.is_treatment and isinstance(asked, StopTraining):
             # A treatment asks for a stop when its means are exhausted: the run must not end as a success.
-            request = replace(request, values={**request.values, "error": True})
-        self.decision.requests.append(request)
+            asked = replace(asked, as_error=True)
+        self.decision.requests.append(asked)

@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..protocols import Action, Request, Treatment
-from ..records import Finding, Incident, StepRecord
-from ..rules import RuleBook
-from ..stats import Gradients
+from .._warn import one_line
+from ..protocols import Statistic, Treatment
+from ..records import Incident, StepRecord
+from ..requests import StopTraining
+from ..rules import RuleBook, treatments_of
+from ..torchside import Aside, in_backward, is_host, weakly
 from ..treatments import BufferKeeper, LearningRates, SkipStep
+from ._announced import Announced
 from ._autopsy import Autopsy, Replay, examine, rng_state
-from ._completion import Completion, stop_request
+from ._completion import MAX_FAILURES, Completion
 from ._context import Decision, StepOutcome
-from ._draft import Draft, StepInputs
-from ._driver import Applied, Job, attach, fired_jobs, learning_jobs, limit_jobs, load_treatments, run_treatments
-from ._gate import Gates, StepGate
+from ._delivered import Delivered
+from ._ending import end_guarded
+from ._gate import Gates, Vetoes
 from ._guard import Guard
+from ._history import History
 from ._judge import Judge, own_incident
-from ._meter import Meter
-from ._moves import Moves
-from ._observe import Observer
+from ._measuring import Measuring
+from ._memory import memory_of, remember
+from ._model_meter import ModelMeter
 from ._options import MeasureOptions
-from ._ranks import world_size
+from ._plan import ALERT_STEPS, Planner, reasons_to_wait
+from ._produced import Produced
+from ._proofs import Proofs
+from ._ranks import are_several, world_size
+from ._record_draft import Draft
+from ._rollbacks import rollbacks_of
+from ._run_treatments import attach
+from ._statistics import OwnStatistics
+from ._step_inputs import StepInputs
 from ._timed import timed
-from ._transfer import Transfer
+from ._treating import Treating
+from ._turn import Turn
+from ._update_ratios import UpdateRatios
+from ._veto import Proof
 
 __all__ = ["Engine", "StepInputs", "StepOutcome"]
 
-MAX_FAILURES = 10
-"""Steps in a row that may be vetoed because measuring failed, before the training is stopped."""
-
 ALARMS = ("non_finite", "exploding")
 """Rules whose incidents make gradwatch look closer."""
-ALERT_STEPS = 3
 
 
 class Engine:
@@ -49,11 +60,18 @@ class Engine:
         book: the rules.
         treatments: applied at every step.
         options: what to measure.
+        statistics: the user's own measurements.
+        run_dir: where snapshots may lie that are to lie in files.
         on_incident: told of every incident that opens or changes.
         on_record: told of every finished record.
+
+    Attributes:
+        ends_at_once: `finish_step` follows the optimizers' steps, with nothing in between.
+        waits_for: what makes every step wait for the device: a treatment that must look, or a rule with a treatment
+            that is not decided by one norm alone. "" where nothing does.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a session was asked for, part by part
         self,
         model: nn.Module,
         optimizers: Sequence[Optimizer],
@@ -61,69 +79,123 @@ class Engine:
         book: RuleBook,
         treatments: Sequence[Treatment] = (),
         options: MeasureOptions,
+        statistics: Sequence[Statistic] = (),
+        run_dir: Path | None = None,
         on_incident: Callable[[Incident], None],
         on_record: Callable[[StepRecord], None],
     ) -> None:
-        self.model = model
+        self.model, self.options = model, options
         self.optimizers, self.book = tuple(optimizers), book
         self.treatments = tuple(treatments)
-        self.options = options
         self.guard = Guard(options.on_error)
         self.judge = Judge(book, on_error=options.on_error, on_incident=on_incident)
-        self.meter = Meter(model, optimizers, options)
+        self.meter = ModelMeter(model, optimizers, options)
+        self.own = OwnStatistics(statistics, self.meter, self.guard) if statistics else None
         self.rates = LearningRates(optimizers)
-        size = 3 * 8 * max(len(self.meter.watched.index), 1)
-        fits = max(16, min(options.history, options.memory_limit_bytes // 4 // size))
-        self.completion = Completion(self.judge, self.optimizers, self.guard, on_record, history=fits)
-        self._gates = Gates(self.optimizers, self._on_stepped)
-        behind_rules = [t for rule in book.rules for t in rule.then if isinstance(t, Treatment)]
+        self.completion = Completion(
+            self.judge,
+            self.optimizers,
+            self.guard,
+            on_record,
+            self.meter.account.note,
+            history=History(options.history, options.memory_limit_bytes // 4),
+            on_judged=weakly(self._on_judged),
+            is_apart=weakly(self._judges_apart, False),
+        )
+        parts: Any = {"judge": self.judge, "completion": self.completion, "guard": self.guard}
+        self.rollbacks = rollbacks_of(book, model, self.optimizers, run_dir, every=options.every, **parts)
+        self._stepping: Sequence[Optimizer] = ()
+        self.announced = Announced()
+        self.delivered = Delivered(self.meter, self.guard)
+        behind_rules = [t for rule in book.rules for t in treatments_of(rule)]
         acts = self.all_treatments = (*self.treatments, *behind_rules)
         self.treats = bool(acts)
-        self._needs_host = any(getattr(t, "needs_host", False) for t in acts)
+        self._may_veto = self.treats or self.rollbacks is not None
+        told = weakly(self._on_stepped), weakly(self._on_stepping)
+        self.proofs = Proofs(self.judge, self.completion.late_requests, stops=options.stop_on_unproven)
+        self.gates = Gates(self.optimizers, *told, self.guard, self._vetoes())
+        self.waits_for = reasons_to_wait(book, acts, options)
+        self.planner = Planner(options, self.meter, waits=self.waits)
         self.buffers = BufferKeeper(model) if any(isinstance(t, SkipStep) for t in acts) else None
-        self._installed = attach(acts, model)
+        self._treating = Treating(
+            book,
+            self.treatments,
+            treats=self.treats,
+            waits=self.waits,
+            judge=self.judge,
+            completion=self.completion,
+            meter=self.meter,
+            gates=self.gates,
+            guard=self.guard,
+            buffers=self.buffers,
+            rollbacks=self.rollbacks,
+            on_alarm=weakly(self._alarm),
+        )
+        self._installed = attach(acts, model, self)
         self.treats_errors = bool(self._installed)
-        self._step, self._begun = 0, -1
-        self.spent = 0.0
+        self._step, self._begun, self._failures = 0, -1, 0
+        self.spent, self.is_timed, self.ends_at_once = 0.0, False, False
         self._measured: tuple[int, int | None] | None = None
         self._current: Draft | None = None
-        self._failures = 0
-        self._remeasured: set[int] = set()
         self._replays: list[Replay] = []
         self.autopsy: Autopsy | None = None
-        self._observer, self._moves = Observer(self.meter, self.guard), Moves(self.meter, self.guard)
+        self.produced = Produced(self.meter, self.guard, weakly(self._is_due))
+        self._measuring = Measuring(self.meter, self.guard, self.own, self.produced)
+        self._update_ratios = UpdateRatios(self.meter, self.guard)
+
+    @property
+    def step(self) -> int:
+        """The step that was measured last."""
+        return self._step
+
+    def _vetoes(self) -> Vetoes:
+        meter, rates = self.meter, self.rates
+        return Vetoes(
+            limit_bytes=self.options.memory_limit_bytes,
+            names=lambda: meter.watched.names,
+            tell=weakly(self._tell_proof),
+            lowered=lambda: rates.factor != 1.0,
+            possible=self._may_veto,
+        )
+
+    def _tell_proof(self, proof: Proof) -> None:
+        self.proofs.tell(proof, self._step)
+
+    def _judges_apart(self) -> bool:
+        return are_several() and world_size() > 1 and not (self.waits_for or is_host(self.meter.device))
 
     @property
     def waits(self) -> bool:
-        """Whether numbers are read in the step they belong to.
-
-        Always on the CPU; on a device only where a rule that has no limit of its own carries a treatment.
-        """
-        if self.meter.device.type == "cpu" or self._needs_host:
-            return True
-        limits = self.judge.limits()
-        return any(any(isinstance(t, Treatment) for t in r.then) and r.name not in limits for r in self.book.rules)
+        """Whether a step waits for its numbers, on a device where they arrive late: `waits_for` says why."""
+        return bool(self.waits_for)
 
     @timed
     def before_forward(self, step: int) -> None:
         """Say that the forward passes of a step begin. May be called once per micro-batch."""
-        if self._begun != step:
-            self._replays = []
-        if self.meter.samples(step) and self.guard.ok("hooks on modules"):
+        if self.planner.at(step).modules and self.guard.ok("hooks on modules"):
             with self.guard("hooks on modules", self.meter.disarm):
                 self.meter.arm()
+        if self.own is not None:
+            with self.guard("statistics of one's own"):
+                self.own.begin(step)
         if self.buffers is not None and self._begun != step:
             with self.guard("copies of the buffers"):
                 self.buffers.keep()
+        if self._may_veto and self._begun != step:
+            self.gates.begin()
         self._begun = step
 
     def remember(self, run: Callable[[], Any]) -> None:
         """Keep how to run the present micro-batch again, for an autopsy; call it before forward."""
         if self.options.autopsy:
-            self._replays.append(Replay(rng_state(), run))
+            with Aside():
+                self._replays.append(Replay(rng_state(), run))
 
-    def before_backward(self, scale: float) -> None:
-        """Say what the loss is multiplied by, for treatments of error signals inside backward (C7)."""
+    def before_backward(self, scale: float, loss: Any = None) -> None:
+        """Say what the loss is multiplied by, for treatments of error signals inside backward; and show it."""
+        if loss is not None and self.meter.armed and self.guard.ok("the loss's graph"):
+            with self.guard("the loss's graph"):
+                self.meter.see_loss(loss)
         for handle in self._installed:
             handle.grad_scale = scale
 
@@ -131,37 +203,48 @@ class Engine:
     def after_backward(self, inputs: StepInputs, optimizers: Sequence[Optimizer] | None = None) -> StepOutcome:
         """Measure, judge and treat the gradients that lie complete in `.grad`, before the optimizer steps."""
         optimizers = self.optimizers if optimizers is None else tuple(optimizers)
-        key = (inputs.step, inputs.optimizer)
-        if self._measured == key:
-            # A closure called again (LBFGS): one decision per step stands (O1).
+        if self._measured == (key := (inputs.step, inputs.optimizer)):
+            # A closure called again (LBFGS): one decision per step stands.
             return StepOutcome(skip=self._current is not None and self._current.vetoed)
-        self.finish_step()
-        self._measured = key
-        self._step = inputs.step
-        # Clears a veto whose step never came: it must not fall on this one (O4).
-        self._gates.arm(optimizers, False)
+        if self._current is not None or self.completion.has_news:
+            self._complete_last()
+        is_of_left_weights = self.rollbacks is not None and self._go_back_late(optimizers)
+        self._measured, self._step, self._stepping = key, inputs.step, optimizers
+        self.announced.expect(optimizers)
+        self.delivered.announce(inputs, optimizers)
+        # Clears a veto whose step never came: it must not fall on this one.
+        self.gates.arm(optimizers, False)
+        turn = Turn(self.planner.at(inputs.step), inputs, optimizers, self._measuring, self._update_ratios)
         if not self.guard.ok("measuring"):
-            self._give_up(inputs, optimizers)
+            turn.give_up()
             return StepOutcome()
+        if is_of_left_weights:
+            turn.decision.add_veto(True, "its gradient is of weights that were left")
         try:
-            outcome = self._run(inputs, optimizers, Decision())
+            outcome = self._run(turn)
         except Exception as error:
+            turn.give_up()
             return self._failed(error, optimizers)
         self._failures = 0
         return outcome
 
-    def _give_up(self, inputs: StepInputs, optimizers: Sequence[Optimizer]) -> None:
-        """Let no rank wait for this one, which can't measure."""
-        if inputs.step % self.options.every or world_size() == 1 or not self.guard.ok("telling the other ranks"):
-            return
-        grads = None
-        with suppress(Exception):
-            grads = self.meter.gradients(optimizers, inputs.grad_scale)
-        # If they are gone, torch's own next collective says so.
-        with self.guard("telling the other ranks"):
-            self._observer.give_up(inputs.step, grads)
-            if grads is not None:
-                self._moves.before(inputs.step, grads, optimizers, moves=False)
+    def _go_back_late(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Go back where that was asked for and nobody said that the step was over; return whether the gradients at hand
+        are of weights that were left."""
+        if self.rollbacks is None:
+            return False
+        is_late = self.rollbacks.is_asked
+        if is_late:
+            self.gates.over()  # what a veto has kept unmoved is to move now
+            self.go_back()
+            self.gates.begin()
+        return self.rollbacks.take_stale(optimizers) or is_late
+
+    @timed
+    def go_back(self) -> None:
+        """Take the training back where a rule has asked for it, or take a snapshot that is due: between two steps."""
+        if self.rollbacks is not None and self._measured is not None:
+            self.rollbacks.settle(self._step, self._stepping)
 
     def _failed(self, error: Exception, optimizers: Sequence[Optimizer]) -> StepOutcome:
         """Measuring broke. Without treatments it is switched off; with them it must not fail open."""
@@ -171,180 +254,149 @@ class Engine:
             self.guard.report("measuring", error)
             return StepOutcome()
         self._failures += 1
-        what = f"{type(error).__name__}: {error}; the step was vetoed"
-        self.judge.report(own_incident("measuring_failed", self._step, what))
+        self.judge.report(own_incident("measuring_failed", self._step, f"{one_line(error)}; the step was vetoed"))
         self.guard.report("measuring for treatments (the step was vetoed)", error)
         decision = Decision(veto=True)
         if self._failures >= MAX_FAILURES:
-            reason = f"{self._failures} steps in a row could not be measured, and were vetoed: {error}"
-            decision.requests.append(Request(kind="stop", reason=reason, values={"error": True}))
-        return self._decide(None, decision, optimizers, ())
+            reason = f"{self._failures} steps in a row could not be measured, and were vetoed: {one_line(error)}"
+            decision.requests.append(StopTraining(reason=reason, as_error=True))
+        return self._treating.decide(None, decision, optimizers)
 
-    def _run(self, inputs: StepInputs, optimizers: Sequence[Optimizer], decision: Decision) -> StepOutcome:
-        due = inputs.step % self.options.every == 0
-        if not due and not self.treatments:
-            self.meter.refresh()
-            self.meter.disarm()
-            return StepOutcome()
-        try:
-            self.meter.refresh()
-            grads = self.meter.gradients(optimizers, inputs.grad_scale)
-        except Exception:
-            self._give_up(inputs, optimizers)
-            raise
-        if not due:
-            self.meter.disarm()
-            self._treat([Job(t) for t in self.treatments], grads, decision, optimizers, self.waits)
-            return self._decide(None, decision, optimizers, ())
+    def _is_due(self) -> bool:
+        """Whether the step that has begun is measured."""
+        return max(self._begun, 0) % self.options.every == 0
+
+    def _run(self, turn: Turn) -> StepOutcome:
+        inputs, meter = turn.inputs, self.meter
+        if meter.refresh(inputs.step):
+            self.produced.listen()
+        if not turn.plan.measures:
+            self.produced.pass_over()
+            meter.disarm()
+            if not self.treatments:
+                return StepOutcome()
+        turn.grads, turn.tensors = grads, _ = meter.listed_gradients(turn.optimizers, inputs.grad_scale)
+        if not turn.plan.measures:
+            return self._treating.act_unmeasured(turn)
         inputs.scalars = {**inputs.scalars, "overhead_seconds": self.spent}
         self.spent = 0.0
-        self._observer.num_failed_treatments += self.judge.take_failed_deciders()
-        try:
-            draft = self._current = self._observer.observe(inputs, grads, optimizers)
-            return self._act(draft, grads, decision, optimizers)
-        except Exception:
-            self._moves.before(inputs.step, grads, optimizers, moves=False)
-            raise
-
-    def _act(self, draft: Draft, grads: Gradients, decision: Decision, optimizers: Sequence[Optimizer]) -> StepOutcome:
-        findings: Sequence[Finding] = ()
-        actions: list[tuple[Action, Incident]] = []
-        jobs = [Job(t) for t in self.treatments]
-        waits = self.waits
-        limits = self.judge.limits(draft.optimizer)
-        draft.note_limit(limits.values())
-        if waits:
-            if draft.num_failed:
-                raise RuntimeError(f"this step could not be measured on {draft.num_failed} of {draft.num_ranks} ranks")
-            norms = self.meter.look_again(grads, draft.numbers.result()["norms"])
-            record = self.completion.build(draft, norms)
-            judgement = self.judge.judge(record, "early")
-            findings = judgement.findings
-            self._alarm(judgement.opened, grads)
-            if record.scalars.get("amp_overflow"):
-                jobs = []  # the loss scaler drops this step by itself: nothing to treat, to learn or to count
-            jobs += learning_jobs(self.book, judgement.fired)
-            for fired in judgement.fired:
-                jobs += fired_jobs(fired, limits.get(fired.rule.name))
-                actions += [(a, fired.incident) for a in fired.then if isinstance(a, Action)]
-                if fired.stop:
-                    decision.requests.append(stop_request(fired))
-            decision.requests.extend(draft.out_of_step())
-        else:
-            jobs += limit_jobs(self.book, grads, limits)
-            if draft.failed is not None and self.treats:
-                decision.add_veto(draft.failed > 0, "")
-        applied = self._treat(jobs, grads, decision, optimizers, waits)
-        self.completion.ask(actions, draft.step, optimizers, decision)
-        draft.applied = applied
-        parts = {**applied.parts(), "global_norm_after": grads.global_norm}
-        if isinstance(decision.veto, Tensor):
-            parts["veto"] = decision.veto
-        draft.treated = Transfer(parts)
-        outcome = self._decide(draft, decision, optimizers, findings)
-        self.meter.note_gradients(grads)
+        if not turn.plan.is_alone:
+            self._measuring.num_failed_treatments += self.judge.take_failed_deciders() + self._treating.num_failed
+            self._treating.num_failed = 0
+            self._measuring.num_unproven += self.proofs.take_untold()
+        with Aside():
+            turn.draft = draft = self._current = self._measuring.measure(turn)
+        turn.tensors = None
+        outcome = self._treating.act(turn)
+        self.delivered.expect(turn)
+        if draft.applied is not None:
+            meter.note_gradients(grads)
         overflow = draft.record is not None and bool(draft.record.scalars.get("amp_overflow"))
-        if not overflow:
-            self._moves.before(draft.step, grads, optimizers, moves=not outcome.skip)
+        if turn.plan.updates and not overflow:
+            self._update_ratios.before(turn, moves=outcome.skip is not True)
         return outcome
 
-    def _alarm(self, opened: Sequence[Incident], grads: Gradients) -> None:
+    def _alarm(self, opened: Sequence[Incident], step: int, params: Sequence[Tensor]) -> None:
         """Look closer from here on where gradients explode or are not finite, and find out where it was born."""
         alarms = [i for i in opened if i.rule in ALARMS]
         if not alarms:
             return
-        self.meter.alert_until = self._step + ALERT_STEPS
-        if not self._replays or not self.guard.ok("autopsy"):
+        self.planner.look_closer(self._step + ALERT_STEPS)
+        if step != self._step or not self._replays or not self.guard.ok("autopsy"):
             return
         with self.guard("autopsy"):
-            found = self.autopsy = examine(self.model, self._replays, grads.params)
+            found = self.autopsy = examine(self.model, self._replays, params)
             if found.born:
                 details = {"born_in": found.born, "phase": found.phase}
                 for incident in alarms:
                     self.judge.explain(incident, details, first_path=found.born)
 
-    def _decide(
-        self, draft: Draft | None, decision: Decision, optimizers: Sequence[Optimizer], findings: Sequence[Finding]
-    ) -> StepOutcome:
-        veto = decision.veto
-        if isinstance(veto, Tensor) and draft is not None and self._can_veto_on_device(draft, optimizers):
-            self._gates.arm_on_device(optimizers, veto)
-            return StepOutcome(findings=findings, requests=tuple(decision.requests))
-        # A veto that was decided on the device must be known before the step: the one wait that can't be avoided.
-        veto = bool(veto)
-        self._gates.arm(optimizers, veto)
-        if veto:
-            self.completion.num_skipped += int(draft is None)
-            if self.buffers is not None:
-                with self.guard("restoring buffers"):
-                    self.buffers.restore()
-        record = None
-        if draft is not None:
-            draft.vetoed = veto
-            record = draft.record and self.completion.note(draft, waited=True)
-        return StepOutcome(skip=veto, record=record, findings=findings, requests=tuple(decision.requests))
+    def _on_judged(self, draft: Draft, opened: Sequence[Incident]) -> None:
+        """Called with every step that is complete: what was judged only then may be an alarm, too."""
+        self.delivered.note(draft)
+        for proof in draft.proofs:
+            self.proofs.tell(proof.result(), draft.step)
+        if opened:
+            self._alarm(opened, draft.step, self.meter.watched.held)
 
-    def _can_veto_on_device(self, draft: Draft, optimizers: Sequence[Optimizer]) -> bool:
-        # Buffers can't be put back without knowing; a loss scaler sets `found_inf` itself.
-        has_buffers = self.buffers is not None and len(self.buffers) > 0
-        return not has_buffers and not draft.scaler and all(StepGate.can_arm_on_device(o) for o in optimizers)
-
-    def _treat(
-        self, jobs: list[Job], grads: Gradients, decision: Decision, optimizers: Sequence[Optimizer], waits: bool
-    ) -> Applied:
-        """Run treatments; a failure vetoes the step."""
-        options: Any = {"step": self._step, "optimizers": optimizers, "decision": decision, "can_read": waits}
-        applied = run_treatments(jobs, grads, remeasured=self._remeasured, **options)
-        self._observer.num_failed_treatments += len(applied.failures)
-        self.completion.tell_failures(applied, self._step, decision)
-        return applied
+    def _on_stepping(self, optimizer: Optimizer) -> None:
+        if in_backward():
+            self.meter.account.note_inside(optimizer)
+            return
+        self.announced.stepping(optimizer)
+        self.delivered.stepping(optimizer)
 
     def _on_stepped(self, optimizer: Optimizer) -> None:
-        self._moves.after(optimizer, self._current)
+        if in_backward():
+            return
+        self._update_ratios.after(optimizer, self._current)
+        self.produced.stepped()
+        if not self.ends_at_once:
+            self.meter.account.begin(self.meter.watched)
+        self.announced.stepped(optimizer)
+
+    def broke_off(self) -> None:
+        """Say that the optimizers' steps have raised, and that `finish_step` does not follow."""
+        self.meter.account.begin(self.meter.watched)
 
     @timed
     def finish_step(self) -> None:
-        """Complete the last step's record: called after the optimizer has stepped, or at the latest before the next."""
+        """Complete the last step's record: called after the optimizer has stepped."""
+        self._complete_last()
+        if self._replays and self._measured is not None and self._measured[0] == self._begun:
+            self._replays = []  # not between the micro-batches of a step
+        self.announced.forget()
+        if self.delivered.is_waiting:
+            self.delivered.forget()
+        self.produced.settle()
+        self.meter.account.begin(self.meter.watched)
+
+    def _complete_last(self) -> None:
         draft, self._current = self._current, None
         self.meter.drop_update()
         if draft is not None:
             self.completion.push(draft)
-        self.completion.drain(wait=self.waits)
+        self.completion.advance(wait=bool(self.waits_for))
+
+    def catch_up(self) -> None:
+        """Judge every step whose numbers have arrived: somebody asks."""
+        self.completion.catch_up()
+
+    def annotate(self, text: str, *, silence: int, paths: str | Sequence[str], rules: str | Sequence[str]) -> None:
+        """Put a note on record, and keep rules silent for a number of steps from the one that begins now."""
+        step = self._begun if self._begun > self._step or self._measured is None else self._step + 1
+        self.judge.annotate(text, silence=silence, paths=paths, rules=rules, step=step if step >= 0 else None)
+
+    def listen(self, on_record: Callable[[StepRecord], None], on_incident: Callable[[Incident], None]) -> None:
+        """Tell others of records and incidents from here on."""
+        self.completion.on_record, self.judge.on_incident = on_record, on_incident
 
     def finish(self, scalars: Mapping[str, float]) -> None:
         """End the run: complete every record, let rules that judge a whole run speak; see `Session.finish`."""
-        self.finish_step()
-        self.completion.drain(wait=True)
+        end_guarded(self.guard, self.finish_step, lambda: self.completion.drain(wait=True), self.proofs.end)
         with self.guard("rules at the end of the run"):
             self.judge.finish(self._step, scalars)
 
     def close(self) -> None:
-        """Take everything off the model and the optimizers. May be called twice."""
-        with self.guard("closing"):
-            self.finish_step()
-            self.completion.drain(wait=True)
-        self.meter.close()
-        self.rates.close()
-        for handle in self._installed:
-            handle.remove()
-        self._installed = []
-        self._gates.close()
+        """Take everything off the model and the optimizers, whatever fails. May be called twice."""
+        self.take_off()
+        end_guarded(self.guard, self.finish_step, lambda: self.completion.drain(wait=True), self.proofs.end)
+
+    def take_off(self) -> None:
+        """Take every hook off, and put the optimizers' own rates back; what was measured stays to be written."""
+        self._replays, self.buffers, self._treating.buffers = [], None, None
+        own = [] if self.own is None else [self.own]
+        back = [] if self.rollbacks is None else [self.rollbacks]
+        looks = [self.produced, self.delivered]
+        ours: list[Any] = [self.gates, self.announced, *looks, self.meter, *own, self.rates, *back]
+        end_guarded(self.guard, *(x.close for x in ours), *(hooks.remove for hooks in self._installed))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the memory as plain values and tensors (loads with `weights_only=True`, L4)."""
-        return {
-            "version": 1,
-            "judge": self.judge.state_dict(),
-            "treatments": [t.state_dict() for t in self.all_treatments],
-            "rates": self.rates.state_dict(),
-            "num_skipped": self.completion.num_skipped,
-            "num_overflows": self.completion.num_overflows,
-        }
+        """Return the memory as plain values and tensors, of every step so far: those in flight are waited for. Where
+        ranks judge a block of steps late (see `Completion`), of those that have been judged."""
+        self.completion.catch_up(wait=True)
+        return memory_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; treatments that are not the saved ones start afresh, with a warning."""
-        self.judge.load_state_dict(state.get("judge", {}))
-        load_treatments(self.all_treatments, state.get("treatments", []), self.guard)
-        self.rates.load_state_dict(state.get("rates", {}))
-        self.completion.num_skipped = int(state.get("num_skipped", 0))
-        self.completion.num_overflows = int(state.get("num_overflows", 0))
+        remember(self, state)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .._text import file_name
 from ..records import Incident, StepRecord, iter_scalars
 
 __all__ = ["NUM_RECORDS", "write_flight"]
@@ -42,7 +43,7 @@ def write_flight(
         "modules": [{k: _plain(v) for k, v in row.items()} for row in modules],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"flight-{incident.first_step:06d}-{incident.name or incident.rule}.json"
+    path = folder / f"flight-{incident.first_step:06d}-{file_name(incident.name or incident.rule)}.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
 

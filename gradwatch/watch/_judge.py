@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..records import Incident, StepRecord
-from ..rules import Judgement, RuleBook, RuleEngine
+from ..rules import Judgement, RuleBook, RuleEngine, RuleMemory, can_decide
+from ._timed import calm_numpy
 
 __all__ = ["Judge", "own_incident"]
 
@@ -24,12 +25,12 @@ class Judge:
     def __init__(self, book: RuleBook, *, on_error: str, on_incident: Callable[[Incident], None]) -> None:
         self.book = book
         self._on_error = on_error
-        self._on_incident = on_incident
+        self.on_incident = on_incident
         self._engines: dict[int, RuleEngine] = {}
         self._own: list[Incident] = []
         self._waiting: dict[str, Any] = {}
 
-    def engine(self, optimizer: int = 0) -> RuleEngine:
+    def engine(self, optimizer: int) -> RuleEngine:
         """Return the rule engine of one optimizer, made when it is first asked for."""
         if optimizer not in self._engines:
             engine = RuleEngine(self.book, on_error=self._on_error, new_id=self._new_id)
@@ -43,31 +44,58 @@ class Judge:
         waiting = sum(len(state["incidents"]) + len(state["cases"]) for state in self._waiting.values())
         return len(self._own) + waiting + sum(engine.num_incidents for engine in self._engines.values())
 
+    @calm_numpy
     def judge(self, record: StepRecord, phase: str = "all") -> Judgement:
         """Judge a record: its early rules before the step, its late ones (that need the update) after it."""
         judgement = self.engine(int(record.scalars.get("optimizer", 0))).judge(record, phase=phase)
         for incident in (*judgement.opened, *judgement.resolved):
-            self._on_incident(incident)
+            self.on_incident(incident)
         return judgement
 
+    @calm_numpy
+    def judge_all(self, records: Sequence[StepRecord]) -> list[Judgement]:
+        """Judge complete records, oldest first."""
+        numbers = {int(record.scalars.get("optimizer", 0)) for record in records}
+        if len(numbers) > 1:
+            return [self.judge(record) for record in records]
+        judgements = self.engine(numbers.pop()).judge_all(records)
+        for judgement in judgements:
+            for incident in (*judgement.opened, *judgement.resolved):
+                self.on_incident(incident)
+        return judgements
+
+    @calm_numpy
+    def calm(self, records: int) -> float:
+        """Return the global norm up to which no rule finds anything in it, in so many records from now on."""
+        return min([engine.calm(records) for engine in self._engines.values()], default=0.0)
+
+    @calm_numpy
+    def alarms(self, step: int, optimizer: int = 0) -> dict[str, float]:
+        """Return the global norms above which treatments of rules act at this step, by the rules' names."""
+        return self.engine(optimizer).alarms(step)
+
+    @calm_numpy
     def limits(self, optimizer: int = 0) -> dict[str, float]:
         """Return the largest global norms that rules would accept now, by the rules' names."""
         return self.engine(optimizer).limits()
 
+    @calm_numpy
     def finish(self, step: int, scalars: Mapping[str, float]) -> None:
         """Let rules that judge a whole run speak, having told them what was learnt since the last record."""
         for engine in self._engines.values():
             for incident in engine.finish(step, scalars):
-                self._on_incident(incident)
+                self.on_incident(incident)
 
-    def annotate(self, text: str, *, silence: int, paths: str | Sequence[str], rules: str | Sequence[str]) -> None:
+    def annotate(
+        self, text: str, *, silence: int, paths: str | Sequence[str], rules: str | Sequence[str], step: int | None
+    ) -> None:
         for i in {0, *self._engines}:
-            self.engine(i).annotate(text, silence=silence, paths=paths, rules=rules)
+            self.engine(i).annotate(text, silence=silence, paths=paths, rules=rules, step=step)
 
     def take_failed_deciders(self) -> int:
         """Return how many rules that can change the training were disabled since the last time, because they raised."""
         failed = [rule for engine in self._engines.values() for rule in engine.take_failed()]
-        return sum(bool(getattr(rule, "then", ()) or getattr(rule, "stop_after", 0)) for rule in failed)
+        return sum(map(can_decide, failed))
 
     def explain(self, incident: Incident, details: dict[str, Any], first_path: str | None = None) -> None:
         """Add to a going incident what was found out about it."""
@@ -78,11 +106,36 @@ class Judge:
         """Add an incident of gradwatch's own, such as a treatment that failed."""
         incident = replace(incident, id=self._new_id())
         self._own.append(incident)
-        self._on_incident(incident)
+        self.on_incident(incident)
+
+    @property
+    def own(self) -> Sequence[Incident]:
+        """Incidents of gradwatch's own, in the order in which they were reported."""
+        return self._own
 
     def replace(self, old: Incident, new: Incident) -> None:
         """Put a told-more-of incident in place of one of gradwatch's own."""
         self._own = [new if i is old else i for i in self._own]
+
+    def note(self, rule_name: str, treatments: Sequence[str], details: Mapping[str, Any]) -> None:
+        """Add to the last incident of a rule what was done about it, and tell of it again."""
+        for engine in self._engines.values():
+            for incident in engine.note(rule_name, treatments, details):
+                self.on_incident(incident)
+
+    def is_troubled(self) -> bool:
+        """Whether a rule that can take the training back is on its way to fire, or fires."""
+        return any(engine.is_troubled for engine in self._engines.values())
+
+    def memory(self) -> dict[int, RuleMemory]:
+        """Return what the rules remember now, for each optimizer that steps on its own."""
+        return {number: engine.memory() for number, engine in self._engines.items()}
+
+    def go_back(self, memory: Mapping[int, RuleMemory], step: int) -> None:
+        """Let the rules remember what they did then; incidents that go on are over at `step`."""
+        for number, engine in self._engines.items():
+            for incident in engine.go_back(memory.get(number), step):
+                self.on_incident(incident)
 
     @property
     def incidents(self) -> list[Incident]:
@@ -99,6 +152,9 @@ class Judge:
         return {"engines": {**self._waiting, **engines}, "own": [i.to_json() for i in self._own]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # A state is taken up when its optimizer first steps: whether it can be is known now.
+        for saved in state.get("engines", {}).values():
+            RuleEngine(self.book, on_error="raise").load_state_dict(saved)
         self._own = [Incident.from_json(i) for i in state.get("own", [])]
         self._waiting = dict(state.get("engines", {}))
         for i in list(self._engines):
@@ -107,16 +163,25 @@ class Judge:
                 self._engines[i].load_state_dict(waiting)
 
 
-def own_incident(rule: str, step: int, message: str, treatments: tuple[str, ...] = ()) -> Incident:
-    """Return an incident of gradwatch's own: something of it failed under treatments, and the step was vetoed."""
+_VETOED = "The optimizer did not move at this step. Mend what failed, or take the treatment out."
+
+
+def own_incident(
+    rule: str, step: int, message: str, treatments: tuple[str, ...] = (), *, is_harm: bool = True
+) -> Incident:
+    """Return an incident of gradwatch's own: something of it failed.
+
+    Args:
+        is_harm: it failed under treatments, and the step was vetoed.
+    """
     return Incident(
         rule=rule,
         first_step=step,
         last_step=step,
-        severity="critical",
+        severity="critical" if is_harm else "warning",
         message=message,
         treatments=treatments,
-        advice="The optimizer did not move at this step. Mend what failed, or take the treatment out.",
+        advice=_VETOED if is_harm else "The training went on without it. Mend what failed, or take it out.",
         resolved=True,
         resolved_step=step,
     )

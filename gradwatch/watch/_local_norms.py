@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..stats import flat_local, global_norm, tensor_norms
+from .._warn import one_line
+from ..errors import UnreadableError
+from ..stats import global_norm, tensor_norms
+from ..torchside import Aside, StandIn, WeakHook
 
 __all__ = ["LocalNorms"]
-
-
-class _Inert:
-    """What a hook becomes in a copied or unpickled model: nothing (H14)."""
-
-    def __call__(self, param: Tensor) -> None:
-        return None
-
-
-class _Hook:
-    """Holds its owner weakly; inert on copies."""
-
-    def __init__(self, owner: LocalNorms) -> None:
-        self._owner = weakref.ref(owner)
-
-    def __call__(self, param: Tensor) -> None:
-        owner = self._owner()
-        if owner is not None:
-            owner.note(param)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
-        return _Inert()
-
-    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
-        return _Inert, ()
 
 
 class LocalNorms:
@@ -57,20 +34,22 @@ class LocalNorms:
         self.close()
         self.num_sharded = 0
         for p in params:
-            if type(p.data) is not Tensor:
+            if isinstance(p, StandIn) or type(p.data) is not Tensor:
                 self.num_sharded += 1
             elif p.requires_grad and p.is_leaf:
-                self._handles.append(p.register_post_accumulate_grad_hook(_Hook(self)))
+                self._handles.append(WeakHook.of(self.note).hang(p.register_post_accumulate_grad_hook))
 
-    @torch.no_grad()
     def note(self, param: Tensor) -> None:
         """Keep the norm of one gradient."""
         try:
-            if param.grad is not None:
-                self._norms[id(param)] = tensor_norms([flat_local(param.grad.detach())])[0]
+            with Aside():
+                if param.grad is not None:
+                    self._norms[id(param)] = tensor_norms([param.grad.detach()])[0]
+        except UnreadableError:
+            self._norms.pop(id(param), None)
         except Exception as error:
-            # In the midst of backward nothing may escape (H10).
-            self.failure = f"{type(error).__name__}: {error}"
+            # In the midst of backward nothing may escape.
+            self.failure = one_line(error)
             self.close()
 
     def take(self, scale: float) -> Tensor | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError, UnknownNameError
+from ..records import TRAINING_KINDS
 
 __all__ = ["MeasureOptions", "is_due"]
 
@@ -31,10 +32,14 @@ class MeasureOptions:
         memory_limit_mb: what may be held beyond the model.
         on_error: `"warn"`: a failure of gradwatch's own becomes one warning and a disabled part; `"raise"`: it raises.
         histogram_scale: `"log10"` of the magnitude, or `"signed"` values.
-        history: records kept at `history`; fewer where they would not fit in a fourth of `memory_limit_mb`.
+        history: records kept at `history`; where they would not fit in a fourth of `memory_limit_mb` fewer, and without
+            their histograms but for the latest.
         autopsy: on the first non-finite incident run the same batch again under hooks to say where it was born.
         local_norms: measure each rank's gradient norm before it is reduced, to name a bad rank.
         conflicts_every: measure conflicts between task losses at one step in this many, without surgery; None never.
+        kind: what kind of training it is, which rules follow: `"auto"`: what the model, its loss and its optimizers
+            show; or `"supervised"`, `"adversarial"`, `"rl"`, `"bootstrapped"`, `"fine_tuning"`, `"mixture_of_experts"`.
+        stop_on_unproven: end the training where a step that was vetoed moved something, and it can't be put back.
     """
 
     paths: str | Sequence[str] = "*"
@@ -50,15 +55,25 @@ class MeasureOptions:
     autopsy: bool = False
     local_norms: bool = False
     conflicts_every: int | None = None
+    stop_on_unproven: bool = False
+    kind: str = "auto"
 
     def __post_init__(self) -> None:
         _check_steps("every", self.every, optional=False)
         for name in ("activations_every", "updates_every", "histograms_every", "conflicts_every"):
             _check_steps(name, getattr(self, name), optional=True)
         _check_steps("history", self.history, optional=False)
-        for name, known in (("backward", BACKENDS), ("on_error", ON_ERROR), ("histogram_scale", SCALES)):
+        named = (
+            ("backward", BACKENDS),
+            ("on_error", ON_ERROR),
+            ("histogram_scale", SCALES),
+            ("kind", ("auto", *TRAINING_KINDS)),
+        )
+        for name, known in named:
             if getattr(self, name) not in known:
                 raise UnknownNameError(f"`{name}`", getattr(self, name), known)
+        if not isinstance(self.stop_on_unproven, bool):
+            raise ConfigError(f"`stop_on_unproven` must be True or False. Got {self.stop_on_unproven!r}.")
         if not self.memory_limit_mb > 0:
             raise ConfigError(f"`memory_limit_mb` must be above 0. Got {self.memory_limit_mb}.")
         patterns = [self.paths] if isinstance(self.paths, str) else list(self.paths)

@@ -38,11 +38,11 @@ def _groups(mesh: Any) -> list[tuple[int, ...]]:
 
 def _data_groups(module: Any) -> list[tuple[int, ...]]:
     """Return the ranks over which `fully_shard` splits batches for this module."""
-    state = getattr(module, "_get_fsdp_state", None)
-    if state is None:
+    get_state = getattr(type(module), "_get_fsdp_state", None)
+    if get_state is None:
         return []
     # Private, and guarded: without it only counts of samples are too small.
-    state = state()
+    state = get_state(module)
     found = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
     meshes = [getattr(getattr(group, "mesh_info", None), "mesh", None) for group in found]
     return [ranks for mesh in meshes if mesh is not None for ranks in _groups(mesh)]

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..errors import ConfigError, UnknownPathError
 from ..records import MODULE, PARAMETER, Index, select_paths
+from ..torchside import clean_path, is_flat_sharded, masters, member, parameters_of, real_of, shape_of, whole_of
 
-__all__ = ["Watched", "clean_path", "unwrap", "watched"]
+__all__ = ["Watched", "unwrap", "watched"]
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
-_WRAPPER_PARTS = frozenset(
-    {"_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_wrapped_module"}
-)
-
-
-def clean_path(path: str) -> str:
-    """Return a path without the parts that wrappers put into it, so that curves keep their names (G7)."""
-    return ".".join(p for p in path.split(".") if p not in _WRAPPER_PARTS)
+_AND_MORE = " and others of its flat parameter"
+_MAX_KEPT = 8
+"""Indices kept of one that differ in what is frozen: optimizers that take turns freeze each other's parameters."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -35,9 +34,10 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
             continue
         # torch.compile's; Fabric's, which holds the model as it was handed over beside the one it runs.
-        inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module) and hasattr(model, "_forward_module"):
-            inner = getattr(model, "_original_module", None)
+        inner = member(model, "_orig_mod")
+        runs = None if isinstance(inner, nn.Module) else member(model, "_forward_module")
+        if runs is not None:
+            inner = runs if is_flat_sharded(runs) else member(model, "_original_module")
         if not isinstance(inner, nn.Module):
             return model
         model = inner
@@ -52,16 +52,95 @@ class Watched:
         by_id: id of a parameter -> its position in the index.
         params: the parameters that are in an optimizer, with their positions: `(position, path, parameter)`.
         modules: module paths, in index order.
-        signature: changes when parameters are added, replaced, frozen or unfrozen.
-        missing: trainable parameters of the model that no optimizer holds.
+        unheld: the model's parameters that no optimizer holds, likewise.
+        hooked: the modules, in index order: replaced ones are others though paths and parameters stay.
+        replaced: path -> parameter that an optimizer still holds, and the model no more: it counts for nothing.
+        strange: path -> why nothing can be said of a parameter: its gradient is a piece of something unknown. Where
+            there is any, no treatment acts, since it would act on a part.
     """
 
     index: Index
     by_id: dict[int, int]
     params: list[tuple[int, str, nn.Parameter]]
     modules: tuple[str, ...]
-    signature: tuple[object, ...] = ()
-    missing: tuple[str, ...] = field(default=())
+    unheld: list[tuple[int, str, nn.Parameter]] = field(default_factory=list)
+    hooked: tuple[nn.Module, ...] = ()
+    replaced: dict[str, nn.Parameter] = field(default_factory=dict)
+    strange: dict[str, str] = field(default_factory=dict)
+    _by_flags: dict[bytes, Index] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Trainable parameters of the model that no optimizer holds."""
+        return tuple(path for _, path, p in self.unheld if p.requires_grad)
+
+    def retrained(self) -> Index:
+        """Return the index with `trainable` as it is now; the same one whenever the same are frozen."""
+        trainable = self.index.trainable.copy()
+        for i, _, p in (*self.params, *self.unheld):
+            trainable[i] = p.requires_grad
+        self._by_flags.setdefault(self.index.trainable.tobytes(), self.index)
+        key = trainable.tobytes()
+        if key not in self._by_flags:
+            if len(self._by_flags) >= _MAX_KEPT:
+                self._by_flags.clear()
+            self._by_flags[key] = replace(self.index, trainable=trainable)
+        self.index = self._by_flags[key]
+        return self.index
+
+    @cached_property
+    def held(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that are in an optimizer, once each."""
+        return tuple([p for _, _, p in self.params])
+
+    @cached_property
+    def _stand_ins(self) -> tuple[nn.Parameter, ...]:
+        return tuple([p for p in self.held if real_of(p) is not p])
+
+    def held_by(self, optimizers: Sequence[Optimizer]) -> set[int]:
+        """Return the ids of what these hold: of a parameter that something stands in for, of that."""
+        ids = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+        return ids.union(id(p) for p in self._stand_ins if id(real_of(p)) in ids)
+
+    @cached_property
+    def is_in_pieces(self) -> bool:
+        """Whether any of them lies in pieces on several ranks, which nobody can measure or treat alone."""
+        dtensor = sys.modules.get("torch.distributed.tensor")
+        return any(
+            whole_of(p) is not None or (dtensor is not None and isinstance(p, dtensor.DTensor)) for p in self.held
+        )
+
+    def settle(self) -> None:
+        """Let what stands in for parameters lie where they lie now."""
+        for p in self._stand_ins:
+            p.settle()  # type: ignore[attr-defined]
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Id of what an optimizer holds -> its path; of a flat parameter that of the first one in it."""
+        found: dict[int, str] = {}
+        for _, path, p in self.params:
+            if (held := id(real_of(p))) in found and not found[held].endswith(_AND_MORE):
+                found[held] += _AND_MORE
+            found.setdefault(held, path)
+        return found
+
+    @cached_property
+    def known(self) -> tuple[nn.Parameter, ...]:
+        """All parameters, those that no optimizer holds among them."""
+        return (*self.held, *[p for _, _, p in self.unheld])
+
+    @cached_property
+    def held_paths(self) -> tuple[str, ...]:
+        return tuple([path for _, path, _ in self.params])
+
+    @cached_property
+    def held_positions(self) -> NDArray[np.int64]:
+        return np.asarray([position for position, _, _ in self.params], np.int64)
+
+    @cached_property
+    def held_numels(self) -> array[int]:
+        return array("q", map(Tensor.numel, self.held))
 
     def reordered(self, forward_order: Sequence[str]) -> Index:
         """Return the index with `depth` taken from the order in which modules were first called."""
@@ -75,6 +154,7 @@ class Watched:
         depth = np.empty(len(keys), np.int64)
         depth[sorted(range(len(keys)), key=keys.__getitem__)] = np.arange(len(keys))
         self.index = replace(self.index, depth=depth)
+        self._by_flags.clear()
         return self.index
 
 
@@ -88,13 +168,6 @@ def _place(owner: str, place: dict[str, int], last: int) -> int:
     return last
 
 
-def signature(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[object, ...]:
-    """Return what tells that the watched parameters have changed: identities and `requires_grad`."""
-    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    # The type too: a lazy parameter keeps its identity when it materialises.
-    return tuple(map(id, held)), tuple(map(_REQUIRES_GRAD, held)), tuple(map(type, held))
-
-
 class _Row(NamedTuple):
     path: str
     kind: str
@@ -105,11 +178,25 @@ class _Row(NamedTuple):
     trainable: bool
 
 
-def watched(model: nn.Module, optimizers: Sequence[Optimizer], patterns: Sequence[str] = ("*",)) -> Watched:
+def watched(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    patterns: Sequence[str] = ("*",),
+    *,
+    known: Mapping[int, str] | None = None,
+    strict: bool = True,
+) -> Watched:
     """Return what to watch of a model.
 
+    Args:
+        model: unwrapped.
+        optimizers: raw ones.
+        patterns: of the paths to watch.
+        known: id -> path of living parameters that were the model's before.
+        strict: whether a pattern must match. In mid run what it matched may have gone.
+
     Raises:
-        UnknownPathError: a pattern matches no parameter and no module.
+        UnknownPathError: a pattern matches no parameter and no module, and `strict`.
         ConfigError: there is no optimizer.
     """
     if not optimizers:
@@ -117,24 +204,33 @@ def watched(model: nn.Module, optimizers: Sequence[Optimizer], patterns: Sequenc
     held = {id(p): p for o in optimizers for group in o.param_groups for p in group["params"]}
     rows: list[_Row] = []
     params: list[tuple[str, nn.Parameter]] = []
-    owners = {id(m): type(m).__name__ for m in model.modules()}
     seen: set[int] = set()
-    for module_path, module in model.named_modules():
-        for name, p in module.named_parameters(recurse=False):
-            if id(p) in seen:
-                continue
-            seen.add(id(p))
-            path = clean_path(f"{module_path}.{name}" if module_path else name)
-            params.append((path, p))
-            rows.append(_row(path, p, owners[id(module)], id(p) in held))
-    for i, p in enumerate(q for key, q in held.items() if key not in seen):
-        # Held by an optimizer but not by the model: another model's parameters, or a stale copy of this one's.
+    taken: set[int] = set()
+    strange: dict[str, str] = {}
+    for path, owner, p, why in parameters_of(model):
+        seen.add(id(real_of(p)))
+        params.append((path, p))
+        if why:
+            strange[path] = why
+        elif id(real_of(p)) in held:
+            taken.add(id(p))
+        rows.append(_row(path, p, type(owner).__name__, bool(why) or id(p) in taken))
+    gone = {key: path for key, path in (known or {}).items() if key in held and key not in seen}
+    foreign = [q for key, q in held.items() if key not in seen and key not in gone]
+    foreign = _without_masters(foreign, params, rows, taken, strange)
+    for i, p in enumerate(foreign):
+        # Held by an optimizer but never by the model: another model's parameters, or a copy of this one's.
         path = f"<optimizer>.{i}"
         params.append((path, p))
+        taken.add(id(p))
         rows.append(_row(path, p, "", True))
-    modules = [(clean_path(path), m) for path, m in model.named_modules() if path and clean_path(path)]
-    module_rows = [_Row(path, MODULE, 0, (), type(m).__name__, False, False) for path, m in dict(modules).items()]
-    chosen_params, chosen_rows = _choose(model, params, rows, module_rows, patterns)
+    modules = {clean_path(path): m for path, m in model.named_modules() if path and clean_path(path)}
+    module_rows = [_Row(path, MODULE, 0, (), type(m).__name__, False, False) for path, m in modules.items()]
+    if strict:
+        _check(model, [r.path for r in (*rows, *module_rows)], patterns)
+    mask = select_paths([r.path for r in (*rows, *module_rows)], list(patterns))
+    chosen_params = [q for q, keep in zip(params, mask[: len(rows)], strict=True) if keep]
+    chosen_rows = [r for r, keep in zip((*rows, *module_rows), mask, strict=True) if keep]
     index = Index(
         paths=tuple(r.path for r in chosen_rows),
         kinds=tuple(r.kind for r in chosen_rows),
@@ -145,33 +241,45 @@ def watched(model: nn.Module, optimizers: Sequence[Optimizer], patterns: Sequenc
         in_optimizer=np.asarray([r.held for r in chosen_rows], np.bool_),
         trainable=np.asarray([r.trainable for r in chosen_rows], np.bool_),
     )
+    placed = [(i, path, p) for i, (path, p) in enumerate(chosen_params)]
+    chosen_modules = tuple(r.path for r in chosen_rows if r.kind == MODULE)
     return Watched(
         index=index,
-        by_id={id(p): i for i, (_, p) in enumerate(chosen_params)},
-        params=[(i, path, p) for i, (path, p) in enumerate(chosen_params) if id(p) in held],
-        modules=tuple(r.path for r in chosen_rows if r.kind == MODULE),
-        signature=signature(model, optimizers),
-        missing=tuple(path for path, p in chosen_params if p.requires_grad and id(p) not in held),
+        by_id={id(p): i for i, _, p in placed},
+        params=[row for row in placed if id(row[2]) in taken],
+        modules=chosen_modules,
+        unheld=[row for row in placed if id(row[2]) not in taken and row[1] not in strange],
+        hooked=tuple(modules[path] for path in chosen_modules),
+        replaced={path: held[key] for key, path in gone.items() if select_paths([path], list(patterns)).any()},
+        strange={path: strange[path] for _, path, _ in placed if path in strange},
     )
+
+
+def _without_masters(
+    foreign: list[nn.Parameter],
+    params: list[tuple[str, nn.Parameter]],
+    rows: list[_Row],
+    taken: set[int],
+    strange: Mapping[str, str],
+) -> list[nn.Parameter]:
+    """Put copies in float32 that an optimizer holds in the place of the parameters that they are copies of; return the
+    others."""
+    free = [i for i, (path, p) in enumerate(params) if p.requires_grad and id(p) not in taken and path not in strange]
+    found = masters(foreign, [params[i][1] for i in free]) if foreign else []
+    for i, master in zip(free, found, strict=False):
+        params[i] = (params[i][0], master)
+        rows[i] = rows[i]._replace(held=True)
+        taken.add(id(master))
+    return [] if found else foreign
 
 
 def _row(path: str, p: nn.Parameter, owner: str, held: bool) -> _Row:
     lazy = isinstance(p, nn.parameter.UninitializedParameter)
-    shape = () if lazy else tuple(p.shape)
-    return _Row(path, PARAMETER, 0 if lazy else p.numel(), shape, owner, held, p.requires_grad)
+    shape = () if lazy else tuple(shape_of(p))
+    return _Row(path, PARAMETER, 0 if lazy else math.prod(shape), shape, owner, held, p.requires_grad)
 
 
-def _choose(
-    model: nn.Module,
-    params: list[tuple[str, nn.Parameter]],
-    rows: list[_Row],
-    module_rows: list[_Row],
-    patterns: Sequence[str],
-) -> tuple[list[tuple[str, nn.Parameter]], list[_Row]]:
-    every = [r.path for r in (*rows, *module_rows)]
+def _check(model: nn.Module, every: Sequence[str], patterns: Sequence[str]) -> None:
     for pattern in patterns:
         if every and not select_paths(every, pattern).any():
             raise UnknownPathError(pattern, every, model_name=type(model).__name__, kind="parameter or module")
-    mask = select_paths(every, list(patterns))
-    kept = [q for q, keep in zip(params, mask[: len(rows)], strict=True) if keep]
-    return kept, [r for r, keep in zip((*rows, *module_rows), mask, strict=True) if keep]

@@ -2,7 +2,7 @@
 
 Gradients and their norms are equal already (reduced by DDP, or whole through their shards' collectives). What differs
 from rank to rank (loss, batch, activations, validation metrics) travels in one packed SUM all-reduce a step, and on
-sampled steps in one MAX besides; every rank takes part in both, always, also one that could not measure (D1, G10).
+sampled steps in one MAX besides; every rank takes part in both, always, also one that could not measure.
 Under FSDP2 and tensor parallelism the norms of the pieces travel in the same vector.
 """
 
@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..stats import Exchange
+from ..torchside import moved, sent, wide_dtype
 
 __all__ = [
     "BATCH_SCALARS",
     "NUM_SLOTS",
+    "are_several",
     "combine",
     "is_writer",
     "merged_extras",
@@ -55,6 +57,10 @@ _MEANS = (
 _MAXIMA = ("input_absmax", "output_max", "output_row_sum_max", "target_max", "target_row_sum_max", "shape_mismatch")
 _MINIMA = ("output_min", "output_row_sum_min", "target_min", "target_row_sum_min")
 BATCH_SCALARS = (*_MEANS, *_MAXIMA, *_MINIMA)
+
+
+# Asked at every step: whether there is a process group at all.
+are_several: Callable[[], bool] = getattr(dist, "is_initialized", lambda: False)
 
 
 def world_size() -> int:
@@ -130,12 +136,13 @@ def combine(
 def pack_extras(extras: Mapping[str, float], device: torch.device) -> Tensor:
     """Return numbers of this rank's host as a vector of fixed length, with a checksum of their names before them."""
     names = sorted(extras)[:NUM_SLOTS]
-    check = zlib.crc32("\n".join(names).encode()) & 0xFFFFF
+    wide = wide_dtype(device)
+    # Its square, summed over ranks, must be exact.
+    check = zlib.crc32("\n".join(names).encode()) & (0xFFFFF if wide is torch.float64 else 0xFF)
     values = [float(check), float(check) ** 2, *(float(extras[n]) for n in names)]
     packed = torch.zeros(NUM_SLOTS + 2, dtype=torch.float64)
     packed[: len(values)] = torch.tensor(values, dtype=torch.float64)
-    # Pinned: a copy from pageable memory would wait for the device.
-    return packed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else packed.to(device)
+    return sent(packed.to(wide), device)
 
 
 def merged_extras(names: Sequence[str], packed: NDArray[np.float64], num_ranks: int) -> dict[str, float]:
@@ -148,8 +155,8 @@ def merged_extras(names: Sequence[str], packed: NDArray[np.float64], num_ranks: 
 
 def _on(value: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return value.to(device=device, dtype=torch.float64)
-    return torch.full((), value, dtype=torch.float64, device=device)
+        return moved(value, device, wide_dtype(device))
+    return torch.full((), value, dtype=wide_dtype(device), device=device)
 
 
 def _reduce(
@@ -159,8 +166,9 @@ def _reduce(
     device: torch.device,
 ) -> None:
     names = list(parts)
-    empty = torch.zeros(0, dtype=torch.float64, device=device)
-    flat = torch.cat([empty, *(parts[n].to(device=device, dtype=torch.float64).reshape(-1) for n in names)])
+    wide = wide_dtype(device)
+    empty = torch.zeros(0, dtype=wide, device=device)
+    flat = torch.cat([empty, *(moved(parts[n], device, wide).reshape(-1) for n in names)])
     reduce(flat, rows)
     start = 0
     for n in names:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..torchside import is_host
 from ._transfer import Transfer
 
 __all__ = ["ScaleReader", "scale_left_in_gradients", "unscale"]
@@ -26,7 +27,7 @@ class ScaleReader:
     def begin(self, scaler: Any) -> None:
         """Send for the scale, where it is on a device and was updated since the last time."""
         scale = getattr(scaler, "_scale", None)
-        if not isinstance(scale, Tensor) or scale.device.type == "cpu":
+        if not isinstance(scale, Tensor) or is_host(scale.device):
             return
         if self._of is None or self._of[0] is not scale or self._of[1] != scale._version:
             self._of, self._copy = (scale, scale._version), Transfer({"scale": scale})
@@ -35,7 +36,7 @@ class ScaleReader:
         """Return the scale as it is now; 1 where there is no scaler."""
         if scaler is None:
             return 1.0
-        if not isinstance(getattr(scaler, "_scale", None), Tensor) or scaler._scale.device.type == "cpu":
+        if not isinstance(getattr(scaler, "_scale", None), Tensor) or is_host(scaler._scale.device):
             return float(scaler.get_scale())
         self.begin(scaler)
         assert self._copy is not None
@@ -43,7 +44,7 @@ class ScaleReader:
 
 
 def _is_unscaled(scaler: Any, optimizer: Optimizer) -> bool:
-    # Private, but the only place that knows (O2): a fused optimizer's gradients, and those of a step whose last
+    # Private, but the only place that knows: a fused optimizer's gradients, and those of a step whose last
     # micro-batch gave no loss, come scaled.
     state = scaler._per_optimizer_states.get(id(optimizer))
     return state is not None and getattr(state["stage"], "name", "") == "UNSCALED"

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
-import logging
-import time
+import atexit
+import copy
+import os
+import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._version import __version__
+from .._closing import end_all
+from .._warn import log, one_line, warn
 from ..errors import ConfigError
-from ..protocols import Request, RunMeta, Sink
-from ..records import Incident, StepRecord
+from ..protocols import Sink
+from ..records import ENDED_WELL, GOING_ON, Incident, StepRecord, Verdict, judge_run
+from ..requests import Request
 from ..sinks import RunFolder, SafeSinks
-from ._batch import num_samples
-from ._draft import StepInputs
-from ._engine import ALARMS, Engine, StepOutcome
-from ._flight import write_flight
-from ._news import IncidentTarget, news_sink
-from ._paths import clean_path, unwrap
-from ._ranks import is_writer, world_size
+from ..torchside import member, weakly
+from ._batch import look, num_samples
+from ._coverage import Standing, coverage
+from ._engine import Engine, StepOutcome
+from ._incident_target import IncidentTarget, incident_sink
+from ._named import own_numbers
+from ._paths import unwrap
+from ._prediction import Forward
+from ._ranks import is_writer
+from ._requests import Home, carry_out, makes_sense_at_the_end
+from ._rollbacks import Rollbacks
+from ._run_meta import run_meta
+from ._sealed import UnusableState, check, seal
 from ._settings import Settings
+from ._step_inputs import StepInputs
 from ._summary import summarize
-from ._tasks import Tasks, wants_tasks
-from ._unseen import unseen
+from ._tasks import Tasks, tasks_of
+from ._telling import Telling
+from ._told_incidents import ToldIncidents
+from ._unseen import unseen, why_nothing
 
-__all__ = ["MAX_LINES", "Session"]
-
-MAX_LINES = 30
-"""Incident lines printed in one run; what comes after is in the summary and the run folder."""
-
-_log = logging.getLogger("gradwatch")
+__all__ = ["Session"]
 
 
 class Session:
@@ -49,7 +58,7 @@ class Session:
         run_dir: folder for the run's files, or None.
         log_every: cadence of sinks that do not choose their own.
         say: shows one line to the user.
-        on_incident: told of incidents, in a thread of its own: a callable, or an http(s) address (see `news_sink`).
+        on_incident: told of incidents, in a thread of its own: a callable, or an http(s) address (see `incident_sink`).
         start_step: optimizer steps taken before this run (a resumed one).
     """
 
@@ -69,46 +78,48 @@ class Session:
         self.settings = settings
         self.model = unwrap(model)
         # Lightning takes the compiled module apart, and keeps the compiler's context on the one inside.
-        self._is_compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiler_ctx", None) is not None
-        self._say = say or _log.warning
-        self._num_lines = 0
-        self._said: set[tuple[int, str]] = set()
-        self._news: dict[tuple[int, str], Incident] = {}
-        self._closed = False
+        self._is_compiled = any(member(model, name) is not None for name in ("_orig_mod", "_compiler_ctx"))
+        self._closed = self._done = self._is_finished = False
+        self._why, self._num_records = "", 0
+        self._telling = Telling()
+        self._exit: Callable[[], object] = lambda: None
+        self._unseen: list[str] = []
         self.tasks: Tasks | None = None
         self._tasks_state: Any = None
+        self._numbers: dict[str, float] = {}
         self.run_dir = None if run_dir is None else Path(run_dir)
+        self._told = ToldIncidents(self.run_dir, say or log)
         self.engine = Engine(
             self.model,
             optimizers,
             book=settings.book,
             treatments=settings.treatments,
             options=settings.options,
-            on_incident=self._incident,
-            on_record=self._record,
+            statistics=settings.statistics,
+            run_dir=self.run_dir,
+            on_incident=weakly(self._incident),
+            on_record=weakly(self._record),
         )
+        strange = self.engine.meter.watched.strange
+        if strange and self.engine.treats:
+            path, why = next(iter(strange.items()))
+            warn(f"no treatment will act: {len(strange)} parameters can't be seen, {path!r} among them: {why}.")
+        self._pid = os.getpid()
         chosen = list(sinks) if is_writer() else []
         if self.run_dir is not None and is_writer():
             chosen.insert(0, RunFolder(self.run_dir))
         if on_incident is not None and is_writer():
-            chosen.append(news_sink(on_incident))
+            chosen.append(incident_sink(on_incident))
         self.sinks = SafeSinks(chosen, log_every=log_every, on_error=settings.options.on_error)
-        self.sinks.open(self._meta(start_step))
-
-    def _meta(self, start_step: int) -> RunMeta:
-        options = {k: getattr(self.settings.options, k) for k in self.settings.options.__dataclass_fields__}
-        options["rules"] = [rule.name for rule in self.settings.book.rules]
-        options["treatments"] = [t.name for t in self.settings.treatments]
-        options["world_size"] = world_size()
-        return RunMeta(
-            name=self.settings.name,
-            run_dir=None if self.run_dir is None else str(self.run_dir),
-            started=time.time(),
-            options=options,
-            versions={"gradwatch": __version__, "torch": torch.__version__},
-            model=type(self.model).__name__,
-            start_step=start_step,
-        )
+        try:
+            self.sinks.open(run_meta(self.settings, self.model, self.run_dir, start_step))
+        except BaseException:
+            with suppress(Exception):  # what is on its way comes out
+                self.close("not begun")
+            raise
+        if self.sinks.keeps_early:
+            self.engine.completion.on_arrived = self.sinks.arrived
+        self._exit = _write_at_exit(self)
 
     @property
     def closed(self) -> bool:
@@ -117,67 +128,86 @@ class Session:
     @property
     def incidents(self) -> list[Incident]:
         """All incidents so far, as they stand now, in the order in which they began."""
+        self.engine.catch_up()
         return self.engine.judge.incidents
 
     @property
     def history(self) -> list[StepRecord]:
         """The recent records, oldest first; bounded."""
+        self.engine.catch_up()
         return list(self.engine.completion.history)
 
     @property
     def notes(self) -> list[str]:
         """What gradwatch could not see, or has switched off."""
-        notes = [f"{part} was switched off: {why}" for part, why in self.engine.guard.failed.items()]
-        notes += [f"sink {name} was switched off: {error}" for name, error in self.sinks.failed.items()]
+        notes = [*self.engine.guard.notes, *self.sinks.notes]
+        if self.engine.rollbacks is not None:
+            notes.append(self.engine.rollbacks.snapshots.note)
         if self._is_compiled and self.settings.options.activations_every is not None:
             notes.append("the model is compiled: what hooks on modules should measure is not seen there")
-        notes += unseen(self.engine.meter, self.engine.judge)
-        return notes
+        if not self._closed:
+            with self.engine.guard("notes on what was not seen"):
+                self._unseen = unseen(self.engine.meter, self.engine.judge, self.engine.announced)
+        return notes + self._unseen
+
+    def coverage(self) -> dict[str, Standing]:
+        """Return what every parameter and module counted as at the last step, and why: path -> (state, reason).
+
+        States are "measured", "no gradient", "in no optimizer", "replaced" (an optimizer holds it, the model no more)
+        and "unseen".
+        """
+        return coverage(self.engine.meter)
+
+    @property
+    def wrote(self) -> bool:
+        """The run folder is there, and all of the run is in it."""
+        return self.run_dir is not None and not self.sinks.trouble and (self.run_dir / "meta.json").is_file()
+
+    def verdict(self) -> Verdict:
+        """Return whether all is well, or why that can't be said."""
+        self.engine.catch_up()
+        coverage = self.engine.judge.coverage
+        return judge_run(
+            incidents=self.incidents,
+            coverage=coverage,
+            num_steps=max([self._num_records, *(entry.seen for entry in coverage)]),
+            ended=self._ended,
+        )
+
+    @property
+    def _ended(self) -> str:
+        """How the run ended, in words; that it ended well, or goes on."""
+        if self.sinks.trouble and not self._why:
+            return f"recording failed ({self.sinks.trouble})"
+        if self._why:
+            return f"the run {self._why}" if self._why.startswith("crashed") else f"the run was {self._why}"
+        if self._is_finished:
+            return ENDED_WELL
+        return "the run was closed before its end" if self._closed else GOING_ON
 
     def summary(self) -> str:
-        """Return the table of layers and the incidents, as text."""
-        return summarize(self.history, self.incidents, num_skipped=self.engine.completion.num_skipped, notes=self.notes)
+        """Return the verdict, the table of layers and the incidents, as text."""
+        return summarize(
+            self.history,
+            self.incidents,
+            verdict=self.verdict(),
+            num_skipped=self.engine.completion.num_skipped,
+            remarks=self.engine.delivered.remarks,
+            notes=self.notes,
+            why_nothing=why_nothing(self.engine.meter, self.engine.announced),
+        )
 
     def _record(self, record: StepRecord) -> None:
+        self._num_records += 1
         self.sinks.push(record)
-        if self._news:
+        if self._told.has_news:
             self._tell()
 
     def _incident(self, incident: Incident) -> None:
-        # Told when the step is complete: by then it stands with it what was done about it.
-        self._news[incident.id, incident.rule] = incident
+        self._told.note(incident)
 
     def _tell(self) -> None:
-        news, self._news = self._news, {}
-        now = {(i.id, i.rule): i for i in self.incidents}
-        for key in news:
-            incident = now.get(key, news[key])
-            if key not in self._said and incident.rule in ALARMS:
-                incident = self._record_flight(incident)
-            self.sinks.incident(incident)
-            if key in self._said and not incident.resolved:
-                continue
-            if key not in self._said and incident.severity != "info" and is_writer():
-                self._print(incident)
-            self._said.add(key)
-
-    def _record_flight(self, incident: Incident) -> Incident:
-        if self.run_dir is None or not is_writer() or len(self._said) >= MAX_LINES:
-            return incident
-        with self.engine.guard("the flight recorder"):
-            autopsy = self.engine.autopsy
-            path = write_flight(self.run_dir, incident, self.history, autopsy.modules if autopsy else ())
-            details = {"flight_recorder": path.name}
-            self.engine.judge.explain(incident, details)
-            return replace(incident, details={**incident.details, **details})
-        return incident
-
-    def _print(self, incident: Incident) -> None:
-        if self._num_lines < MAX_LINES:
-            self._say(f"gradwatch {incident}")
-        elif self._num_lines == MAX_LINES:
-            self._say("gradwatch: further incidents are not printed; see the summary.")
-        self._num_lines += 1
+        self._told.tell(self.engine, self.sinks)
 
     def begin(self, lightning_module: Any = None) -> None:
         """Begin to collect task losses, where surgery or conflict diagnosis is asked for.
@@ -185,19 +215,21 @@ class Session:
         Args:
             lightning_module: whose `training_step` returns them; None in loops that call `backward({...})` or `split`.
         """
-        options = self.settings.options
-        if not wants_tasks(self.settings.surgery, options.conflicts_every, self.settings.book.rules):
-            return
-        named = [(clean_path(n), p) for n, p in self.model.named_parameters()]
-        tasks = self.tasks = Tasks(
-            self.settings.surgery, named, conflicts_every=options.conflicts_every, module=lightning_module
-        )
+        tasks = tasks_of(self.settings, self.model, lightning_module)
+        if tasks is not None:
+            self.collect(tasks)
+
+    def collect(self, tasks: Tasks) -> None:
+        """Take the task losses from these."""
+        self.tasks = tasks
         self.engine.meter.is_muted = lambda: tasks.tasks.probing
         if self._tasks_state is not None:
             tasks.load_state_dict(self._tasks_state)
 
     def before_forward(self, step: int) -> None:
         """Say that a micro-batch begins."""
+        if self._closed:
+            return
         if self.tasks is not None:
             self.tasks.begin(step)
         self.engine.before_forward(step)
@@ -210,23 +242,69 @@ class Session:
             scale: the loss scaler's, that `loss` is already multiplied by.
             parts: accumulated micro-batches, that it is already divided by.
         """
-        self.engine.before_backward(scale)
-        if self.tasks is not None:
+        self.engine.before_backward(scale, loss)
+        if self.tasks is not None and not self._closed:
             self.tasks.before_backward(loss, scale / parts)
 
     def after_backward(self, *, last: bool, scale: float = 1.0, parts: int = 1, batch_size: float = 1.0) -> None:
         """Say that one micro-batch's backward is over; `last`: the optimizer steps next."""
-        if self.tasks is not None:
+        if self.tasks is not None and not self._closed:
             self.tasks.after_backward(last=last, grad_scale=scale / parts, batch_size=batch_size)
+            self.engine.produced.void()
 
     def step(self, inputs: StepInputs, optimizers: Sequence[Optimizer] | None = None) -> StepOutcome:
-        """Measure, judge and treat, with what surgery has to say put on record."""
-        if self.tasks is not None:
+        """Measure, judge and treat, with what surgery has to say put on record. Nothing, once the session is closed."""
+        if self.tasks is not None and not self._closed:
             inputs.scalars = inputs.scalars | self.tasks.report()
-        return self.engine.after_backward(inputs, optimizers)
+        if self._numbers:
+            inputs.scalars, self._numbers = self._numbers | inputs.scalars, {}
+        return StepOutcome() if self._closed else self.engine.after_backward(inputs, optimizers)
 
     def after_step(self) -> None:
+        self.engine.gates.stepped()
         self.engine.finish_step()
+        if self.engine.rollbacks is None:
+            return
+        self.engine.go_back()
+        if self.engine.rollbacks.news:
+            self._tell_returns(self.engine.rollbacks)
+
+    def _tell_returns(self, rollbacks: Rollbacks) -> None:
+        news, rollbacks.news = rollbacks.news, []
+        for told in news:
+            text = f"{told.rule}: {told.words}"
+            if is_writer():
+                self._told.print(text)
+            # With the steps: what a replay's rules remember goes back as it did here.
+            self.sinks.annotate(text=text, rolled_back={"from": told.step, "to": told.to, "rule": told.rule})
+            self._numbers |= {"rolled_back_from": float(told.step), "rolled_back_to": float(told.to)}
+        self._tell()
+
+    def restores(
+        self,
+        *,
+        scaler: Any = None,
+        wrappers: Sequence[Any] = (),
+        also: Callable[[], Mapping[str, Any]] = dict,
+        schedulers: Callable[[], Sequence[Any]] = tuple,
+    ) -> None:
+        """Say what goes back with the model and its optimizers when the training is taken back.
+
+        Args:
+            scaler: the loss scaler.
+            wrappers: optimizers of the user's own around those that are watched.
+            also: gives averaged models and the like, by name.
+            schedulers: gives the learning rates' schedulers.
+        """
+        if self.engine.rollbacks is not None:
+            training = self.engine.rollbacks.training
+            training.scaler, training.wrappers = scaler, wrappers
+            training.also, training.schedulers = also, schedulers
+
+    def register(self, objects: Mapping[str, Any]) -> None:
+        """Let more go back with the training: averaged models, schedulers, whatever has a state."""
+        if self.engine.rollbacks is not None:
+            self.engine.rollbacks.training.register(objects)
 
     def optimizer_number(self, optimizer: Optimizer) -> int:
         """Return which of the run's optimizers this is."""
@@ -235,16 +313,15 @@ class Session:
     def count_samples(self, batch: Any) -> int:
         return num_samples(batch)
 
-    def carry_out(self, request: Request) -> None:
-        """Do what needs no trainer: lower learning rates, notify."""
-        if request.kind == "lower_learning_rate":
-            values = request.values
-            self.engine.rates.lower(values["factor"], values.get("steps"), name=str(values.get("rule", "")))
-        elif request.kind == "surgery" and self.tasks is not None:
-            self.tasks.switch(request.values["surgery"])
-        elif request.kind == "notify":
-            with self.engine.guard("notifying"):
-                request.values["target"](request.values["incident"])
+    def look(self, batch: Any, outputs: Any) -> Forward:
+        """Return what is kept of a forward pass, for `StepInputs.batch`: for trainers that see it end, and can't hold
+        what it took and gave until the step."""
+        self.engine.meter.is_told = True
+        return look(batch, outputs, self.engine.guard, sampled=self.engine.meter.armed)
+
+    def carry_out(self, request: Request, home: Home) -> None:
+        """Do what an action asks for, here or in the trainer."""
+        carry_out(request, home, engine=self.engine, tasks=self.tasks, telling=self._telling)
 
     def take_requests(self) -> list[Request]:
         """Return what rules asked for that were judged after their step, once."""
@@ -252,23 +329,60 @@ class Session:
         self.engine.completion.late_requests.clear()
         return requests
 
+    def take_last_requests(self) -> list[Request]:
+        """Return what rules asked for at the last steps, whose numbers came when all was over, once.
+
+        Those apart that would change the steps to come.
+        """
+        return [request for request in self.take_requests() if makes_sense_at_the_end(request)]
+
     def annotate(
         self, text: str, *, silence: int = 0, paths: str | Sequence[str] = "*", rules: str | Sequence[str] = "*"
     ) -> None:
         """Put a note on record, and keep rules silent for a number of steps (a data switch, a new schedule)."""
-        self.engine.judge.annotate(text, silence=silence, paths=paths, rules=rules)
-        # With the step: a replay must keep still over the same steps.
-        self.sinks.annotate(text=text, silence=silence, paths=paths, rules=rules)
+        self.engine.annotate(text, silence=silence, paths=paths, rules=rules)
+        if not self._closed:
+            # With the step: a replay must keep still over the same steps.
+            self.sinks.annotate(text=text, silence=silence, paths=paths, rules=rules)
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Put numbers of the user's own on the next step's record; what is none is told once and left out."""
+        self._numbers |= own_numbers(values, self.engine.guard)
 
     def state_dict(self) -> dict[str, Any]:
+        return seal(self._memory(), self.engine.meter.watched.index)
+
+    def _memory(self) -> dict[str, Any]:
         state = self.engine.state_dict()
         if self.tasks is not None:
             state["surgery"] = self.tasks.state_dict()
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if not isinstance(state, Mapping):
-            raise ConfigError(f"gradwatch's state is a mapping made by `state_dict()`. Got {type(state).__name__}.")
+    def load_state_dict(self, state: Any) -> bool:
+        """Go on from a state, and return True. One that can't be gone on from (damaged, of another release, of another
+        model) gives one warning; all begins afresh, as if there were none.
+
+        Raises:
+            ConfigError: it can't, and `on_error` is "raise".
+        """
+        before: Mapping[str, Any] | None = None
+        try:
+            usable = check(state, self.engine.meter.watched.index)
+            before = copy.deepcopy(self._memory())
+            self._take_up(usable)
+        except Exception as error:
+            if before is not None:
+                with suppress(Exception):
+                    self._take_up(before)
+            why = str(error) if isinstance(error, UnusableState) else f"can't be gone on from: {one_line(error)}"
+            told = f"the state in the checkpoint {why}. gradwatch begins afresh, and the training goes on"
+            if self.settings.options.on_error == "raise":
+                raise ConfigError(f"{told}.") from error
+            self.engine.guard.limit(told, aloud=True)
+            return False
+        return True
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
         self.engine.load_state_dict(state)
         self._tasks_state = state.get("surgery")
         if self.tasks is not None and self._tasks_state is not None:
@@ -280,21 +394,61 @@ class Session:
         Args:
             scalars: what was learnt after the last step (a last validation).
         """
-        scalars = scalars or {}
+        scalars, self._numbers = {**self._numbers, **(scalars or {})}, {}
         self.engine.finish(scalars)
+        self._is_finished = True
         if scalars:
             self.sinks.annotate(closing=dict(scalars))
         self._tell()
         self.sinks.summary(self.summary())
 
-    def close(self) -> None:
-        """Take everything off the model, write what is left. May be called twice."""
-        if self._closed:
+    def close(self, why: str = "") -> None:
+        """Take everything off the model, write what is left. May be called twice, and goes on where it was interrupted.
+
+        Args:
+            why: how the run ended, where it did not come to its end: `"interrupted"`, `"crashed: ..."`.
+        """
+        if self._done:
             return
-        self._closed = True
-        if self.tasks is not None:
-            self.tasks.close()
-        self.engine.close()
+        _ = self.notes  # while there is something left to ask
+        self._closed, self._why = True, self._why or why
+        self._end(why)
+        self._done, self._told.say = True, log  # a trainer's own way of showing lines holds the trainer
+        self._exit()
+
+    def _end(self, why: str) -> None:
+        first = [] if self.tasks is None else [self.tasks.close]
+        # The collector, where it found this in a cycle, has let go of all weak references by now: the last records
+        # would reach nobody.
+        self.engine.listen(self._record, self._incident)
+        try:
+            end_all(*first, self.engine.close, partial(self._write_last, why), self.sinks.close)
+        finally:
+            self.engine.listen(weakly(self._record), weakly(self._incident))
+
+    def _write_last(self, why: str) -> None:
         self._tell()
-        self.sinks.flush()
-        self.sinks.close()
+        if why:
+            self.sinks.ended(why)
+        self.sinks.judged(self.verdict(), self._ended)
+
+    def __del__(self) -> None:
+        # Nobody holds it any more: hooks have gone by themselves, what was measured is written. Not in a forked child,
+        # whose memory is a copy, nor in an interpreter that is half taken down.
+        if getattr(self, "_pid", None) == os.getpid() and not self._done and not sys.is_finalizing():
+            with suppress(Exception):
+                self._end("abandoned")
+
+
+def _write_at_exit(session: Session) -> Callable[[], None]:
+    """Write what is left when the interpreter ends without `close`; return what calls that off."""
+    reference, pid = weakref.ref(session), os.getpid()
+
+    def write() -> None:
+        alive = reference()
+        if alive is not None and os.getpid() == pid:
+            with suppress(Exception):
+                end_all(alive.engine.close, alive._tell, alive.sinks.flush)
+
+    atexit.register(write)
+    return lambda: atexit.unregister(write)

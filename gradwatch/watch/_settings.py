@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..book import load_rules
+from ..book import load_rules, load_statistics
 from ..errors import ConfigError, UnknownNameError
-from ..protocols import Sink, Treatment
+from ..protocols import Sink, Statistic, Treatment, as_sink
 from ..rules import RuleBook
-from ..treatments import TREATMENTS, MicroBatchSurgery, Surgery
+from ..treatments import MicroBatchSurgery, Surgery
+from ._given_treatments import given_treatments
 from ._options import MeasureOptions
 
 __all__ = ["Settings", "resolve"]
@@ -28,6 +29,7 @@ class Settings:
         sinks: given by the user; None: the adapter chooses.
         name: of the run; tags and state keys begin with it.
         log_every: optimizer steps between two log entries; None: the trainer's own.
+        statistics: the user's own measurements, those of the rules file among them.
     """
 
     book: RuleBook
@@ -37,6 +39,7 @@ class Settings:
     sinks: tuple[Sink, ...] | None
     name: str
     log_every: int | None
+    statistics: tuple[Statistic, ...] = ()
 
 
 def resolve(
@@ -47,6 +50,8 @@ def resolve(
     sinks: Sequence[Sink] | None = None,
     name: str = "gradwatch",
     log_every: int | None = None,
+    statistics: Any = (),
+    allow_code: bool = False,
     **options: Any,
 ) -> Settings:
     """Check and resolve what a door was given.
@@ -57,38 +62,27 @@ def resolve(
     known = MeasureOptions.__dataclass_fields__
     for option in options:
         if option not in known:
-            raise UnknownNameError("option", option, [*known, "rules", "treatments", "surgery", "sinks", "name"])
+            raise UnknownNameError(
+                "option",
+                option,
+                [*known, "rules", "treatments", "surgery", "sinks", "statistics", "name", "allow_code"],
+            )
     if not isinstance(name, str) or not name or "/" in name:
         raise ConfigError(f"`name` must be a word without '/'. Got {name!r}.")
     if log_every is not None and (isinstance(log_every, bool) or not isinstance(log_every, int) or log_every < 1):
         raise ConfigError(f"`log_every` must be a number of optimizer steps, 1 or more, or None. Got {log_every!r}.")
+    own = load_statistics(statistics)  # before the rules: expressions may name them
+    book = load_rules(rules, allow_code=allow_code)
     return Settings(
-        book=load_rules(rules),
-        treatments=_treatments(treatments),
+        book=book,
+        treatments=given_treatments(treatments),
         surgery=_surgery(surgery),
         options=MeasureOptions(**options),
         sinks=None if sinks is None else _sinks(sinks),
         name=name,
         log_every=log_every,
+        statistics=tuple({s.name: s for s in (*book.statistics, *own)}.values()),
     )
-
-
-def _treatments(given: Any) -> tuple[Treatment, ...]:
-    if given is None:
-        return ()
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        given = [given]
-    found = []
-    for item in given:
-        if isinstance(item, str):
-            if item not in TREATMENTS:
-                raise UnknownNameError("treatment", item, TREATMENTS)
-            item = TREATMENTS[item]()
-        if isinstance(item, type) or not isinstance(item, Treatment):
-            what = f"the class {item.__name__}; did you forget the brackets" if isinstance(item, type) else repr(item)
-            raise ConfigError(f"`treatments` takes objects with `apply_`, such as ClipByGlobalNorm(1.0). Got {what}.")
-        found.append(item)
-    return tuple(found)
 
 
 def _surgery(given: Any) -> Any:
@@ -100,8 +94,6 @@ def _surgery(given: Any) -> Any:
 
 
 def _sinks(given: Any) -> tuple[Sink, ...]:
-    found = [given] if isinstance(given, Sink) else list(given)
-    for sink in found:
-        if not isinstance(sink, Sink):
-            raise ConfigError(f"{sink!r} is no sink: it needs the methods open, write, incident, flush and close.")
-    return tuple(found)
+    if isinstance(given, type) or not isinstance(given, Iterable):
+        given = [given]
+    return tuple(as_sink(sink) for sink in given)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ..records import Floats, Incident, StepRecord
+from .._text import printable
+from ..records import HEALTHY, Floats, Incident, StepRecord, Verdict, heading, kinds_in, rank_incidents, told_kinds
 
 __all__ = ["summarize"]
 
@@ -17,8 +18,11 @@ def summarize(
     history: Sequence[StepRecord],
     incidents: Sequence[Incident],
     *,
+    verdict: Verdict,
     num_skipped: int = 0,
+    remarks: Iterable[str] = (),
     notes: Iterable[str] = (),
+    why_nothing: str = "",
     max_layers: int = MAX_LAYERS,
 ) -> str:
     """Return a table of the recent records, one line per parameter of two or more dimensions, then the incidents.
@@ -26,36 +30,44 @@ def summarize(
     Args:
         history: recent records, oldest first.
         incidents: of the whole run.
+        verdict: on it.
         num_skipped: optimizer steps that were vetoed.
+        remarks: what is to be known of the norms on record.
         notes: what gradwatch could not see, or switched off.
+        why_nothing: why there is no record, where there is none.
         max_layers: lines of the table; the layers with the smallest and largest gradients stay.
     """
     if not history:
-        return "gradwatch: no step was measured."
+        lines = [f"gradwatch: no step was measured{': ' if why_nothing else ''}{why_nothing}."]
+        return printable("\n".join([*lines, *(f"note: {_flat(note)}" for note in notes)]))
     last = history[-1]
-    lines = [f"gradwatch: {len(history)} records, steps {history[0].step} to {last.step}"]
+    lines = [f"gradwatch: {len(history)} records, steps {history[0].step} to {last.step}", verdict.headline]
+    lines += filter(None, [told_kinds(kinds_in(last.scalars))])
     lines += _table(history, max_layers)
-    norms = np.asarray([r.global_norm for r in history])
-    lines.append(f"global gradient norm: median {_short(_median(norms))}, max {_short(_max(norms))}")
+    norms = np.asarray([r.global_norm for r in history if r.has_gradient])
+    said = f"median {_short(_median(norms))}, largest {_short(_max(norms))}" if len(norms) else "not seen at any step"
+    lines.append(f"global gradient norm: {said}")
     treated = sum(any(t.applied for t in r.treatments) for r in history)
     if treated or num_skipped:
         lines.append(f"treated steps: {treated} of the last {len(history)}; skipped in all: {num_skipped}")
-    if "trainer_clip" in last.scalars:
-        lines.append(
-            f"the Trainer clips after gradwatch, to {_short(last.scalars['trainer_clip'])}: the norm the optimizer "
-            "gets is on record as global_norm_applied"
-        )
+    lines += remarks
     if incidents:
         lines.append(f"{len(incidents)} incident{'s' if len(incidents) > 1 else ''}:")
-        for incident in incidents:
+        for incident, cause in rank_incidents(incidents):
             state = "resolved" if incident.resolved else "open"
-            lines.append(f"  {incident} [{state}]")
-            if incident.advice:
+            follows = "" if cause is None else f"  follows from {cause.name or cause.rule}: "
+            lines.append(f"  {follows}{_flat(str(incident))} [{state}]")
+            if incident.advice and cause is None:
                 lines.append(f"      {incident.advice}")
-    else:
+    elif verdict.state == HEALTHY:
         lines.append("no incidents.")
-    lines += [f"note: {note}" for note in notes]
-    return "\n".join(lines)
+    lines += [f"note: {_flat(note)}" for note in notes]
+    return printable("\n".join(lines))
+
+
+def _flat(text: str) -> str:
+    """Return a text on one line: names in it may hold line ends."""
+    return " ".join(text.split("\n"))
 
 
 def _table(history: Sequence[StepRecord], max_layers: int) -> list[str]:
@@ -73,13 +85,15 @@ def _table(history: Sequence[StepRecord], max_layers: int) -> list[str]:
         keep = {*order[: max_layers // 2].tolist(), *order[-(max_layers - max_layers // 2) :].tolist()}
         shown = np.asarray([i for i in rows if i in keep])
     width = min(max((len(index.paths[i]) for i in shown), default=10), 48)
-    head = f"{'parameter':<{width}}  {'grad norm':>10} {'median':>10} {'max':>10} {'update/weight':>13}"
+    norm, ratio = heading("grad_norm"), heading("update_ratio")
+    head = f"{'parameter':<{width}}  {norm:>13} {'median':>10} {'largest':>10} {ratio:>13}"
     lines = [head]
     for i in shown:
-        path = index.paths[i] if len(index.paths[i]) <= width else "..." + index.paths[i][3 - width :]
+        path = _flat(index.paths[i])
+        path = path if len(path) <= width else "..." + path[3 - width :]
         cells = [_short(norms[-1, i]), _short(median[i]), _short(top[i])]
         ratio = _short(_median(ratios[:, i])) if np.isfinite(ratios[:, i]).any() else "-"
-        lines.append(f"{path:<{width}}  " + " ".join(f"{c:>10}" for c in cells) + f" {ratio:>13}")
+        lines.append(f"{path:<{width}}  {cells[0]:>13} {cells[1]:>10} {cells[2]:>10} {ratio:>13}")
     if len(rows) > len(shown):
         lines.append(f"... and {len(rows) - len(shown)} layers between these")
     return lines

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..torchside import clean_path
 from ..treatments.surgery import (
     MicroBatchController,
     MicroBatchSurgery,
@@ -16,8 +17,9 @@ from ..treatments.surgery import (
     TrainingStepTap,
     collecting,
 )
+from ._settings import Settings
 
-__all__ = ["Tasks", "wants_tasks"]
+__all__ = ["Tasks", "tasks_of", "wants_tasks"]
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -46,7 +48,8 @@ class Tasks:
         self._tap = None if module is None or is_micro else TrainingStepTap(module, self.tasks)
 
     def begin(self, step: int) -> None:
-        """Say which step the coming micro-batch belongs to."""
+        """Say which step the coming micro-batch belongs to. Losses whose backward never came go, graphs and all."""
+        self.tasks.discard()
         self.tasks.step = step
         if self.micro is not None:
             self.micro.step = step
@@ -66,7 +69,8 @@ class Tasks:
         self.tasks.switch(surgery)
 
     def report(self) -> dict[str, float]:
-        """Return the scalars of the step."""
+        """Return the scalars of the step, whose backwards are over."""
+        self.tasks.after_backward()
         return {**self.tasks.report(), **(self.micro.report() if self.micro is not None else {})}
 
     @contextmanager
@@ -91,3 +95,12 @@ class Tasks:
         self.tasks.close()
         if self.micro is not None:
             self.micro.discard()
+
+
+def tasks_of(settings: Settings, model: nn.Module, module: Any = None) -> Tasks | None:
+    """Return what collects the task losses of a run, or None where nothing asks for them."""
+    surgery, every = settings.surgery, settings.options.conflicts_every
+    if not wants_tasks(surgery, every, settings.book.rules):
+        return None
+    named = [(clean_path(n), p) for n, p in model.named_parameters()]
+    return Tasks(surgery, named, conflicts_every=every, module=module)

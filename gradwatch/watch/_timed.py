@@ -1,23 +1,25 @@
-"""How long gradwatch itself takes, so that the report can say it."""
+"""How long gradwatch itself takes, so that the report can say it; and numpy as gradwatch has it."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import wraps
+from time import perf_counter
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-__all__ = ["timed"]
+import numpy as np
+
+__all__ = ["calm_numpy", "timed"]
 
 
 class _Clocked(Protocol):
     spent: float
+    is_timed: bool
 
 
 P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound=_Clocked)
-_running: set[int] = set()
 
 
 def timed(method: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
@@ -25,14 +27,25 @@ def timed(method: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P],
 
     @wraps(method)
     def wrapper(self: C, /, *args: P.args, **kwargs: P.kwargs) -> Any:
-        if id(self) in _running:
+        if self.is_timed:
             return method(self, *args, **kwargs)
-        _running.add(id(self))
-        start = time.perf_counter()
+        self.is_timed, start = True, perf_counter()
         try:
             return method(self, *args, **kwargs)
         finally:
-            _running.discard(id(self))
-            self.spent += time.perf_counter() - start
+            self.is_timed = False
+            self.spent += perf_counter() - start
+
+    return wrapper
+
+
+def calm_numpy(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep numpy from raising or warning inside a function, as the user may have it do where numbers overflow: to
+    gradwatch these are results."""
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with np.errstate(all="ignore"):
+            return function(*args, **kwargs)
 
     return wrapper

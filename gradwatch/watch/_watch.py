@@ -12,17 +12,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError, TrainingStopped
-from ..protocols import Request, Sink, Treatment
-from ..records import Incident, StepRecord
-from ._autopsy import remember_forward
+from ..protocols import Sink, Treatment
+from ..records import Incident, StepRecord, Verdict
+from ..requests import Request, StopTraining
+from ..torchside import weakly
+from ._autopsy import ForwardMemory
 from ._batch import num_samples
-from ._draft import StepInputs
+from ._closure import Evaluated, closure_in, only_one
+from ._ending import Ending
 from ._engine import StepOutcome
-from ._news import IncidentTarget, incident_target
+from ._incident_target import IncidentTarget, incident_target
+from ._requests import Home
 from ._scaler import ScaleReader, scale_left_in_gradients, unscale
+from ._sealed import packed, unpacked
 from ._session import Session
 from ._settings import resolve
-from ._stepper import chosen, steppers
+from ._step_inputs import StepInputs
+from ._stepper import Stepper, chosen, steppers
+from ._stepping import step_all
+from ._training import is_transparent
+from ._validation import validation_scalars
 
 __all__ = ["Watch"]
 
@@ -49,6 +58,7 @@ class Watch:
         scaler: a `torch.amp.GradScaler`, where one is used; `step` then calls its `step` and `update` too.
         treatments: for every step.
         surgery: a method's name or a `Surgery`, for `backward({...})` and `split(...)`.
+        statistics: your own measurements: `gradwatch.stats.Statistic` objects, or names of registered ones.
         run_dir: folder for records and incidents; None writes nothing.
         sinks: where else records go.
         log_every: optimizer steps between two log entries of sinks without a cadence of their own.
@@ -57,7 +67,8 @@ class Watch:
         on_checkpoint: called with a file name when a rule asks for a checkpoint.
         name: of the run; tags and state keys begin with it.
         options: `paths`, `every`, `activations_every`, `updates_every`, `histograms_every`, `backward`,
-            `memory_limit_mb`, `on_error`, ...: see `MeasureOptions`.
+            `memory_limit_mb`, `on_error`, ...: see `MeasureOptions`; and `allow_code`: a rules file may name classes as
+            `module:Class`, whose code runs when they are imported.
 
     Raises:
         ConfigError: a setting that can't be, with the nearest valid names.
@@ -72,6 +83,7 @@ class Watch:
         scaler: Any = None,
         treatments: Treatment | Sequence[Treatment] = (),
         surgery: Any = None,
+        statistics: Any = (),
         run_dir: str | Path | None = None,
         sinks: Sequence[Sink] | None = None,
         log_every: int | None = None,
@@ -92,6 +104,7 @@ class Watch:
             rules=rules,
             treatments=treatments,
             surgery=surgery,
+            statistics=statistics,
             sinks=sinks,
             name=name,
             log_every=log_every,
@@ -109,11 +122,14 @@ class Watch:
             raise ConfigError(f"`model` must be a torch.nn.Module. Got {type(model).__name__}.")
         self._steppers = steppers(optimizer)
         self.optimizers = tuple(s.raw for s in self._steppers)
+        self._is_wrapped = any(s.given is not s.raw for s in self._steppers)
         # One inside a wrapper is the wrapper's to step and update; one given here is ours.
         inner = next((s.scaler for s in self._steppers if s.scaler is not None), None)
         self.scaler = inner if scaler is None or not scaler.is_enabled() else scaler
         self._on_checkpoint = on_checkpoint
+        self._stops: list[StopTraining] = []
         self._step = 0
+        self._outcome = StepOutcome()
         self._extra: dict[str, float] = {}
         self._scale = ScaleReader()
         self._losses: list[Tensor] = []
@@ -129,16 +145,23 @@ class Watch:
             log_every=log_every or 50,
             on_incident=incident_target(on_incident),
         )
+        self.session.restores(scaler=self.scaler, wrappers=_wrappers(self._steppers))
+        self.session.engine.gates.know(s.given for s in self._steppers)
         self.session.begin()
-        self._forward_handle = (
-            remember_forward(model, self.session.engine.remember) if settings.options.autopsy else None
-        )
+        remember = weakly(self.session.engine.remember)
+        forwards = [ForwardMemory(model, remember)] if settings.options.autopsy else []
+        self._end = Ending(self.session, self._stack.close, *(f.close for f in forwards))
         self.session.before_forward(0)
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps taken so far, vetoed ones included."""
         return self._step
+
+    @property
+    def outcome(self) -> StepOutcome:
+        """What was decided of the last step that was given a closure."""
+        return self._outcome
 
     def backward(
         self, losses: Mapping[str, Tensor] | Tensor, *, parts: int = 1, last: bool = True, batch_size: int = 1
@@ -182,34 +205,64 @@ class Watch:
     ) -> StepOutcome:
         """Measure, judge and treat the gradients in `.grad`, then let the optimizers step, unless vetoed.
 
+        With a closure, as torch's `optimizer.step(closure)` takes it (LBFGS needs one), forward and backward run
+        inside the optimizer's step: `loss = watch.step(closure)`. What its first evaluation gives is measured, judged
+        and treated, and the decision stands for the whole step.
+
         Args:
-            loss: of this step, unscaled: a tensor or a number.
+            loss: of this step, unscaled: a tensor or a number. Or a closure.
             batch, outputs, targets: for rules that look at them; all optional.
             optimizer: the one that steps now, where several step each on its own; None: all.
 
+        Returns:
+            What was decided; with a closure the loss, as the optimizer's own `step` returns it (`outcome` has the
+            decision).
+
         Raises:
+            ConfigError: a closure for several optimizers, or under a loss scaler.
             TrainingStopped: a rule or treatment asked for a stop.
         """
         stepping = chosen(self._steppers, optimizer)
-        if not all(s.is_syncing for s in stepping):
+        closure = closure_in(loss)
+        if closure is not None:
+            handed = {"batch": batch, "outputs": outputs, "targets": targets, "optimizer": optimizer}
+            return self._step_with(closure, only_one(stepping, self.scaler), handed)
+        if self._is_wrapped and not all(s.is_syncing for s in stepping):
             # Accelerate accumulates: its optimizers would not move now.
             self.micro_batch(loss, batch)
             return StepOutcome()
         if self.scaler is not None:
             for s in stepping:
-                unscale(self.scaler, s.raw)
+                unscale(self.scaler, s.scaled)
         outcome = self.after_backward(loss, batch=batch, outputs=outputs, targets=targets, optimizer=optimizer)
-        mine = self.scaler if all(s.scaler is None for s in stepping) else None
-        for s in stepping:
-            if mine is not None:
-                mine.step(s.raw)
-            else:
-                s.step()
-        if mine is not None:
-            mine.update()
+        step_all(stepping, self.scaler, self.session.engine, outcome)
         self.after_step()
-        self._refuse(outcome.requests)
         return outcome
+
+    def _step_with(self, closure: Callable[[], Any], stepper: Stepper, handed: dict[str, Any]) -> Any:
+        """Let an optimizer step that runs forward and backward by itself; return the loss."""
+        if not stepper.is_syncing:
+            loss = closure()
+            self.micro_batch(loss, handed["batch"])
+            return loss
+        engine = self.session.engine
+
+        def measure(loss: Any) -> StepOutcome:
+            outcome = self._outcome = self.after_backward(loss, **handed)
+            if engine.gates.is_open(stepper.raw) and not outcome.skip:
+                engine.delivered.stepping(stepper.raw)
+            return outcome
+
+        evaluated = Evaluated(closure, measure)
+        try:
+            loss = stepper.step(evaluated)
+        finally:
+            engine.gates.over()
+        if evaluated.outcome is None:
+            name = type(stepper.raw).__name__
+            engine.guard.limit(f"{name} never called the closure it was given", aloud=True)
+        self.after_step()
+        return loss
 
     def micro_batch(self, loss: Any = None, batch: Any = None) -> None:
         """Hand over what a micro-batch gave whose gradients accumulate; the last one of a step is `step`'s."""
@@ -229,8 +282,8 @@ class Watch:
 
         Where the outcome says `skip`, the optimizer's next `step()` moves nothing.
         """
-        stepping = [s.raw for s in chosen(self._steppers, optimizer)]
-        scaler = self.scaler
+        known = chosen(self._steppers, optimizer)
+        stepping, scaler = [s.raw for s in known], self.scaler
         inputs = StepInputs(
             step=self._step,
             losses=self._micro_losses + (self._losses if loss is None else [loss]),
@@ -238,38 +291,63 @@ class Watch:
             outputs=outputs,
             targets=targets,
             num_samples=self._num_samples + num_samples(batch) if self._num_samples else 0,
-            grad_scale=1.0 if scaler is None else scale_left_in_gradients(scaler, stepping[0]),
+            grad_scale=1.0 if scaler is None else scale_left_in_gradients(scaler, known[0].scaled),
             scaler=scaler is not None,
             scale=None if scaler is None else self._scale.read(scaler),
+            scale_left=None if scaler is None else weakly(self._scale_left, 1.0),
             optimizer=None if optimizer is None else self.optimizers.index(stepping[0]),
             scalars=self._extra,
         )
         self._extra, self._losses, self._micro_losses, self._num_samples = {}, [], [], 0
         outcome = self.session.step(inputs, stepping)
-        for request in outcome.requests:
-            self._carry_out(request)
+        if outcome.requests:
+            self._carry_out(outcome.requests)
         return outcome
 
+    def _scale_left(self, optimizer: Optimizer) -> float | Tensor:
+        known = next((s.scaled for s in self._steppers if s.raw is optimizer), optimizer)
+        return scale_left_in_gradients(self.scaler, known)
+
     def after_step(self) -> None:
-        """The second half of `step`: call it after the optimizer has stepped."""
+        """The second half of `step`: call it after the optimizer has stepped.
+
+        Raises:
+            TrainingStopped: a rule or treatment asked for a stop.
+        """
         self.session.after_step()
         self._step += 1
         self.session.before_forward(self._step)
-        self._scale.begin(self.scaler)
+        if self.scaler is not None:
+            self._scale.begin(self.scaler)
         if self.session.engine.treats_errors:
             self.session.engine.before_backward(self._scale.read(self.scaler))
-        late = self.session.take_requests()
-        for request in late:
-            self._carry_out(request)
-        self._refuse(late)
+        if self.session.engine.completion.late_requests:
+            self._carry_out(self.session.take_requests())
+        if self._stops:
+            self._stop_if_asked()
 
     def validation(self, loss: Any = None, **metrics: Any) -> None:
         """Hand over validation values; they stand on the next step's record as `val_loss` and `val_<metric>`;
         after the last step, rules hear of them when the run ends."""
-        given = metrics if loss is None else {"loss": loss, **metrics}
-        for key, value in given.items():
-            number = float(value.detach()) if isinstance(value, Tensor) else float(value)
-            self._extra[key if key == "train_eval_loss" else f"val_{key}"] = number
+        given = {"loss": loss, **metrics}
+        self._extra |= validation_scalars(given, self.session.engine.guard, known=given)
+
+    def record(self, **values: Any) -> None:
+        """Put numbers of your own on the next step's record: `watch.record(kl=kl, reward=reward)`.
+
+        Anything that is one number, a tensor among them (which is read: a wait, on a device). What is not is told once
+        and left out. `gradwatch.records.add_column` makes a name a word of expressions.
+        """
+        self.session.record(values)
+
+    def register(self, **objects: Any) -> None:
+        """Let more go back with model and optimizers when a `Rollback` takes the training back: averaged models
+        (`AveragedModel`, anything with `state_dict` and `load_state_dict`), schedulers, tensors, dicts of them.
+
+        Raises:
+            ConfigError: something that has no state.
+        """
+        self.session.register(objects)
 
     def annotate(
         self, text: str, *, silence: int = 0, paths: str | Sequence[str] = "*", rules: str | Sequence[str] = "*"
@@ -287,6 +365,13 @@ class Watch:
         """The recent records, oldest first; bounded."""
         return self.session.history
 
+    def verdict(self) -> Verdict:
+        """Return whether all is well, or why that can't be said; see `gradwatch.verdict`."""
+        return self.session.verdict()
+
+    def _repr_html_(self) -> str:
+        return self.verdict()._repr_html_()
+
     def summary(self) -> str:
         """Return a text table of layers, and the incidents with advice."""
         return self.session.summary()
@@ -303,24 +388,33 @@ class Watch:
         """Return windows, counters and the treatments' memory, as plain values and tensors."""
         # In a tuple: `torch.distributed.checkpoint` takes mappings apart, and then gives back no key but those that the
         # fresh one has already; a tuple it takes whole.
-        return {"step": self._step, "memory": (self.session.state_dict(),)}
+        return packed(self.session.state_dict(), self._step)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, on as many ranks as one likes."""
-        packed = isinstance(state, Mapping) and "memory" in state
-        self.session.load_state_dict(state["memory"][0] if packed else state)
-        self._step = int(state.get("step", 0))
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from a `state_dict`, on as many ranks as one likes.
+
+        A state that can't be gone on from (damaged, of another release, of another model) gives one warning, and all
+        begins afresh.
+        """
+        memory, step = unpacked(state)
+        self.session.load_state_dict(memory)
+        self._step = step
+        self.session.sinks.resumed(step)
         self.session.engine.meter.disarm()
         self.session.before_forward(self._step)
 
     def close(self) -> None:
-        """Take every hook off, write what is left. May be called twice."""
-        self._stack.close()
-        if self._forward_handle is not None:
-            self._forward_handle.remove()
-        if not self.session.closed:
-            self.session.finish(self._extra)
-        self.session.close()
+        """Take every hook off, write what is left, also where Ctrl-C falls into it. May be called twice.
+
+        Raises:
+            TrainingStopped: a rule asked for a stop whose numbers came last from the device.
+        """
+        try:
+            self._end(self._extra)
+        except KeyboardInterrupt:  # on the way in; where it came later that is done
+            self._end(self._extra)
+            raise
+        self._take_last_requests()
 
     def __enter__(self) -> Watch:
         if self.session.tasks is not None:
@@ -330,15 +424,32 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self._end(self._extra, error=error)
+        except KeyboardInterrupt:
+            self._end(self._extra, error=error)
+            raise
+        if error is None:
+            self._take_last_requests()
 
-    def _carry_out(self, request: Request) -> None:
-        self.session.carry_out(request)
-        if request.kind == "checkpoint" and self._on_checkpoint is not None:
-            with self.session.engine.guard("`on_checkpoint`"):
-                self._on_checkpoint(str(request.values.get("filename", "gradwatch")))
+    def _take_last_requests(self) -> None:
+        """Do what rules asked for at the last steps, whose numbers came when all was over."""
+        self._carry_out(self.session.take_last_requests())
+        self._stop_if_asked()
 
-    def _refuse(self, requests: Sequence[Request]) -> None:
+    def _carry_out(self, requests: Sequence[Request]) -> None:
+        if not requests:
+            return
+        home = Home(self._stops.append, self._on_checkpoint, "Give `on_checkpoint`, a function of a file name.")
         for request in requests:
-            if request.kind == "stop":
-                raise TrainingStopped(request.reason)
+            self.session.carry_out(request, home)
+
+    def _stop_if_asked(self) -> None:
+        """End the training between two steps, where one of them was asked to be the last."""
+        if self._stops:
+            raise TrainingStopped(self._stops.pop(0).reason)
+
+
+def _wrappers(steppers: Sequence[Stepper]) -> list[Any]:
+    """Return optimizers of the user's own around those that are watched: they may keep weights of their own."""
+    return [s.given for s in steppers if s.given is not s.raw and not is_transparent(s.given)]

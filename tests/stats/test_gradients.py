@@ -24,6 +24,14 @@ def test_norms_are_those_of_the_gradients_free_of_the_loss_scale() -> None:
     assert grads.grads[0][0].item() == 65536.0
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_the_norm_of_all_keeps_what_float64_can_hold_and_its_squares_can_not(size: float) -> None:
+    named = [(str(i), nn.Parameter(torch.zeros(4, dtype=torch.float64))) for i in range(4)]
+    for _, p in named:
+        p.grad = torch.full((4,), size, dtype=torch.float64)
+    assert Gradients.collect(named).global_norm.item() == pytest.approx(4 * size, rel=1e-12)
+
+
 def test_loss_scale_may_stay_on_the_device() -> None:
     grads = Gradients.collect(parameters(8.0), grad_scale=torch.tensor(4.0))
     assert grads.norms.tolist() == [4.0]
@@ -110,11 +118,26 @@ def test_dropped_gradients_are_none_and_gone_from_every_view() -> None:
     assert named[1][1].grad is None
     assert grads.paths == ("layer0.weight", "layer2.weight")
     assert part.paths == ("layer2.weight",)
+    assert [id(p) for p in grads.params] == [id(named[0][1]), id(named[2][1])]
+    assert [id(p) for p in part.params] == [id(named[2][1])]
+    assert len(grads) == len(grads.grads) == len(grads.tensors) == 2
     assert grads.norms.tolist() == [2.0, 6.0]
     grads.touch()
     assert grads.norms.tolist() == [2.0, 6.0]
     grads.mul_(torch.tensor([1.0, 2.0]))
     assert part.norms.tolist() == [12.0]
+
+
+def test_arithmetic_in_place_changes_each_element_once_and_no_other_gradient() -> None:
+    named = parameters(1.0, 2.0, 3.0)
+    (_, expanded), (_, first), (_, second) = named
+    expanded.grad = torch.ones(()).expand(4)
+    first.grad = second.grad = torch.full((4,), 2.0)
+    grads = Gradients.collect(named)
+    assert [t.stride() for t in grads.tensors] == [(0,), (1,), (1,)]  # only looked at, they stay as they are
+    for factor, grad in zip((2.0, 3.0, 5.0), grads.grads, strict=True):
+        grad.mul_(factor)
+    assert [p.grad.tolist() for _, p in named] == [[2.0] * 4, [6.0] * 4, [10.0] * 4]
 
 
 def test_dropping_nan_heals_the_global_norm_where_multiplying_by_zero_does_not() -> None:

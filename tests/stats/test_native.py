@@ -1,16 +1,21 @@
 """The compiled kernels measure what torch does, and do without a compiler what they can: nothing."""
 
+import ctypes
 import math
 import os
 import subprocess
 import sys
+from array import array
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from gradwatch.stats import UpdateMeter, exponent_histograms, gradient_details, moments, tensor_norms
+from gradwatch import Watch
+from gradwatch.stats import UpdateMeter, exponent_histograms, gradient_details, kernel_faults, moments, tensor_norms
 from gradwatch.stats import _native as module
+from gradwatch.torchside import lend_at_once
 
 SIZES = [0, 1, 15, 16, 17, 4095, 4096, 4097, 100_003]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -94,13 +99,57 @@ def test_public_statistics_are_the_same_with_and_without(dtype: torch.dtype, ker
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-2)
 
 
-def test_small_models_never_start_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_load", lambda: pytest.fail("asked for"))
-    grads = [torch.ones(1000) for _ in range(4)]
-    tensor_norms(grads)
-    gradient_details(grads)
-    exponent_histograms(grads)
-    moments(grads[0])
+LITTLE = """
+import sys, os, torch
+from pathlib import Path
+from gradwatch.stats import exponent_histograms, gradient_details, moments, tensor_norms
+grads = [torch.ones(1000) for _ in range(4)]
+gradient_details(grads), exponent_histograms(grads), moments(grads[0])
+for _ in range(int(sys.argv[1])):
+    norms = tensor_norms(grads)
+torch.testing.assert_close(norms, torch.full((4,), 1000.0).double().sqrt())
+print(len(list(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.so"))))
+"""
+
+
+@pytest.mark.parametrize(("measurements", "libraries"), [(100, 0), (200, 1)])
+def test_a_small_model_starts_a_compiler_where_its_run_lasts(
+    kernels: module.Native, measurements: int, libraries: int, tmp_path: Path
+) -> None:
+    command, env = [sys.executable, "-c", LITTLE, str(measurements)], {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    ran = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, f"{libraries}\n"), ran.stderr
+
+
+def test_a_little_work_has_the_kernels_where_they_lie_compiled(
+    kernels: module.Native, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_little", module._Little())
+    assert module.native_at_hand(1, worth=1 << 18) is kernels
+
+
+def test_memory_that_was_given_back_or_cut_short_is_lent_to_nobody() -> None:
+    whole, cut, gone, view = (torch.ones(10) for _ in range(4))
+    assert lend_at_once([whole, view[2:]], dtype=torch.float32) is not None
+    cut.untyped_storage().resize_(20)
+    gone.untyped_storage().resize_(0)
+    for bad in (cut, gone, view.double(), view[::2], torch.ones(2, device="meta"), torch.ones(2).to_sparse()):
+        assert lend_at_once([whole, bad], dtype=torch.float32) is None
+
+
+def test_what_fills_its_memory_is_lent_alike_with_its_size_known_and_nothing_else_is() -> None:
+    base = torch.randn(4, 4)
+    cut, gone = torch.ones(16), torch.ones(16)
+    cut.untyped_storage().resize_(20)
+    gone.untyped_storage().resize_(0)
+    wide, row, overlapping = torch.ones(32)[16:], base[0].expand(4, 4), base.as_strided((4, 4), (1, 1))
+    odd = [cut, gone, wide, row, overlapping, base.t(), base.double(), torch.ones(8), torch.ones(32)]
+    odd += [torch.ones(16, device="meta"), torch.ones(16).to_sparse(), torch.zeros(0)]
+    whole = torch.randn(16)
+    for numels in ((16, 16), (16, 8), (16, 0), (16,)):
+        for other in (base, *odd):
+            known = lend_at_once([whole, other], dtype=torch.float32, numels=array("q", numels))
+            assert known == lend_at_once([whole, other], dtype=torch.float32), (numels, other.shape)
 
 
 def test_negated_views_and_subclasses_are_left_to_torch() -> None:
@@ -108,6 +157,90 @@ def test_negated_views_and_subclasses_are_left_to_torch() -> None:
     assert negated.is_neg()
     assert module.native([negated], worth=0) is None
     torch.testing.assert_close(tensor_norms([negated])[0], negated.double().norm(), rtol=1e-6, atol=0)
+
+
+class Wrong:
+    """A kernel that is right for some calls, and then doubles what it writes."""
+
+    def __init__(self, kernel, right_calls: int) -> None:
+        self.kernel, self.right_calls = kernel, right_calls
+
+    def __call__(self, dtype, count, tensors, numels, out) -> None:
+        self.kernel(dtype, count, tensors, numels, out)
+        self.right_calls -= 1
+        if self.right_calls < 0:
+            ctypes.c_double.from_address(out).value *= 2
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, kernels: module.Native) -> module.Native:
+    """Kernels of this test's own, in the place of the process's."""
+    own = module.Native(module.library())
+    monkeypatch.setattr(module, "_attempt", lambda: module._Attempt(own))
+    monkeypatch.setattr(module, "_faults", [])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return own
+
+
+@pytest.mark.parametrize("right_calls", [0, 3])
+def test_a_kernel_that_disagrees_with_torch_is_switched_off_and_torch_answers(fresh, right_calls: int) -> None:
+    fresh._functions["norms"] = Wrong(fresh._functions["norms"], right_calls)
+    gradient = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
+    expected = gradient.double().norm().item()
+    for _ in range(right_calls + 1):
+        assert tensor_norms([gradient]).item() == pytest.approx(expected, rel=1e-6)
+    assert module._load() is None
+    told = "the compiled kernel 'norms' and torch measured different numbers: it is switched off"
+    assert kernel_faults() == [told]
+    assert module.native_state() == f"torch ({told})"
+    assert tensor_norms([gradient]).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_kernels_are_compared_at_calls_that_can_be_told_beforehand(fresh: module.Native) -> None:
+    due = [call for call in range(1, 5000) if fresh._is_due("squares")]
+    assert due == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 3072, 4096]
+
+
+def test_of_very_many_small_tensors_a_few_are_compared_each_time_and_all_in_turn(fresh: module.Native) -> None:
+    pieces = [torch.ones(4) for _ in range(500)]
+    seen, most = set(), 0
+    for _ in range(600):
+        fresh._calls["squares"] = fresh._calls.get("squares", 0) + 1
+        chosen = fresh._sample(pieces)
+        most = max(most, len(chosen))
+        seen.update(chosen)
+    assert most == 64
+    assert seen == set(range(500))
+
+
+def test_denormal_numbers_flushed_by_the_processor_are_no_disagreement(fresh: module.Native) -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor can't")
+    try:
+        for dtype in DTYPES:
+            tiny = (torch.arange(-5_000.0, 5_000.0, dtype=torch.float64) * torch.finfo(dtype).tiny / 1e4).to(dtype)
+            fresh.moments([tiny])
+            fresh.everything([tiny])
+            fresh.moved([tiny], [tiny * 2])
+            fresh.moments_of(tiny)
+    finally:
+        torch.set_flush_denormal(False)
+    assert fresh.fault == ""
+
+
+def test_a_watch_tells_of_a_kernel_that_was_switched_off(fresh: module.Native) -> None:
+    fresh._functions["norms"] = Wrong(fresh._functions["norms"], 1)
+    model = torch.nn.Linear(600, 600)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with Watch(model, optimizer, rules="observe", histograms_every=None, updates_every=None) as watch:
+        for _ in range(3):
+            loss = model(torch.randn(4, 600)).square().sum()
+            loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            watch.step(loss=loss)
+            assert watch.history[-1].global_norm == pytest.approx(norm.item(), rel=1e-5)
+            optimizer.zero_grad()
+    assert "note: the compiled kernel 'norms' and torch measured different numbers" in watch.summary()
 
 
 def answer(code: str, **env: str) -> str:
@@ -124,12 +257,3 @@ def test_switched_off_uncompilable_and_without_compiler_there_are_no_kernels(tmp
     (tmp_path / "cc").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "cc").chmod(0o755)
     assert answer(code, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path)) == "False"
-
-
-@pytest.mark.slow
-def test_library_is_compiled_once_and_found_again(tmp_path, kernels) -> None:
-    code = "from gradwatch.stats._native import _load; print(_load() is not None)"
-    for _ in range(2):
-        assert answer(code, XDG_CACHE_HOME=str(tmp_path)) == "True"
-    assert len(list((tmp_path / "gradwatch").glob("native-*.so"))) == 1
-    assert len(list((tmp_path / "gradwatch").iterdir())) == 1

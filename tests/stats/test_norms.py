@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.stats import global_norm, second_look, tensor_norms
+from gradwatch.stats._shards import alike
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(), (1,), (3, 5), (0,), (65536,), (65537,), (70001,), (512, 400), (3, 64, 7, 7), (100_003,)]
@@ -126,3 +127,10 @@ def test_one_hundred_million_elements_are_exact_to_1e_6() -> None:
     tensor = torch.randn(100_000_000, generator=torch.Generator().manual_seed(0))
     expected = math.sqrt(sum(c.double().square().sum().item() for c in tensor.split(1 << 20)))
     assert tensor_norms([tensor]).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_one_kernel_is_given_is_of_one_device_and_one_dtype() -> None:
+    short, wide, far = torch.ones(2, dtype=torch.float16), torch.ones(3), torch.ones(2, device="meta")
+    assert alike([short, wide, short]) == [[0, 2], [1]]
+    assert alike([wide, far, wide, short]) == [[0, 2], [1], [3]]
+    assert alike([wide, wide]) == [[0, 1]]

@@ -81,6 +81,40 @@ def test_nan_born_in_a_module_is_named_by_that_module(autopsy: bool) -> None:
     assert incident.severity == "critical"
 
 
+class Root(nn.Module):
+    """Once it is told to: finite forward, while its derivative is not (of the square root, at zero)."""
+
+    armed = False
+
+    def forward(self, x):
+        return x + torch.sqrt(x - x.detach()) if self.armed else x
+
+
+class Square(nn.Module):
+    """Makes a model return its loss, so that its backward can be run again."""
+
+    def forward(self, x):
+        return x.square().mean()
+
+
+def test_a_gradient_that_turns_bad_in_backward_alone_is_named_by_where_it_comes_out() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), Root(), nn.Linear(8, 1), Square())
+    x = torch.randn(16, 10)
+    options = {"activations_every": None, "autopsy": True, "on_error": "raise"}
+    with Watch(model, torch.optim.SGD(model.parameters(), lr=0.01), **options) as watch:
+        for i in range(4):
+            model[2].armed = i == 2
+            model.zero_grad()
+            model(x).backward()
+            watch.after_backward()
+            watch.after_step()
+    incident = next(i for i in watch.incidents if i.rule == "non_finite")
+    # What goes into the module's backward is finite; what comes out is the gradient of the output before it.
+    assert (incident.details["phase"], incident.details["born_in"]) == ("backward", "1")
+    assert watch.session.engine.autopsy.modules[-1]["output_is_finite"]
+
+
 def test_an_autopsy_changes_no_bit_of_the_run() -> None:
     def run(autopsy: bool):
         torch.manual_seed(3)

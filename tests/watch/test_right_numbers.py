@@ -7,6 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch import Watch
+from gradwatch.rules import Expression, NonFinite
+from gradwatch.treatments import ClipByGlobalNorm, SkipStep
+from gradwatch.watch import forget_step
+from gradwatch.watch._formulas import formula_scalars
 
 
 def small_model() -> nn.Sequential:
@@ -18,11 +22,14 @@ def reference(params: list[tuple[str, Tensor]], scale: float = 1.0) -> dict[str,
     return {n: float(torch.linalg.vector_norm(p.grad.double())) / scale for n, p in params if p.grad is not None}
 
 
-def assert_norms(watch_record, expected: dict[str, float], rtol: float = 1e-5) -> None:
-    for path, norm in expected.items():
-        assert watch_record["grad_norm", path] == pytest.approx(norm, rel=rtol)
+def norms_of(record, paths) -> dict[str, float]:
+    """Return norms of some parameters, and the global norm, as they stand on record."""
+    return {path: record["grad_norm", path] for path in paths} | {"": record.global_norm}
+
+
+def near(expected: dict[str, float], rtol: float = 1e-5):
     total = math.sqrt(sum(v * v for v in expected.values()))
-    assert watch_record.global_norm == pytest.approx(total, rel=rtol)
+    return pytest.approx(expected | {"": total}, rel=rtol)
 
 
 def test_norms_equal_a_float64_reference_under_accumulation() -> None:
@@ -35,7 +42,7 @@ def test_norms_equal_a_float64_reference_under_accumulation() -> None:
             expected = reference(list(model.named_parameters()))
             record = watch.step().record
             optimizer.zero_grad()
-            assert_norms(record, expected)
+            assert norms_of(record, expected) == near(expected)
 
 
 def test_norms_are_unscaled_under_a_loss_scaler() -> None:
@@ -49,9 +56,146 @@ def test_norms_are_unscaled_under_a_loss_scaler() -> None:
             expected = reference(list(model.named_parameters()), scale=65536.0)
             record = watch.step(loss=loss).record
             optimizer.zero_grad()
-            assert_norms(record, expected)
+            assert norms_of(record, expected) == near(expected)
             assert record.scalars["grad_scale"] == 65536.0
             assert record.scalars["amp_overflow"] == 0.0
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_the_global_norm_keeps_what_float64_can_hold_and_its_squares_can_not(size: float) -> None:
+    model = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(3))).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Watch(model, optimizer, rules="observe", on_error="raise") as watch:
+        for p, part in zip(model.parameters(), (2.0, 3.0, 6.0), strict=True):
+            p.grad = torch.full_like(p, part * size)
+        record = watch.step().record
+    assert record.global_norm == pytest.approx(7.0 * size, rel=1e-6)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_clip_ahead_of_the_measurement_is_seen_at_every_step_that_is_measured(every: int) -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = []
+    with Watch(model, optimizer, rules="observe", every=every, on_error="raise") as watch:
+        for step in range(12):
+            model(torch.randn(8, 6)).square().mean().backward()
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3))
+            norms += [norm] if step % every == 0 else []
+            watch.step()
+            optimizer.zero_grad()
+        found = [record.global_norm for record in watch.history]
+        applied = [record.scalars["global_norm_applied"] for record in watch.history]
+    assert found == pytest.approx(norms, rel=1e-4)
+    assert applied == pytest.approx([1e-3] * len(norms), rel=1e-2)
+
+
+def test_gradients_changed_by_ways_that_show_nowhere_are_told_right_after_sixteen_records_at_most() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    left = []
+    norms_alone = {"activations_every": None, "updates_every": None, "histograms_every": None}
+    with Watch(model, optimizer, rules="observe", on_error="raise", **norms_alone) as watch:
+        for step in range(48):
+            model(torch.randn(8, 6)).square().mean().backward()
+            if step >= 5:
+                for p in model.parameters():
+                    p.grad.data.mul_(0.25)  # no version counter counts it
+            left.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters())))
+            watch.step()
+            optimizer.zero_grad()
+        records = watch.history
+    applied = [record.scalars.get("global_norm_applied", math.nan) for record in records]
+    assert applied[:5] == pytest.approx(left[:5], rel=1e-5)
+    assert applied[22:] == pytest.approx(left[22:], rel=1e-5)
+
+
+def test_what_gradwatch_clips_is_told_as_its_own_doing_alone() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Watch(model, optimizer, rules="observe", treatments=[ClipByGlobalNorm(1e-3)], on_error="raise") as watch:
+        for _ in range(4):
+            model(torch.randn(8, 6)).square().mean().backward()
+            watch.step()
+            optimizer.zero_grad()
+        records, text = watch.history, watch.summary()
+    assert [r.scalars["global_norm_applied"] for r in records] == pytest.approx([1e-3] * 4, rel=1e-4)
+    assert [r.global_norm_after for r in records] == pytest.approx([1e-3] * 4, rel=1e-4)
+    assert "became" not in text
+
+
+def test_rows_that_add_up_to_one_are_classes_where_none_of_them_is_negative() -> None:
+    shares = torch.tensor([[0.25, 0.75], [1.0, 0.0], [0.5, 0.5]])
+    pred = torch.randn(3, 2)
+    found = formula_scalars(pred, shares)
+    assert float(found["cross_entropy"]) == pytest.approx(float(nn.functional.cross_entropy(pred, shares)))
+    shares[0] = torch.tensor([-0.5, 1.5])
+    assert math.isnan(formula_scalars(pred, shares).get("cross_entropy", math.nan))
+
+
+def test_a_step_that_is_measured_once_more_is_on_record_once_and_whole() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Watch(model, optimizer, rules="observe", updates_every=1, on_error="raise") as watch:
+        for _ in range(3):
+            for _ in range(2):  # a trainer that can't tell which backward of a step is its last
+                model(torch.randn(8, 6)).square().mean().backward()
+                forget_step(watch.session.engine)
+                watch.after_backward()
+            expected = reference(list(model.named_parameters()))
+            optimizer.step()
+            watch.after_step()
+            assert norms_of(watch.history[-1], expected) == near(expected)
+            optimizer.zero_grad()
+        assert [record.step for record in watch.history] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("every", [1, None], ids=["modules-too", "norms-alone"])
+def test_gradients_that_nobody_resets_are_known_by_it_however_many_micro_batches_a_step_has(every: int | None) -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Watch(model, optimizer, rules="observe", activations_every=every, on_error="raise") as watch:
+        for step in range(6):
+            if step >= 3:
+                optimizer.zero_grad(set_to_none=False)
+            for number in range(3):
+                loss = model(torch.randn(8, 6)).square().mean()
+                loss.backward()
+                if number < 2:
+                    watch.micro_batch(loss, batch=torch.zeros(8, 6))
+            watch.step(loss, batch=torch.zeros(8, 6))
+        records = watch.history
+    assert [record.scalars.get("grads_kept") for record in records] == [None, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert [record.num_samples for record in records] == [24] * 6
+
+
+def test_who_changes_gradients_after_a_treatment_is_told_from_what_the_treatment_left() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Watch(model, optimizer, rules="observe", treatments=[ClipByGlobalNorm(1e-3)], on_error="raise") as watch:
+        for _ in range(3):
+            model(torch.randn(8, 6)).square().mean().backward()
+            watch.after_backward()
+            for p in model.parameters():
+                p.grad.mul_(0.5)
+            optimizer.step()
+            watch.after_step()
+            optimizer.zero_grad()
+        text = watch.summary()
+    assert "the norm 0.001 became 0.0005" in text
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5])
+def test_how_far_running_statistics_have_followed_is_a_share(momentum: float) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=momentum), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Watch(model, optimizer, rules="observe", updates_every=1, on_error="raise") as watch:
+        for _ in range(4):
+            model(torch.randn(8, 3)).square().mean().backward()
+            watch.step()
+            optimizer.zero_grad()
+        found = [record.scalars["batch_norm_followed"] for record in watch.history]
+    assert found == pytest.approx([1 - (1 - momentum) ** count for count in range(1, 5)], abs=1e-6)
 
 
 def test_an_overflow_under_a_loss_scaler_is_no_fault() -> None:
@@ -73,6 +217,51 @@ def test_an_overflow_under_a_loss_scaler_is_no_fault() -> None:
     assert watch.history[-1].scalars["num_overflows"] == 1.0
 
 
+@pytest.mark.parametrize("through", ["every-step", "a-rule"])
+def test_what_the_loss_scaler_drops_is_not_treated_nor_counted(through: str) -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    skip, clip = SkipStep(max_consecutive=2), ClipByGlobalNorm(1e-3)
+    parts = {"every-step": {"treatments": [clip, skip], "rules": "observe"}}.get(
+        through, {"rules": [Expression("step >= 0", name="always", then=clip), NonFinite(then=skip)]}
+    )
+    with Watch(model, optimizer, scaler=scaler, on_error="raise", **parts) as watch:
+        for i in range(8):
+            loss = model(torch.randn(8, 6)).square().mean()
+            scaler.scale(loss * (math.inf if 2 <= i < 6 else 1.0)).backward()
+            watch.step(loss=loss)
+            optimizer.zero_grad()
+    overflows = [bool(r.scalars["amp_overflow"]) for r in watch.history]
+    assert overflows == [2 <= i < 6 for i in range(8)]
+    assert [bool(r.treatments) for r in watch.history] == [not overflow for overflow in overflows]
+    assert watch.session.engine.completion.num_skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "share"),
+    [
+        pytest.param([0.0, 0.0, 1.0, 1.0], 0.0, id="a-zero-is-none"),
+        pytest.param([2.0**-14, -(2.0**-14), 1.0, 2.0], 0.0, id="the-smallest-normal-is-none"),
+        pytest.param([2.0**-14 * 0.999, 2.0**-13, 1.0, 0.0], 0.25, id="just-below-is-one"),
+        pytest.param([-(2.0**-15), 2.0**-15, 1.0, 1.0], 0.5, id="of-either-sign"),
+        pytest.param([2.0**-126, 1e-30, -1e-30, 1e-5], 1.0, id="down-to-the-least"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("times", [1, 1 << 15])
+def test_what_a_float16_would_hold_as_denormal_underflows(
+    values: list[float], share: float, dtype: torch.dtype, times: int
+) -> None:
+    values = [2.0**-15 if v == 2.0**-14 * 0.999 and dtype is torch.bfloat16 else v for v in values]
+    weight = nn.Parameter(torch.zeros(len(values) * times, dtype=dtype))
+    model = nn.ParameterDict({"w": weight})
+    with Watch(model, torch.optim.SGD([weight], lr=0.1), histograms_every=1, on_error="raise") as watch:
+        weight.grad = torch.tensor(values, dtype=dtype).repeat(times)
+        record = watch.step().record
+    assert record["underflow_fraction", "w"] == share
+
+
 def test_tied_weights_count_once() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"tokens": nn.Embedding(10, 4), "head": nn.Linear(4, 10, bias=False)})
@@ -81,7 +270,7 @@ def test_tied_weights_count_once() -> None:
     with Watch(model, optimizer, on_error="raise") as watch:
         model["head"](model["tokens"](torch.arange(10))).square().sum().backward()
         expected = reference(list(model.named_parameters()))
-        assert_norms(watch.step().record, expected)
+        assert norms_of(watch.step().record, expected) == near(expected)
     assert len(expected) == 1
 
 
@@ -173,7 +362,7 @@ def test_unfreezing_adding_and_replacing_parameters_in_mid_run_is_followed() -> 
             optimizer.zero_grad()
             model(torch.randn(8, 6)).square().mean().backward()
             expected = reference([(n, p) for n, p in model.named_parameters() if p.requires_grad])
-            assert_norms(watch.step().record, expected)
+            assert norms_of(watch.step().record, expected) == near(expected)
 
         step()
         model[0].requires_grad_(True)
@@ -215,3 +404,19 @@ def test_grad_output_of_a_linear_on_sequences_survives_an_in_place_activation() 
         optimizer.zero_grad()
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
     assert norms[0] > 0
+
+
+def test_settings_are_told_where_a_group_of_parameters_has_no_memory_yet() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    groups = [{"params": layer.parameters()} for layer in model]
+    optimizer = torch.optim.AdamW(groups, eps=1e-3)
+    model[0].requires_grad_(False)
+    with Watch(model, optimizer, rules="observe", updates_every=1, on_error="raise") as watch:
+        for _ in range(3):
+            model(torch.randn(5, 4)).square().mean().backward()
+            watch.step()
+            optimizer.zero_grad()
+    last = watch.history[-1].scalars
+    assert last["num_second_moments"] == sum(p.numel() for p in model[1].parameters())
+    assert last["epsilon"] == pytest.approx(1e-3)

@@ -1,5 +1,7 @@
 """Task losses in plain loops: `backward({...})`, `split`, rules that switch surgery on, micro-batches."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -94,3 +96,48 @@ def test_micro_batch_surgery_works_in_a_plain_loop_and_nonsense_is_refused() -> 
             watch.backward(model.losses(x), parts=2, last=i == 1, batch_size=32)
         record = watch.step().record
     assert -1 <= record.scalars["micro_cos"] <= 1
+
+
+def test_the_noise_of_micro_batches_is_counted_in_samples() -> None:
+    found = {}
+    for size in (1, 32):
+        model = Two()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with Watch(model, optimizer, surgery=MicroBatchSurgery("pcgrad"), rules="observe", on_error="raise") as watch:
+            for i, x in enumerate(batches(4)):
+                watch.backward(model.losses(x), parts=4, last=i == 3, batch_size=size)
+            found[size] = watch.step().record.scalars
+    assert found[32]["noise_trace"] == pytest.approx(32 * found[1]["noise_trace"])
+    assert found[32]["noise_squared_norm"] == pytest.approx(found[1]["noise_squared_norm"])
+
+
+def test_a_resumed_run_goes_on_with_what_surgery_remembers() -> None:
+    def begun() -> tuple[Two, torch.optim.SGD, Watch]:
+        model = Two()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        surgery = Surgery("gradvac", beta=0.3, keep_length=False)
+        return model, optimizer, Watch(model, optimizer, rules="observe", surgery=surgery, on_error="raise")
+
+    def go_on(model: Two, optimizer: torch.optim.SGD, watch: Watch, steps: list[torch.Tensor]) -> None:
+        for x in steps:
+            optimizer.zero_grad()
+            watch.backward(model.losses(x))
+            watch.step()
+
+    xs = batches(12)
+    whole = begun()
+    go_on(*whole, xs[:6])
+    saved = copy.deepcopy([part.state_dict() for part in whole])
+    go_on(*whole, xs[6:])
+    resumed = begun()
+    for part, state in zip(resumed, saved, strict=True):
+        part.load_state_dict(state)
+    go_on(*resumed, xs[6:])
+    forgetful = begun()
+    for part, state in zip(forgetful[:2], saved[:2], strict=True):
+        part.load_state_dict(state)
+    go_on(*forgetful, xs[6:])
+    for *_, watch in (whole, resumed, forgetful):
+        watch.close()
+    assert same(resumed[0], whole[0])
+    assert not same(forgetful[0], whole[0])  # there was something to remember

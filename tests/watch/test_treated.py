@@ -2,15 +2,25 @@
 
 import copy
 import math
+from itertools import permutations
 
 import pytest
 import torch
 from torch import nn
 
-from gradwatch import GradwatchWarning, Watch
+from gradwatch import ConfigError, GradwatchWarning, Watch
 from gradwatch.errors import TrainingStopped
-from gradwatch.rules import Exploding, NonFinite, Rule
-from gradwatch.treatments import ClipByGlobalNorm, LowerLearningRate, SkipStep, Stop
+from gradwatch.rules import Exploding, Expression, NonFinite, Rule
+from gradwatch.treatments import (
+    ClipByGlobalNorm,
+    ClipByNorm,
+    LowerLearningRate,
+    Sanitize,
+    Scale,
+    SkipStep,
+    Stop,
+    Surgery,
+)
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
@@ -110,11 +120,36 @@ def test_clip_by_global_norm_on_every_step_equals_torchs_own() -> None:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
                 record = watch.step().record
                 assert record.global_norm_after <= 0.1 * (1 + 1e-5)
-                assert treated == (record.global_norm > 0.1001)
+                assert record.global_norm > 0.1001
         return list(model.parameters())
 
     for a, b in zip(run(True), run(False), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+MADE = {
+    "sanitize": lambda: Sanitize(),
+    "scale": lambda: Scale(100.0),
+    "clip_by_norm": lambda: ClipByNorm(0.5),
+    "clip_by_global_norm": lambda: ClipByGlobalNorm(0.25),
+}
+
+
+@pytest.mark.parametrize("behind", ["every-step", "a-rule", "both"])
+@pytest.mark.parametrize("given", permutations(MADE), ids="-".join)
+def test_treatments_act_in_the_order_that_is_right_whatever_the_order_they_are_given_in(
+    given: tuple[str, ...], behind: str
+) -> None:
+    model = net()
+    made = [MADE[name]() for name in given]
+    first = {"every-step": made, "a-rule": [], "both": made[:2]}[behind]
+    always = Expression("step >= 0", name="always", then=[t for t in made if t not in first])
+    with Watch(model, OPTIMIZERS["sgd"](model.parameters()), rules=[always], treatments=first) as watch:
+        (x, y), *_ = batches(1)
+        (model(x) - y).square().mean().backward()
+        record = watch.step().record
+    assert [t.name for t in record.treatments] == list(MADE)
+    assert record.global_norm_after == pytest.approx(0.25, rel=1e-5)
 
 
 class Broken:
@@ -144,6 +179,95 @@ def test_a_treatment_that_raises_vetoes_the_step_and_is_a_critical_incident() ->
     (incident,) = [i for i in watch.incidents if i.severity == "critical"]
     assert incident.rule == "treatment_failed"
     watch.close()
+
+
+def test_a_treatment_that_fails_is_said_to_veto_and_not_to_be_off_and_ends_a_run_that_stands_still() -> None:
+    model = net()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    before = copy.deepcopy(list(model.parameters()))
+    watch = Watch(model, optimizer, rules=[], treatments=[Broken()])
+
+    def train() -> None:
+        for x, y in batches(30):
+            (model(x) - y).square().mean().backward()
+            watch.step()
+
+    with (
+        pytest.warns(GradwatchWarning, match="treatment 'broken' failed: a step at which it fails is vetoed") as told,
+        pytest.raises(TrainingStopped, match="treatment 'broken' failed at 10 steps in a row"),
+    ):
+        train()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert len([w for w in told if "broken" in str(w.message)]) == 1
+    assert not any("switched off" in str(w.message) for w in told)
+    assert [i.rule for i in watch.incidents if i.severity == "critical"] == ["treatment_failed"]
+    watch.close()
+
+
+def test_a_treatment_that_fails_now_and_then_does_not_end_the_run() -> None:
+    class Sometimes(Broken):
+        name = "sometimes"
+
+        def apply_(self, grads, context):
+            if context.step % 5:
+                super().apply_(grads, context)
+
+    model = net()
+    watch = Watch(model, OPTIMIZERS["adamw"](model.parameters()), rules=[], treatments=[Sometimes()])
+
+    def train() -> None:
+        for x, y in batches(30):
+            (model(x) - y).square().mean().backward()
+            watch.step()
+        watch.close()
+
+    with pytest.warns(GradwatchWarning, match="sometimes"):
+        train()
+    assert [r.skipped for r in watch.history] == [bool(r.step % 5) for r in watch.history]
+    assert [i.rule for i in watch.incidents if i.severity == "critical"] == ["treatment_failed"] * 6
+
+
+@pytest.mark.parametrize(
+    ("given", "cure"),
+    [
+        ("clip_by_global_norm", "Write treatments=[ClipByGlobalNorm(max_norm=...)], with `from gradwatch.treatments"),
+        (["clip_by_global_norm"], "treatments=[ClipByGlobalNorm(max_norm=...)]"),
+        ("ClipByNorm", "treatments=[ClipByNorm(max_norm=...)]"),
+        ("clip-by-norm", "treatments=[ClipByNorm(max_norm=...)]"),
+        ("clip_by_norm(1.0)", "treatments=[ClipByNorm(1.0)]"),
+        ("clip_by_global_norm_", "treatments=[ClipByGlobalNorm(max_norm=...)]"),
+        ("clip_grad_norm_", "treatments=[ClipByGlobalNorm(max_norm=...)]"),
+        ("clip_grad_value_", "treatments=[ClipByValue("),
+        ("Clip By Value", "treatments=[ClipByValue("),
+        ("gradient_clip_val", "treatments=[ClipByGlobalNorm(max_norm=...)]"),
+        ("SkipStep", "Did you mean 'skip_step'?"),
+        ("SkipStep()", "treatments=[SkipStep()]"),
+        ("z-clip", "Did you mean 'zclip'?"),
+        ("AGC", "Did you mean 'adaptive_clip'?"),
+        ("skip_stpe", "Did you mean 'skip_step'"),
+        ("clip_by_nrom", "Did you mean 'clip_by_norm'"),
+        ({"clip_by_norm": {"max_norm": 2.0}}, "treatments=[ClipByNorm(max_norm=2.0)]"),
+        ([{"clip_by_norm": 2.0}], "treatments=[ClipByNorm(2.0)]"),
+        ("stop", "It is an action, which runs where a rule fires: NonFinite(then=Stop(...))"),
+        ([Stop()], "stop is an action, which runs where a rule fires"),
+        ("surgery", "give it as `surgery=`"),
+        (Surgery("pcgrad"), "give it as `surgery=`"),
+        (1.0, "such as ClipByGlobalNorm(1.0). Got 1.0."),
+        (SkipStep, "Got the class SkipStep; did you forget the brackets?"),
+    ],
+    ids=str,
+)
+def test_a_treatment_spelt_as_elsewhere_is_told_its_cure(given, cure) -> None:
+    model = net()
+    with pytest.raises(ConfigError) as told:
+        Watch(model, OPTIMIZERS["adamw"](model.parameters()), treatments=given)
+    assert cure in str(told.value)
+
+
+def test_a_treatment_that_needs_no_settings_goes_by_its_name() -> None:
+    model = net()
+    with Watch(model, OPTIMIZERS["adamw"](model.parameters()), treatments=["skip_step", "zclip"]) as watch:
+        assert [t.name for t in watch.session.settings.treatments] == ["skip_step", "zclip"]
 
 
 class Raising(Rule):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch.optim import Optimizer
 
-from ..stats import Gradients
-from ._draft import Draft
 from ._guard import Guard
-from ._meter import Meter
+from ._model_meter import ModelMeter
+from ._record_draft import Draft
 from ._transfer import Transfer
+from ._turn import Turn
 
-__all__ = ["Moves"]
+__all__ = ["UpdateRatios"]
 
 _PART = "update ratios"
 
 
-class Moves:
+class UpdateRatios:
     """Measures how far a step moves the parameters, for the draft of its record.
 
     Norms of parameters in pieces need every rank after the step. A rank whose own step was vetoed, whose measuring
@@ -25,21 +23,25 @@ class Moves:
     record.
     """
 
-    def __init__(self, meter: Meter, guard: Guard) -> None:
+    def __init__(self, meter: ModelMeter, guard: Guard) -> None:
         self._meter = meter
         self._guard = guard
         self._to_step: set[int] = set()
 
-    def before(self, step: int, grads: Gradients, optimizers: Sequence[Optimizer], *, moves: bool = True) -> None:
+    def before(self, turn: Turn, *, moves: bool) -> None:
         """Get ready before the optimizers step; `moves`: whether they move anything on this rank."""
-        self._to_step = set(map(id, optimizers))
+        turn.has_said_whether_it_moves = True
+        if not turn.plan.updates:
+            return
+        self._to_step = set(map(id, turn.optimizers))
+        assert turn.grads is not None
         with self._guard(_PART):
-            self._meter.before_update(step, grads, moves=moves and self._guard.ok(_PART))
+            self._meter.before_update(turn.step, turn.grads, moves=moves and self._guard.ok(_PART))
 
     def after(self, optimizer: Optimizer, draft: Draft | None) -> None:
         """Measure, once the last of the optimizers that step together has moved."""
         self._to_step.discard(id(optimizer))
-        if self._to_step:
+        if self._to_step or not self._meter.is_measuring_update:
             return
         with self._guard(_PART, self._meter.drop_update):
             positions, parts = self._meter.after_update()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from .._address import checked_address
 from ..records import Incident
 from ..sinks import NotifySink
 from ..treatments import resolve_target
 
-__all__ = ["IncidentTarget", "incident_target", "news_sink"]
+__all__ = ["IncidentTarget", "incident_target", "incident_sink"]
 
 IncidentTarget: TypeAlias = Callable[[Incident], Any] | str
 
@@ -20,12 +21,14 @@ def incident_target(given: IncidentTarget | None) -> IncidentTarget | None:
     Raises:
         ConfigError: it is none of these.
     """
-    if given is None or (isinstance(given, str) and given.startswith(("http://", "https://"))):
+    if given is None:
         return given
+    if isinstance(given, str) and given.startswith(("http:", "https:")):
+        return checked_address(given, where="gradwatch: `on_incident`")
     return resolve_target(given, door="gradwatch", name="on_incident")
 
 
-def news_sink(target: IncidentTarget) -> NotifySink:
+def incident_sink(target: IncidentTarget) -> NotifySink:
     """Return the sink that tells a target of incidents, from a thread of its own, however slow the target is.
 
     A callable hears of every incident when it opens and when it is over; an address of those that are at least

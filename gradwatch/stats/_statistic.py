@@ -1,0 +1,170 @@
+"""What a measurement of one's own is made of: a class with a name, `sums` or `maxima`, and `finish`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..records import MODULE, PARAMETER, Column, add_column, snake_case
+from ..torchside import home, moved, wide_dtype
+
+__all__ = ["GIVEN", "Statistic", "View"]
+
+GIVEN = ("gradients", "parameters", "optimizer_state", "outputs")
+"""What a statistic may need."""
+
+
+class View:
+    """What a statistic is shown: tensors that it must not change, nor read back, nor keep (a copy it may).
+
+    With `needs` of gradients, parameters or optimizer state there is one for each parameter that has a gradient, all
+    in the order of `paths`; of a sharded one the piece on this rank. With `needs = {"outputs"}` there is one view for
+    each call of a module: `paths` holds the module's, `outputs` its float tensors.
+
+    Attributes:
+        step: optimizer steps taken so far.
+        paths: what the rows are about.
+        outputs: of one module's call; empty else.
+        memory: kept from one step to the next, as long as the paths are the same; empty at first.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        paths: Sequence[str],
+        memory: dict[str, Any],
+        *,
+        tensors: Mapping[str, Callable[[], Sequence[Tensor]]] | None = None,
+        state: Callable[[str], Sequence[Tensor | None]] | None = None,
+        outputs: Sequence[Tensor] = (),
+    ) -> None:
+        self.step, self.paths, self.memory, self.outputs = step, tuple(paths), memory, tuple(outputs)
+        self._tensors, self._state = tensors or {}, state
+        self._kept: dict[str, Sequence[Tensor]] = {}
+
+    def _given(self, name: str) -> Sequence[Tensor]:
+        if name not in self._kept:
+            if name not in self._tensors:
+                raise ConfigError(f"there are no {name} in this view: name them in `needs`.")
+            self._kept[name] = self._tensors[name]()
+        return self._kept[name]
+
+    @property
+    def grads(self) -> Sequence[Tensor]:
+        """The gradients as the optimizer will use them, before any treatment."""
+        return self._given("gradients")
+
+    @property
+    def params(self) -> Sequence[Tensor]:
+        """The parameters, before the optimizer's step."""
+        return self._given("parameters")
+
+    def state(self, name: str) -> Sequence[Tensor | None]:
+        """Return what the optimizer keeps under a name (`"exp_avg"`) for each parameter; None where it has none."""
+        if self._state is None:
+            raise ConfigError("there is no optimizer_state in this view: name it in `needs`.")
+        return self._state(name)
+
+    def rows(self, *columns: Sequence[Tensor]) -> Tensor:
+        """Return lists of 0-dim tensors, one for each path, as columns side by side: shape (n, len(columns))."""
+        device = home([x for column in columns for x in column]) if any(columns) else torch.device("cpu")
+        wide = wide_dtype(device)
+        flat = [moved(x.detach(), device, wide).reshape(()) for column in columns for x in column]
+        if not flat:
+            return torch.zeros(0, len(columns), dtype=wide, device=device)
+        return torch.stack(flat).reshape(len(columns), -1).T
+
+
+class Statistic:
+    """A measurement of one's own. On record as a column (or a number) of its name, like any built-in one.
+
+    A class says what it is called and how it is drawn, in class attributes; what it needs; and how it is measured: on
+    the device with `sums` and `maxima`, whose numbers merge over ranks (and calls) by addition and maximum, and on the
+    host with `finish`, which makes the result of them. Where one fails it is switched off, with one warning.
+
+    Attributes:
+        name: by default the class name in snake case.
+        unit, label, scale, signed, guide, combine: see `gradwatch.records.Column`.
+        kind: of the result: `"parameter"`, `"module"` or `"scalar"`; by default what the rows are about.
+        needs: of `"gradients"`, `"parameters"`, `"optimizer_state"`; or `"outputs"` alone.
+        every: measured at one optimizer step in this many, and at the powers of two below it.
+        num_sums, num_maxima: numbers per row of what `sums` and `maxima` return.
+    """
+
+    name: str = ""
+    unit: str = ""
+    label: str = ""
+    meaning: str = ""
+    kind: str = ""
+    scale: str = "log10"
+    combine: str = "max"
+    signed: bool = False
+    guide: float | None = None
+    needs: frozenset[str] = frozenset({"gradients"})
+    every: int = 1
+    num_sums: int = 1
+    num_maxima: int = 0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Tell of its columns, so that expressions may name them from here on."""
+        super().__init_subclass__(**options)
+        cls.name = cls.__dict__.get("name") or snake_case(cls.__name__)
+        needs = (cls.needs,) if isinstance(cls.needs, str) else cls.needs
+        cls.needs = frozenset(needs)
+        if not cls.needs <= set(GIVEN) or not cls.needs or ("outputs" in cls.needs and len(cls.needs) > 1):
+            raise ConfigError(
+                f"`needs` of statistic {cls.name!r} are some of {', '.join(GIVEN[:-1])}, or outputs alone. "
+                f"Got {', '.join(sorted(map(str, cls.needs))) or 'none'}."
+            )
+        for setting, low in (("every", 1), ("num_sums", 0), ("num_maxima", 0)):
+            value = getattr(cls, setting)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"`{setting}` of statistic {cls.name!r} is a number, {low} or more. Got {value!r}.")
+        cls.kind = cls.kind or cls.over()
+        cls.meaning = cls.__dict__.get("meaning") or (cls.__doc__ or cls.name).strip().partition("\n")[0]
+        for column in cls.columns():
+            add_column(column)
+
+    @classmethod
+    def over(cls) -> str:
+        """Return what the rows are about: `"parameter"` or `"module"`."""
+        return MODULE if "outputs" in cls.needs else PARAMETER
+
+    @classmethod
+    def columns(cls) -> tuple[Column, ...]:
+        """Return what it puts on record: one column of its name, unless this is overridden."""
+        drawn = {name: getattr(cls, name) for name in ("unit", "label", "scale", "combine", "signed", "guide")}
+        when = "every step" if cls.every == 1 else f"one step in {cls.every}"
+        return (Column(name=cls.name, kind=cls.kind, meaning=cls.meaning, when=when, **drawn),)
+
+    def sums(self, view: View) -> Tensor | None:
+        """Return numbers that add up over ranks, pieces, calls and micro-batches.
+
+        Returns:
+            On the device, unread: shape (len(view.paths), num_sums), nan and inf as they are; None where there is
+            nothing to say at this step (the first one), the same on all ranks.
+        """
+        return None
+
+    def maxima(self, view: View) -> Tensor | None:
+        """Return numbers of which the largest counts, of shape (len(view.paths), num_maxima); asked after `sums`."""
+        return None
+
+    def finish(self, sums: NDArray[np.float64], maxima: NDArray[np.float64]) -> Any:
+        """Return what goes on record, from the merged numbers, on the host.
+
+        Args:
+            sums: float64, shape (n, num_sums).
+            maxima: float64, shape (n, num_maxima).
+
+        Returns:
+            Shape (n,) for a column, a number for a scalar; a mapping of names to those where there are several. Nan is
+            a value: it goes on record as it is.
+        """
+        return sums[:, 0] if self.num_sums else maxima[:, 0]

@@ -1,0 +1,121 @@
+"""What optimizers and modules are set to, in numbers that stand beside what was measured. Reads nothing back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
+
+from ..torchside import home, is_host, moved, wide_dtype
+from ._numbers import Scalars
+
+__all__ = ["configured"]
+
+_DECOUPLED = ("adamw", "lion", "nadamw", "sgdw", "muon")
+_MAX_ELEMENTS = 2**22
+"""Of second moments: what is asked is a size, which that many tell."""
+
+
+def configured(model: nn.Module, optimizers: Sequence[Optimizer]) -> Scalars:
+    """Return what optimizers and modules are set to, as far as it can be told; what can't is absent.
+
+    Returns:
+        name -> float, or 0-dim tensor that nobody has read; see the page "What a record holds".
+    """
+    groups = [(o, g) for o in optimizers for g in o.param_groups if _number(g.get("lr")) > 0]
+    return {**_decay(groups), **_epsilon(groups), **_modes(model), **_statistics(model)}
+
+
+def _number(value: Any) -> float:
+    """Return a setting as a number; nan where it is none, or lies on a device."""
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 and is_host(value.device) else math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _decay(groups: Sequence[tuple[Optimizer, Mapping[str, Any]]]) -> Scalars:
+    """The largest weight decay, and whether it acts beside the gradient (AdamW) or is added to it (L2)."""
+    decays = [(decay, o, g) for o, g in groups if (decay := _number(g.get("weight_decay"))) > 0]
+    if not decays:
+        return {}
+    decay, optimizer, group = max(decays, key=lambda d: d[0])
+    name = type(optimizer).__name__.lower()
+    # torch's own key, and that of other libraries.
+    beside = group.get("decoupled_weight_decay", group.get("decouple", name.startswith(_DECOUPLED)))
+    return {"weight_decay": decay, "decay_is_decoupled": float(bool(beside))}
+
+
+def _epsilon(groups: Sequence[tuple[Optimizer, Mapping[str, Any]]]) -> Scalars:
+    """Adam's epsilon, and how large second moments are that stand beside it: four kernels."""
+    found = [(_number(g.get("eps")), _number(g["betas"][1]), _moments(o, g)) for o, g in groups if _has_betas(g)]
+    found = [f for f in found if f[0] > 0 and f[2]]
+    found = [f for f in found if f[2][0].device == found[0][2][0].device]
+    if not found:
+        return {}
+    moments = [v for _, _, held in found for v in held]
+    return {
+        "epsilon": max(epsilon for epsilon, _, _ in found),
+        "beta2": max(beta for _, beta, _ in found),
+        "second_moments": torch.stack(torch._foreach_norm(moments, 1)).sum(),
+        "num_second_moments": float(sum(v.numel() for v in moments)),
+    }
+
+
+def _has_betas(group: Mapping[str, Any]) -> bool:
+    betas = group.get("betas")
+    return isinstance(betas, (tuple, list)) and len(betas) >= 2
+
+
+def _moments(optimizer: Optimizer, group: Mapping[str, Any]) -> list[Tensor]:
+    """Return some second moments of a group, all on one device."""
+    held = [optimizer.state.get(p, {}).get("exp_avg_sq") for p in group["params"] if p.grad is not None]
+    held = [v for v in held if type(v) is Tensor and v.numel()]
+    moments: list[Tensor] = []
+    left = _MAX_ELEMENTS
+    for v in held:
+        if v.device == held[0].device and (not moments or v.numel() <= left):
+            moments.append(v)
+            left -= v.numel()
+    return moments
+
+
+def _modes(model: nn.Module) -> Scalars:
+    """Layers that behave otherwise in training, and are in eval mode while the model is trained."""
+    drops = [m for m in model.modules() if isinstance(m, _DropoutNd) and m.p > 0]
+    return {"dropout_in_eval": sum(not m.training for m in drops) / len(drops)} if drops else {}
+
+
+def _statistics(model: nn.Module) -> Scalars:
+    """What BatchNorm's running statistics are made of: of how many layers they are not used, how far they follow."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and _is_trained(m)]
+    counts = [m.num_batches_tracked for m in norms if isinstance(m.num_batches_tracked, Tensor)]
+    if not counts or len(counts) != len(norms):
+        return {}
+    device = home(counts)
+    seen = torch.stack([moved(c, device).to(wide_dtype(device)) for c in counts])
+    momenta = [0.0 if m.momentum is None else float(m.momentum) for m in norms]
+    # With no momentum they are the mean of all batches, and follow from the first.
+    kept = torch.stack([torch.full_like(seen[0], 1.0 - m if m else 0.0) for m in momenta])
+    means = [m.running_mean for m in norms if isinstance(m.running_mean, Tensor) and m.running_mean.device == device]
+    return {
+        **({"batch_norm_means": torch.stack(torch._foreach_norm(means)).sum()} if means else {}),
+        "batch_norm_in_eval": sum(not m.training for m in norms) / len(norms),
+        "batch_norm_followed": (1 - kept.pow(seen)).amin(),
+        "batch_norm_batches": seen.amin(),
+        **({"batch_norm_momentum": min(m for m in momenta if m)} if any(momenta) else {}),
+    }
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False)) or not any(
+        True for _ in module.parameters(recurse=False)
+    )

@@ -1,0 +1,443 @@
+"""Puts one step's measurement together: gradients, modules, losses, the batch; made equal on all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter, time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..hooks import TapStats
+from ..stats import Exchange, GradientPieces, Gradients, Shards, global_norm
+from ..torchside import is_host, moved, real_of, wide_dtype
+from ._batch import batch_scalars, holds_targets, num_samples
+from ._company import Company
+from ._configured import configured
+from ._guard import Guard
+from ._kind import Kind
+from ._loss_graph import SeenLoss, form_scalars
+from ._model_meter import ModelMeter, constant, loss_value
+from ._numbers import Scalars
+from ._parallel import num_batches_at_once
+from ._prediction import Prediction
+from ._produced import Look, Produced
+from ._ranks import combine, pack_extras, rank_of_this
+from ._record_draft import NOTHING, Draft
+from ._statistics import OwnRows, OwnStatistics
+from ._step_inputs import StepInputs
+from ._timed import calm_numpy
+from ._transfer import Known, Numbers, Transfer
+from ._turn import Turn
+
+__all__ = ["Measuring"]
+
+_CPU = torch.device("cpu")
+
+
+@dataclass
+class _Seen:
+    """What one rank saw of a step, in a layout that is the same on all ranks whatever each could see."""
+
+    sums: dict[str, Tensor]
+    maxima: dict[str, Tensor]
+    scalars: dict[str, Tensor | float] | None
+    tap: TapStats | None
+    samples: float = 0.0
+    loss: Tensor | float | None = None
+    pieces: GradientPieces | None = None
+    extras: tuple[str, ...] = ()
+    own: OwnRows | None = None
+    before: Look | None = None
+    is_sealed: bool = False
+
+
+class Measuring:
+    """Makes the draft of a record from what the meter sees and the trainer says.
+
+    Attributes:
+        kind: of the training.
+        num_failed_treatments: on this rank since the last exchange, rules that carry some among them; told to the
+            other ranks with the next one.
+        num_unproven: vetoed steps of this rank that moved something which is to end the training, likewise.
+    """
+
+    def __init__(self, meter: ModelMeter, guard: Guard, own: OwnStatistics | None, produced: Produced) -> None:
+        self.meter = meter
+        self.produced = produced
+        self.guard = guard
+        self.own = own
+        self.num_failed_treatments = self.num_unproven = 0
+        self._clock = perf_counter()
+        self._num_batches: tuple[object, int] | None = None
+        self._company = Company()
+        self.kind = Kind(meter.options.kind)
+
+    def measure(self, turn: Turn) -> Draft:
+        """Measure one step before treatment, and send its numbers on their way to the host."""
+        meter = self.meter
+        is_plain = turn.plan.is_plain and self.own is None and meter.local is None
+        draft = self._at_once(turn) if is_plain and (meter.tap is None or not meter.tap.armed) else None
+        return self._packed(turn) if draft is None else draft
+
+    def _at_once(self, turn: Turn) -> Draft | None:
+        """Measure a step at which norms alone are due, and the host has them by one call; None where it has not.
+
+        Of a small model nearly all steps go this way, and each call of a function in it costs them as much as measuring
+        a tensor: what is asked of other rooms elsewhere is written out here.
+        """
+        inputs, grads = turn.inputs, turn.grads
+        assert grads is not None
+        look, known = self.produced.take(grads), None
+        is_sealed = look is not None and not _is_unscaled(inputs, grads) and look.holds(grads, turn.tensors)
+        if look is not None and is_sealed:
+            turn.seals = look.seals
+            if not self.produced.is_to_compare(inputs.step):
+                known = look.on_host
+        numels = None if known is not None or turn.tensors is None else self.meter.watched.held_numels
+        found = grads.measure_on_host(known, turn.tensors, numels)
+        if found is None:
+            return None
+        norms, global_norm, tensors = found
+        numbers: dict[str, Any] = {"norms": norms, "global_norm": global_norm}
+        if look is not None and known is None:
+            numbers |= Transfer(self._produced(look, inputs, grads)).result()
+        loss = inputs.losses[0] if len(inputs.losses) == 1 else None
+        if type(loss) is Tensor and loss.is_cpu and loss.numel() == 1:
+            loss = loss.item()
+        if type(loss) is not float and inputs.losses:
+            loss = self._losses(inputs, _CPU)[0]
+            loss = float(loss) if isinstance(loss, Tensor) else loss
+        if loss is not None:
+            numbers["loss"] = loss
+        numbers["samples"] = inputs.num_samples or (0 if inputs.batch is None else num_samples(inputs.batch))
+        scalars = self._plain_scalars(inputs)
+        now, last = perf_counter(), self._clock
+        self._clock, scalars["seconds"] = now, now - last
+        kept = self.meter.were_kept(grads.params, tensors, max(1, len(inputs.losses)))
+        if kept is not None:
+            scalars["grads_kept"] = kept
+        scalars.update(inputs.scalars)
+        self.num_failed_treatments = 0
+        return self._draft(turn, grads, Known(numbers), scalars, is_plain=True, is_sealed=is_sealed)
+
+    @calm_numpy
+    def _packed(self, turn: Turn) -> Draft:
+        """Measure what is due and put it together over ranks: one vector travels, and one copy to the host."""
+        inputs, grads, plan = turn.inputs, turn.grads, turn.plan
+        assert grads is not None
+        plain, extras = self._plain_scalars(inputs), self._rank_scalars(inputs, grads)
+        seen = self._look(turn, grads, extras)
+        # From here on the vector is on its way, or the ranks that it would go to are gone.
+        turn.has_exchanged = True
+        batch = self._combine(seen)
+        assert seen.pieces is not None
+        found = grads.put_together(seen.pieces)
+        parts: dict[str, Tensor | float] = {"samples": seen.samples}
+        if seen.loss is not None:
+            parts["loss"] = seen.loss
+        parts |= seen.sums | seen.maxima
+        parts |= {f"batch/{k}": v for k, v in batch.items() if isinstance(v, Tensor)}
+        if found.histograms is not None:
+            parts |= {"details_sums": found.sums, "details_maxima": found.maxima, "histograms": found.histograms}
+        parts |= {"norms": grads.norms, "global_norm": grads.global_norm}
+        if found.absent is not None:
+            parts["absent"] = found.absent
+        if seen.before is not None:
+            parts |= self._produced(seen.before, inputs, grads)
+        own = None if self.own is None else self.own.draft(inputs.step, seen.own, plan.num_ranks)
+        if own is not None:
+            parts |= own.parts()
+        spread_positions = None
+        if plan.spreads:
+            spread_positions, spreads = self.meter.spreads(grads)
+            parts |= spreads
+        if plan.is_alone:
+            plain |= extras
+        settings = self._configured(turn)
+        parts |= {f"batch/{k}": v for k, v in settings.items() if isinstance(v, Tensor)}
+        plain |= {k: v for k, v in settings.items() if not isinstance(v, Tensor)}
+        draft = self._draft(
+            turn,
+            grads,
+            Transfer(parts),
+            plain | {k: v for k, v in batch.items() if not isinstance(v, Tensor)},
+            extras=seen.extras,
+            tap=seen.tap,
+            loss_scale=1.0 if inputs.scale is None else float(inputs.scale),
+            failed=seen.sums.get("failed"),
+            loss=seen.loss if isinstance(seen.loss, Tensor) else None,
+            has_details=found.histograms is not None or spread_positions is not None,
+            num_ranks=plan.num_ranks,
+            num_batches=self.num_batches,
+            tap_positions=None if seen.tap is None else self.meter.module_positions(),
+            spread_positions=spread_positions,
+            own=own,
+            is_sealed=seen.is_sealed,
+        )
+        if found.absent is not None and is_host(found.absent.device):
+            grads.lack_(torch.nonzero(found.absent)[:, 0].tolist())
+        return draft
+
+    def _draft(
+        self, turn: Turn, grads: Gradients, numbers: Numbers, scalars: dict[str, float], **measured: Any
+    ) -> Draft:
+        inputs, watched, params, account = turn.inputs, self.meter.watched, grads.params, self.meter.account
+        unseen: Mapping[str, str] = NOTHING
+        if params is not watched.held or watched.unheld or watched.strange:
+            unseen = self._unseen(inputs, grads, turn.optimizers)
+        return Draft(
+            step=inputs.step,
+            index=watched.index,
+            when=time(),
+            epoch=inputs.epoch,
+            batch_idx=inputs.batch_idx,
+            lr=_largest_rate(turn.optimizers),
+            scaler=inputs.scaler,
+            clipper=inputs.clipper,
+            between=self.produced.between,
+            positions=watched.held_positions if params is watched.held else self.meter.positions(params),
+            optimizer=inputs.optimizer or 0,
+            unseen=unseen,
+            doubtful=account.doubtful(params),
+            is_without_backward=inputs.has_backward is False,
+            numbers=numbers,
+            scalars=scalars,
+            **measured,
+        )
+
+    def _produced(self, look: Look, inputs: StepInputs, grads: Gradients) -> dict[str, Tensor | float]:
+        """Return the norms before somebody changed the gradients."""
+        before = look.of(grads, 1.0 if inputs.scale is None else float(inputs.scale))
+        return {} if before is None else {"produced": before}
+
+    def give_up(self, turn: Turn) -> None:
+        """Take part in a step's exchange with nothing to say, so that no rank waits for this one, and all know."""
+        turn.has_exchanged = True
+        step, grads = turn.step, turn.grads
+        seen = self._nothing(turn)
+        seen.sums["failed"] = constant(1.0, self.meter.device)
+        if grads is not None and len(grads):
+            width = 515 if turn.plan.histograms else 1
+            shards = Shards(grads.tensors)
+            seen.own = None if self.own is None else self.own.blank_rows(step, len(grads))
+            rows = torch.zeros(len(grads), width, dtype=wide_dtype(grads.device), device=grads.device)
+            seen.pieces = GradientPieces(shards, rows, rows[:, :1].clone() if width > 1 else None, rows[:, 0].clone())
+        self._combine(seen)
+
+    @property
+    def num_batches(self) -> int:
+        """How many ranks work on batches of their own."""
+        key = self.meter.watched
+        if self._num_batches is None or self._num_batches[0] is not key:
+            self._num_batches = (key, num_batches_at_once(self.meter.model, [p for _, _, p in key.params]))
+        return self._num_batches[1]
+
+    def _nothing(self, turn: Turn) -> _Seen:
+        """Return what a rank that can measure nothing puts into the exchange: the plan's layout, with blanks."""
+        ranks, device = turn.plan.num_ranks, self.meter.device
+        seen = _Seen({}, {}, {} if turn.plan.modules else None, None)
+        wide = wide_dtype(device)
+        if self.own is not None:
+            seen.sums, seen.maxima = self.own.blank(turn.step)
+        if self.meter.local is not None:
+            seen.sums["local_norms"] = torch.zeros(ranks, dtype=wide, device=device)
+        if ranks > 1:
+            seen.sums |= {"samples": constant(0.0, device), "loss": torch.zeros(2, dtype=wide, device=device)}
+            seen.sums["failed"] = constant(0.0, device)
+            seen.sums["treatments_failed"] = constant(float(self.num_failed_treatments > 0), device)
+            seen.sums["unproven"] = constant(float(self.num_unproven > 0), device)
+            seen.sums["extras"] = pack_extras({}, device)
+            seen.sums["norm_of_rank"] = torch.zeros(ranks, dtype=wide, device=device)
+            if seen.scalars is not None:
+                self._put_modules(seen, self.meter.blank_modules())
+        return seen
+
+    def _put_modules(self, seen: _Seen, tap: TapStats | None) -> None:
+        if tap is not None:
+            seen.tap, seen.sums["tap_sums"], seen.maxima["tap_maxima"] = tap, tap.sums, tap.maxima
+
+    def _look(self, turn: Turn, grads: Gradients, extras: dict[str, float]) -> _Seen:
+        device, rank, inputs, is_alone = self.meter.device, rank_of_this(), turn.inputs, turn.plan.is_alone
+        sampled, (output, unread), loss = self.meter.armed, self.meter.take_output(), self.meter.take_loss()
+        seen = self._nothing(turn)
+        seen.samples = float(inputs.num_samples or num_samples(inputs.batch))
+        seen.loss, num_losses = self._losses(inputs, device)
+        if not is_alone:
+            self._share(seen, num_losses)
+        if sampled:
+            tap = self.meter.take_modules()
+            # Beyond the plan of this step (a tap left armed) nothing may be added to the vector.
+            if seen.scalars is not None or is_alone:
+                self._put_modules(seen, tap)
+        if seen.scalars is not None and self.guard.ok("numbers of the batch"):
+            with self.guard("numbers of the batch"):
+                if unread is not None and inputs.outputs is None:
+                    self.guard.miss("the model's output", unread)
+                seen.scalars = self._of_batch(inputs, output, loss)
+                if is_alone:  # what one rank sees of its loss, another may not
+                    self.kind.loss(seen.scalars)
+        self._take_gradients(seen, turn, grads)
+        assert seen.pieces is not None
+        if self.own is not None:
+            into = seen.sums, seen.maxima
+            seen.own = self.own.look(inputs.step, grads, seen.pieces.shards, turn.optimizers, inputs.optimizer, into)
+        if "norm_of_rank" in seen.sums and not seen.pieces.shards.groups:
+            seen.sums["norm_of_rank"][rank] = moved(global_norm(seen.pieces.norms), device)
+        if self.meter.local is not None:
+            own = self.meter.local.take(1.0 if inputs.scale is None else float(inputs.scale))
+            if own is not None:
+                seen.sums["local_norms"][rank] = moved(own, device)
+        if "extras" in seen.sums:
+            seen.sums["extras"], seen.extras = pack_extras(extras, device), tuple(extras)
+        return seen
+
+    def _of_batch(self, inputs: StepInputs, output: Prediction | None, loss: SeenLoss | None) -> Scalars:
+        """Return what can be said of batch, outputs and targets: as they were given, else as modules and loss show."""
+        outputs = output if inputs.outputs is None else inputs.outputs
+        targets, alone = inputs.targets, False
+        if inputs.outputs is None and targets is None and loss is not None and loss.targets is not None:
+            # What the loss compares, whatever form the batch has: the model's own output where it is that.
+            targets = loss.targets
+            same = output is not None and loss.outputs is not None and output.numel() == loss.outputs.numel()
+            outputs = output if same else loss.outputs
+            alone = not holds_targets(inputs.batch, targets.numel())
+        tensors = (x for x in reversed(inputs.losses) if issubclass(type(x), Tensor))
+        given = next((x for x in tensors if x.grad_fn is not None), None)
+        form = loss.scalars if loss is not None else {} if given is None else form_scalars(given)
+        found = {**batch_scalars(inputs.batch, outputs, targets, missed=self.guard.miss), **form}
+        return found | {"targets_of_loss": 1.0} if alone else found
+
+    def _take_gradients(self, seen: _Seen, turn: Turn, grads: Gradients) -> None:
+        """Measure the gradients, where that was not done when backward was over."""
+        look, has_details = self.produced.take(grads), turn.plan.histograms and len(grads) > 0
+        seen.is_sealed = look is not None and not _is_unscaled(turn.inputs, grads) and look.holds(grads)
+        if look is not None and seen.is_sealed and not has_details and not self.produced.is_to_compare(turn.step):
+            seen.pieces = look.pieces(grads)
+        else:
+            seen.pieces, seen.before = grads.pieces(histograms=has_details), look
+
+    def _configured(self, turn: Turn) -> Scalars:
+        """Return what optimizers and modules are set to, where updates are measured, which it stands beside."""
+        if turn.plan.updates and self.guard.ok("settings"):
+            with self.guard("settings"), torch.no_grad():
+                found = configured(self.meter.model, turn.optimizers)
+                return found | {"written_between": self.meter.account.written_between}
+        return {}
+
+    def _unseen(self, inputs: StepInputs, grads: Gradients, optimizers: Sequence[Optimizer]) -> dict[str, str]:
+        watched = self.meter.watched
+        if len(grads) == len(watched.params) and not (watched.unheld or watched.strange):
+            return {}
+        held = watched.held_by(optimizers)
+        params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        params += [p for p in watched.held if id(p) in held and real_of(p) is not p]
+        unread = {path: f"its gradient is neither measured nor treated: {why}" for path, why in grads.unread.items()}
+        return self.meter.account.unseen(watched, params, {id(p) for p in grads.params}) | unread
+
+    def _losses(self, inputs: StepInputs, device: torch.device) -> tuple[Tensor | float | None, int]:
+        """Return the mean of the losses that can be read, and their number."""
+        if len(inputs.losses) == 1:
+            loss = self._loss(inputs.losses[0], device)
+            return loss, int(loss is not None)
+        known = [x for x in (self._loss(loss, device) for loss in inputs.losses) if x is not None]
+        return _mean(known, device), len(known)
+
+    def _loss(self, loss: Any, device: torch.device) -> Tensor | float | None:
+        try:
+            return loss_value(loss, device)
+        except Exception as error:
+            self.guard.miss("the loss", error)
+            return None
+
+    def _share(self, seen: _Seen, num_losses: int) -> None:
+        """Put what the host knows into the vector that travels over ranks."""
+        device = self.meter.device
+        seen.sums["samples"] = constant(seen.samples, device)
+        if seen.loss is not None:
+            loss = seen.loss if isinstance(seen.loss, Tensor) else constant(seen.loss, device)
+            seen.sums["loss"] = torch.stack([loss * num_losses, torch.full_like(loss, num_losses)])
+
+    def _combine(self, seen: _Seen) -> dict[str, Tensor | float]:
+        pieces = seen.pieces
+        self.num_failed_treatments = self.num_unproven = 0
+        held = (None, None) if pieces is None or not pieces.shards.groups else (pieces.rows, pieces.maxima)
+        own = seen.own if pieces is not None and pieces.shards.groups else None
+        rows, row_maxima = held if own is None else own.joined(*held)
+        batch = combine(
+            seen.sums,
+            seen.maxima,
+            seen.scalars,
+            self.meter.device,
+            exchange=Exchange(None if pieces is None else pieces.shards),
+            rows=rows,
+            row_maxima=row_maxima,
+        )
+        if own is not None:
+            own.part(rows, row_maxima, held)
+        return batch
+
+    def _rank_scalars(self, inputs: StepInputs, grads: Gradients) -> dict[str, float]:
+        """Return what each rank knows for itself, and no rank may act on alone."""
+        now = perf_counter()
+        scalars = {"seconds": now - self._clock}
+        self._clock = now
+        kept = self.meter.were_kept(grads.params, grads.tensors, max(1, len(inputs.losses)))
+        if kept is not None:
+            scalars["grads_kept"] = kept
+        return scalars | inputs.scalars
+
+    def _plain_scalars(self, inputs: StepInputs) -> dict[str, float]:
+        scalars = {"num_trainable": float(self.meter.watched.index.num_trained)}
+        if inputs.scale is not None:
+            scalars["grad_scale"] = float(inputs.scale)
+        if inputs.optimizer is not None:
+            scalars["optimizer"] = float(inputs.optimizer)
+        held = self.meter.watched.held
+        others = self._company.step(id(held[0]) if held else 0)
+        if others:
+            scalars["others_step"] = float(others)
+        self.kind.step(self.meter.watched.index, inputs.optimizer, others)
+        scalars.update(self.kind.scalars)
+        return scalars
+
+
+def _is_unscaled(inputs: StepInputs, grads: Gradients) -> bool:
+    """Return whether a loss scale has been taken out of these gradients since backward: a loss scaler writes them by
+    means that no version counter shows."""
+    scale = grads.grad_scale
+    return inputs.scale is not None and not isinstance(scale, Tensor) and scale == 1 and float(inputs.scale) != 1
+
+
+def _mean(losses: Sequence[Tensor | float], device: torch.device) -> Tensor | float | None:
+    """Return the mean of losses; a number where the host knows all of them, None of none."""
+    tensors = [loss for loss in losses if isinstance(loss, Tensor)]
+    if not tensors:
+        return sum(map(float, losses)) / len(losses) if losses else None
+    if len(losses) == 1:
+        return tensors[0]
+    return torch.stack([x if isinstance(x, Tensor) else constant(x, device) for x in losses]).mean()
+
+
+def _largest_rate(optimizers: Sequence[Optimizer]) -> float:
+    largest = -math.inf
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate = group.get("lr")
+            if type(rate) is not float:
+                rate = _rate(rate)
+            if rate is not None and rate > largest:
+                largest = rate
+    return math.nan if largest == -math.inf else largest
+
+
+def _rate(rate: Any) -> float | None:
+    # A tensor rate on a device is left out rather than waited for; None and the like are no rates.
+    try:
+        return None if isinstance(rate, Tensor) and not is_host(rate.device) else float(rate)
+    except Exception:
+        return None

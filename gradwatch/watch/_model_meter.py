@@ -1,0 +1,380 @@
+"""Takes one step's measurements: which, where from, and as which columns they come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import attrgetter, is_, is_not
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..hooks import ModuleTap, TapStats
+from ..records import Floats
+from ..stats import Gradients, UpdateMeter, forget_layouts, row_spread, second_look
+from ..torchside import Aside, clean_path, find, home, identity, is_host, moved, shape_of, weakly, whole_of, wide_dtype
+from ._account import Account
+from ._batch import reduced
+from ._local_norms import LocalNorms
+from ._loss_graph import SeenLoss, seen_loss
+from ._model_now import FLAGS, ModelNow
+from ._options import MeasureOptions
+from ._paths import Watched, watched
+from ._prediction import KEPT_AT_LEAST, KEPT_AT_MOST, Prediction
+
+__all__ = ["ModelMeter", "constant", "loss_value"]
+
+_MARKED = 3
+"""So many gradients are looked at to find out whether any were reset."""
+_LAYOUT, _VERSION = attrgetter("layout"), attrgetter("_version")
+_WIDE = (torch.float64, torch.complex128)
+
+
+class ModelMeter:
+    """Measures one model for one engine. Holds the hooks and the parameter copies; `close()` gives both back.
+
+    Attributes:
+        is_told: the trainer hands over what the model gives: modules' outputs are not looked through for it.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], options: MeasureOptions) -> None:
+        self.model = model
+        self.options = options
+        self.optimizers = tuple(optimizers)
+        self.watched: Watched = watched(model, optimizers, tuple(options.paths))
+        self.model_now = ModelNow(model, self.optimizers)
+        self.account = Account()
+        self.account.begin(self.watched)
+        self._real_paths = {clean_path(p): p for p, _ in model.named_modules() if p}
+        self.tap: ModuleTap | None = self._make_tap()
+        self._updates: UpdateMeter | None = None
+        self._updates_step = -1
+        self._update_positions = np.zeros(0, np.int64)
+        self._output: Prediction | None = None
+        # Of an output that a rule's formulas need beside its targets: what is nothing beside the parameters.
+        num_elements = int(self.watched.index.numel.sum())
+        self._kept = min(KEPT_AT_MOST, max(KEPT_AT_LEAST, num_elements // 100))
+        self._output_error: Exception | None = None
+        self._loss: SeenLoss | None = None
+        self.is_told = False
+        self._home: tuple[Watched, torch.device, torch.device] | None = None
+        self._ordered = False
+        self.sample_until = -1
+        self._marks: _Marks | None = None
+        self.is_muted: Callable[[], bool] = lambda: False
+        self.local = LocalNorms() if options.local_norms else None
+        self._attach_local()
+
+    def _attach_local(self) -> None:
+        if self.local is not None:
+            self.local.attach(p for _, _, p in self.watched.params)
+            self.account.has_own_hooks = True
+
+    def _make_tap(self) -> ModuleTap | None:
+        if not self.watched.modules or self.options.activations_every is None:
+            return None
+        paths = [self._real_paths[p] for p in self.watched.modules]
+        listens, see = weakly(self._listens, False), weakly(self._see_output)
+        return ModuleTap(self.model, paths, backend=self.options.backward, gate=listens, on_output=see)
+
+    @property
+    def device(self) -> torch.device:
+        """Where numbers about the parameters are put together (see `home`); the CPU where there are none."""
+        params = self.watched.params
+        first = params[0][2].device if params else torch.device("cpu")
+        # Moved to another device parameters keep their identity: the first tells.
+        if self._home is None or self._home[0] is not self.watched or self._home[1] != first:
+            self._home = (self.watched, first, home(p for _, _, p in params))
+        return self._home[2]
+
+    def refresh(self, step: int) -> bool:
+        """Look whether anything of the model is another one than at the last step; True if the index is a new one."""
+        change = self.model_now.look()
+        self.watched.settle()
+        if not change:
+            return False
+        if change == FLAGS:
+            self.watched.retrained()
+        else:
+            self._follow(step)
+        self._attach_local()
+        return True
+
+    def _follow(self, step: int) -> None:
+        old = self.watched
+        known = self.model_now.known_paths()
+        self.watched = watched(self.model, self.optimizers, tuple(self.options.paths), known=known, strict=False)
+        self.model_now.note_replaced(self.watched.replaced, step)
+        self._real_paths = {clean_path(p): p for p, _ in self.model.named_modules() if p}
+        self._updates = None
+        self._ordered = False
+        order = [] if self.tap is None else self.tap.forward_order
+        if order:
+            # As near as can be known before the new modules have run.
+            self.watched.reordered(order)
+        same = len(old.hooked) == len(self.watched.hooked) and all(map(is_, old.hooked, self.watched.hooked))
+        if self.tap is not None and not (same and old.modules == self.watched.modules):
+            if self.tap.armed:
+                # What these modules gave at this step is lost with the hooks: look again at the next.
+                self.sample_until = max(self.sample_until, step + 1)
+            self.disarm()
+            self.tap.close()
+            self.tap = self._make_tap()
+        elif self.tap is None:
+            self.tap = self._make_tap()
+
+    def real_path(self, path: str) -> str:
+        """Return a watched module's path with the parts that wrappers put into it."""
+        return self._real_paths[path]
+
+    def note_gradients(self, grads: Gradients) -> None:
+        """Remember a few gradients as the optimizer will find them, where they changed since `were_kept` saw them."""
+        params = grads.params[:_MARKED]
+        self._marks = _marks(params, [p.grad for p in params])
+
+    def were_kept(self, params: Sequence[Tensor], grads: Sequence[Tensor], num_parts: int) -> float | None:
+        """Return 1 if gradients were demonstrably not reset since the last step, 0 if they were, None if unknown.
+
+        A gradient that is the same memory, written to just once per micro-batch since, was only added to: `zero_grad`
+        would have given new memory or written once more.
+        """
+        last, self._marks = self._marks, _marks(params[:_MARKED], grads[:_MARKED])
+        now = self._marks
+        if last is None or now is None or not now.are_of(last):
+            return None
+        return float(now.places == last.places and now.versions == [v + num_parts for v in last.versions])
+
+    def arm(self) -> None:
+        """Begin to listen to forward and backward passes."""
+        if self.tap is not None and not self.tap.armed:
+            self.tap.arm()
+
+    def disarm(self) -> None:
+        if self.tap is not None and self.tap.armed:
+            self.tap.disarm()
+
+    @property
+    def armed(self) -> bool:
+        return self.tap is not None and self.tap.armed
+
+    def take_modules(self) -> TapStats | None:
+        """Return what the modules gave since `arm`, and stop listening."""
+        stats = None if self.tap is None else self.tap.take()
+        self.disarm()
+        if not self._ordered and self.tap is not None and self.tap.forward_order:
+            self.watched.reordered(self.tap.forward_order)
+            self._ordered = True
+        return stats
+
+    def blank_modules(self) -> TapStats | None:
+        """Return what `take_modules` would, had nothing been seen; None where no module is watched."""
+        return None if self.tap is None else TapStats.blank(self.tap.paths, self.device)
+
+    def module_positions(self) -> NDArray[np.int64]:
+        """Return the modules' places in the index, in the tap's order."""
+        places = self.watched.index.positions
+        return np.asarray([places[p] for p in self.watched.modules], np.int64)
+
+    def _listens(self) -> bool:
+        # Validation runs between training steps; per-task gradients are probed inside them.
+        return self.model.training and not self.is_muted()
+
+    def _see_output(self, output: Any) -> None:
+        """Keep what is to be kept of the output of a module that no other one called: a stand-in for the model's."""
+        if self.is_told:
+            return
+        try:
+            self._output = reduced(output, self._kept) or self._output
+        except Exception as error:
+            # Told when the step is measured, where a guard is at hand. Its frames would hold the output.
+            self._output_error = error.with_traceback(None)
+
+    def take_output(self) -> tuple[Prediction | None, Exception | None]:
+        """Return what was kept of the last output, and why one could not be read; and let go of both."""
+        found = self._output, self._output_error
+        self._output = self._output_error = None
+        return found
+
+    def see_loss(self, loss: Any) -> None:
+        """Keep what is to be kept of a loss before its backward, at a step whose modules are listened to."""
+        if self.armed:
+            self._loss = None
+            with Aside():
+                self._loss = seen_loss(loss, self._kept)
+
+    def take_loss(self) -> SeenLoss | None:
+        """Return what was kept of the last loss, and let go of it."""
+        found, self._loss = self._loss, None
+        return found
+
+    def gradients(self, optimizers: Sequence[Optimizer], grad_scale: float | Tensor) -> Gradients:
+        """Return the gradients of the watched parameters that these optimizers hold."""
+        return self.listed_gradients(optimizers, grad_scale)[0]
+
+    def listed_gradients(
+        self, optimizers: Sequence[Optimizer], grad_scale: float | Tensor
+    ) -> tuple[Gradients, list[Tensor] | None]:
+        """Return the same, and what its `tensors` gives now where it has been listed: asking each parameter is what
+        costs."""
+        watched, used_up = self.watched, self.account.is_used_up
+        if len(optimizers) == len(self.optimizers) and not self.account.has_used_up:
+            tensors: list[Any] = [p.grad for p in watched.held]
+            if all(map(is_not, tensors, repeat(None))):
+                return Gradients.of(watched.held_paths, watched.held, grad_scale=grad_scale), tensors
+        named = [(path, p) for _, path, p in watched.params if not used_up(p)]
+        if len(optimizers) != len(self.optimizers):
+            held = watched.held_by(optimizers)
+            named = [(path, p) for path, p in named if id(p) in held]
+        return Gradients.collect(named, grad_scale=grad_scale), None
+
+    def positions(self, params: Sequence[Tensor]) -> NDArray[np.int64]:
+        """Return the parameters' places in the index."""
+        if params is self.watched.held:
+            return self.watched.held_positions
+        by_id = self.watched.by_id
+        return np.fromiter((by_id[id(p)] for p in params), np.int64, len(params))
+
+    def look_again(self, grads: Gradients, norms: Floats) -> Floats:
+        """Return norms with a rescaled second look at those of float64 gradients whose squares leave float64."""
+        tensors = grads.tensors
+        if len(tensors) != len(norms):
+            return norms  # some turned out to be on no rank
+        far = (norms == 0) | np.isinf(norms) | (norms < 1e-140)
+        doubtful = [i for i in np.flatnonzero(far).tolist() if tensors[i].dtype in _WIDE]
+        if not doubtful:
+            return norms
+        again = second_look([tensors[i] for i in doubtful]).cpu().numpy() / abs(grads.grad_scale)
+        norms = norms.copy()
+        norms[doubtful] = again
+        return norms
+
+    def details(self, grads: Gradients) -> dict[str, Tensor]:
+        """Return absmax, zeros, non-finite counts and exponent histograms of the gradients, on the device.
+
+        The norms come from the same read, so this is to be asked before them.
+        """
+        found = grads.measure(histograms=True)
+        assert found.histograms is not None
+        return {"details_sums": found.sums, "details_maxima": found.maxima, "histograms": found.histograms}
+
+    def spreads(self, grads: Gradients) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
+        """Return the row spread of every weight of two or more dimensions, for the first step."""
+        chosen = [p for p in grads.params if len(shape := shape_of(p)) >= 2 and shape[0] > 1]
+        if not chosen:
+            return np.zeros(0, np.int64), {}
+        return self.positions(chosen), {
+            "row_spread": row_spread([p.detach() if whole_of(p) is None else p for p in chosen])
+        }
+
+    @property
+    def is_measuring_update(self) -> bool:
+        """Whether copies of parameters wait for the optimizer's step."""
+        return self._updates is not None and self._updates_step >= 0
+
+    def before_update(self, step: int, grads: Gradients, *, moves: bool = True) -> None:
+        """Keep copies of parameters: this step's update ratio is due.
+
+        Args:
+            moves: whether this rank steps and can measure. If not, it takes part all the same where parameters are in
+                pieces: the other ranks may step.
+        """
+        if not len(grads):
+            return
+        positions = self.positions(grads.params)
+        if self._updates is None or not np.array_equal(self._update_positions, positions):
+            self._updates = UpdateMeter(list(grads.params), self.options.memory_limit_bytes // 2)
+            self._update_positions = positions
+        if moves or self._updates.in_pieces:
+            self._updates_step = step
+            self._updates.before(blank=not moves)
+
+    def after_update(self) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
+        """Return which parameters' updates were measured, and the norms of updates and parameters."""
+        if self._updates is None or self._updates_step < 0:
+            return np.zeros(0, np.int64), {}
+        self._updates_step = -1
+        stats = self._updates.after()
+        # Not kept for the next time: forward and backward, where memory is short, come before it.
+        self._updates.release()
+        positions = self._update_positions[np.asarray(stats.positions, np.int64)]
+        return positions, {"update_norm": stats.update_norms, "param_norm": stats.param_norms}
+
+    def drop_update(self) -> None:
+        """Forget the copies: the step did not happen."""
+        if self._updates is not None and self._updates_step >= 0:
+            self._updates.release()
+        self._updates_step = -1
+
+    @property
+    def too_large(self) -> list[str]:
+        """Parameters whose update can't be measured within the memory limit."""
+        if self._updates is None:
+            return []
+        paths = self.watched.index.paths
+        return [paths[self._update_positions[i]] for i in self._updates.left_out]
+
+    def close(self) -> None:
+        self.disarm()
+        if self.tap is not None:
+            self.tap.close()
+        if self.local is not None:
+            self.local.close()
+        self._updates = None
+        self._output = self._output_error = self._loss = None
+        forget_layouts()
+
+
+def loss_value(value: Any, device: torch.device) -> Tensor | float:
+    """Return a loss given as a tensor, a number, an array or something with a `loss`; of several elements their mean.
+
+    A number where the host knows it, else a 0-dim tensor on the device, in its widest floats, that nobody has read.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.is_meta:
+            raise TypeError(f"a loss must be real. Got {value.dtype} on device {value.device}.")
+        if is_host(value.device) and is_host(device) and value.layout is torch.strided and value.numel() == 1:
+            return float(value.detach())
+        value = moved(value.detach(), device, wide_dtype(device))
+        return value.mean() if value.dim() else value
+    if isinstance(value, np.ndarray):
+        return float(value.mean())
+    if hasattr(type(value), "__float__"):
+        return float(value)
+    inner = find(value, "loss")
+    if inner is None:
+        raise TypeError(f"a loss must be a tensor or a number. Got {type(value).__name__}.")
+    return loss_value(inner, device)
+
+
+def constant(value: float, device: torch.device) -> Tensor:
+    """Return a number as a 0-dim tensor in the device's widest floats; `torch.tensor` would wait for the device."""
+    return torch.full((), float(value), dtype=wide_dtype(device), device=device)
+
+
+class _Marks(NamedTuple):
+    """A few parameters, where their gradients lie, and how often each was written to."""
+
+    params: tuple[Tensor, ...]
+    places: list[int]
+    versions: list[int]
+
+    def are_of(self, other: _Marks) -> bool:
+        return len(self.params) == len(other.params) and all(map(is_, self.params, other.params))
+
+
+def _marks(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> _Marks | None:
+    """Return the marks of gradients; None where one has no memory of its own to compare, or there is none."""
+    # Exactly torch.Tensor: sharded ones have none.
+    if set(map(type, grads)) != {Tensor} or set(map(_LAYOUT, grads)) != {torch.strided}:
+        return None
+    try:
+        return _Marks(tuple(params), list(map(identity, grads)), list(map(_VERSION, grads)))  # type: ignore[arg-type]
+    except RuntimeError:  # an inference tensor has no versions
+        return None

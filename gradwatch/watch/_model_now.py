@@ -1,0 +1,120 @@
+"""The model as it is now: whether anything of it is another one, told at the price of some microseconds a step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
+
+from ..torchside import clean_path
+
+__all__ = ["FLAGS", "PARTS", "ModelNow"]
+
+FLAGS, PARTS = "flags", "parts"
+"""What can be another: `requires_grad` alone; anything else."""
+
+_PARTS = ("_parameters", "_modules")
+_LOOKED_UP, _ASKED = itemgetter(*_PARTS), attrgetter(*_PARTS)
+_RARELY = 16
+"""Looks after which it is asked whether modules have their attributes where they had them."""
+_REQUIRES_GRAD = attrgetter("requires_grad")
+
+
+class _Likeness(NamedTuple):
+    """Two whose lists hold the same show the same model.
+
+    Attributes:
+        parts: all modules' parameters and children, and the optimizers' parameters: these very ones.
+        kinds: classes of the modules and of the parameters: a lazy one keeps its identity when it materialises.
+        sizes: of the parameters: one that grows through `.data` keeps its identity.
+        trainable: `requires_grad` of the parameters.
+    """
+
+    parts: list[Any]
+    kinds: list[type]
+    sizes: list[int]
+    trainable: list[bool]
+
+    def is_same(self, other: _Likeness) -> bool:
+        """Whether these are the same but for what is trained."""
+        # By identity: tensors compare by their elements.
+        same = len(self.parts) == len(other.parts) and all(map(is_, self.parts, other.parts))
+        return same and self.kinds == other.kinds and self.sizes == other.sizes
+
+
+class ModelNow:
+    """Tells at every step whether modules or parameters were added, replaced, resized, frozen or unfrozen.
+
+    Attributes:
+        replaced: path -> the step since which a parameter that stood there is the model's no more, though an optimizer
+            holds it still.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        self._model, self._optimizers = model, optimizers
+        self._known: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self.replaced: dict[str, int] = {}
+        self._num_looks = 0
+        self._list()
+        self._last = self._take()
+
+    def _list(self) -> None:
+        # What a scripted module holds comes as new objects at every look.
+        self._modules: list[Any] = [m for m in self._model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        # Looking their parts up costs half of asking for them; some have made properties of these.
+        self._plain = [m for m in self._modules if vars(m).keys() >= set(_PARTS)]
+        self._odd = [m for m in self._modules if not vars(m).keys() >= set(_PARTS)]
+        self._vars = list(map(vars, self._plain))
+        named = list(self._model.named_parameters())
+        params = {id(p): p for _, p in named} | {id(p): p for p in _held(self._optimizers)}
+        self._params = list(params.values())
+        self._sized = [p for p in self._params if not isinstance(p, UninitializedParameter)]
+        self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}
+        self._known |= {id(p): (weakref.ref(p), clean_path(path)) for path, p in named}
+
+    def _take(self) -> _Likeness:
+        # Children and parameters are looked up anew: a container may put another dict in the place of its own.
+        params = self._params
+        self._num_looks += 1
+        if self._num_looks % _RARELY == 0:
+            self._vars = list(map(vars, self._plain))
+        held = chain(map(_LOOKED_UP, self._vars), map(_ASKED, self._odd))
+        filled = filter(None, chain.from_iterable(held))
+        parts: list[Any] = list(chain.from_iterable(map(dict.values, filled)))
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                parts += group["params"]
+        kinds: list[type] = [*map(type, self._modules), *map(type, params)]
+        return _Likeness(parts, kinds, list(map(Tensor.numel, self._sized)), list(map(_REQUIRES_GRAD, params)))
+
+    def look(self) -> str:
+        """Return what is another since the last look: `FLAGS`, `PARTS`, or "" for nothing."""
+        now, last = self._take(), self._last
+        is_same = now.is_same(last)
+        if is_same and now.trainable == last.trainable:
+            return ""
+        if is_same:
+            self._last = now
+            return FLAGS
+        self._list()
+        self._last = self._take()
+        return PARTS
+
+    def known_paths(self) -> Mapping[int, str]:
+        """Return id -> path of all living parameters that are the model's, or once were."""
+        return {key: path for key, (_, path) in self._known.items()}
+
+    def note_replaced(self, paths: Iterable[str], step: int) -> None:
+        """Remember since when these are gone."""
+        self.replaced = {path: self.replaced.get(path, step) for path in paths}
+
+
+def _held(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    return [p for o in optimizers for group in o.param_groups for p in group["params"]]

@@ -1,0 +1,331 @@
+"""The user's own statistics: measured with the step, merged over ranks in its exchange, finished with its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..protocols import Statistic
+from ..records import SCALAR
+from ..stats import Gradients, Shards, View
+from ..torchside import Aside, StandIn, WeakHook, in_backward, in_transform, moved, real_of, tensors_of, wide_dtype
+from ._columns import Columns
+from ._guard import Guard
+from ._model_meter import ModelMeter
+from ._options import is_due
+
+__all__ = ["OwnRows", "OwnStatistics"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass
+class OwnRows:
+    """What a step's statistics measured; the same layout on all ranks, whatever each could measure.
+
+    Attributes:
+        plan: the statistics that are due, in order.
+        sums: shape (n, all their sums), a row for each gradient; the pieces of this rank.
+        maxima: shape (n, all their maxima).
+    """
+
+    plan: tuple[Statistic, ...]
+    sums: Tensor
+    maxima: Tensor
+
+    def joined(self, rows: Tensor | None, maxima: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return rows and maxima of the gradients' pieces with these beside them, to be merged as one."""
+        rows = self.sums if rows is None else torch.cat([rows, moved(self.sums, rows.device, rows.dtype)], dim=1)
+        if not self.maxima.shape[1]:
+            return rows, maxima
+        return rows, self.maxima if maxima is None else torch.cat([maxima, self.maxima.to(maxima.dtype)], dim=1)
+
+    def part(self, rows: Tensor | None, maxima: Tensor | None, into: Sequence[Tensor | None]) -> None:
+        """Take what was merged apart again; `into` are the gradients' own rows and maxima."""
+        for merged, own, name in zip((rows, maxima), into, ("sums", "maxima"), strict=True):
+            width = getattr(self, name).shape[1]
+            if merged is not None and width:
+                setattr(self, name, merged[:, merged.shape[1] - width :])
+                if own is not None:
+                    own.copy_(merged[:, : merged.shape[1] - width])
+
+
+@dataclass
+class _Outputs:
+    """Sums and maxima per module of one statistic of outputs; the last column of the sums counts calls."""
+
+    sums: Tensor
+    maxima: Tensor
+
+
+@dataclass
+class OwnDraft:
+    """A step's own statistics whose numbers are on their way."""
+
+    owner: OwnStatistics
+    rows: OwnRows | None
+    outputs: tuple[Statistic, ...]
+    modules: NDArray[np.int64]
+    num_ranks: int
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return what is to travel to the host, beside what was merged over ranks."""
+        return {} if self.rows is None else {"own/sums": self.rows.sums, "own/maxima": self.rows.maxima}
+
+    def put(self, host: Mapping[str, Array], held: Columns, scalars: dict[str, float], places: Any) -> None:
+        """Finish the statistics, and put what comes of them on record; one that fails is switched off."""
+        # Whatever happens here, the record comes.
+        with self.owner.guard("statistics of one's own"):
+            self._put_all(host, held, scalars, places)
+
+    def _put_all(self, host: Mapping[str, Array], held: Columns, scalars: dict[str, float], places: Any) -> None:
+        first_sum = first_maximum = 0
+        for i, statistic in enumerate(() if self.rows is None else self.rows.plan):
+            sums = host["own/sums"][:, first_sum : first_sum + statistic.num_sums]
+            maxima = host["own/maxima"][:, first_maximum : first_maximum + statistic.num_maxima]
+            first_sum, first_maximum = first_sum + statistic.num_sums, first_maximum + statistic.num_maxima
+            # What a rank could not add is missing in the sums: then nobody knows.
+            if host["own/given"][i] == self.num_ranks:
+                self._finish(statistic, sums, maxima, held, scalars, places)
+        for statistic in self.outputs:
+            sums = host[f"own/outputs/{statistic.name}"]
+            maxima = host.get(f"own/outputs/{statistic.name}/maxima", np.zeros((len(sums), 0)))
+            ran = sums[:, -1] > 0
+            if ran.any():
+                self._finish(statistic, sums[ran, :-1], maxima[ran], held, scalars, self.modules[ran])
+
+    def _finish(
+        self, statistic: Statistic, sums: Array, maxima: Array, held: Columns, scalars: dict[str, float], places: Any
+    ) -> None:
+        part = part_of(statistic)
+        if not self.owner.guard.ok(part):
+            return
+        with self.owner.guard(part):
+            known = {column.name: column for column in statistic.columns()}
+            found = statistic.finish(sums, maxima)
+            found = found if isinstance(found, Mapping) else {statistic.name: found}
+            for name, value in found.items():
+                if name not in known:
+                    raise ValueError(f"it gives {name!r}, which is not among its columns {', '.join(known)}")
+                if known[name].kind == SCALAR:
+                    scalars[name] = float(value)
+                else:
+                    values = np.asarray(value, np.float64)
+                    if values.shape != (len(places),):
+                        raise ValueError(f"`finish` gives one number per row, {len(places)}. Got shape {values.shape}")
+                    held.put(name, places, values)
+
+
+def part_of(statistic: Statistic) -> str:
+    """Return what a guard calls it."""
+    return f"statistic {statistic.name!r}"
+
+
+@dataclass
+class OwnStatistics:
+    """Measures them for one engine. Holds the hooks of those that look at outputs; `close()` gives them back."""
+
+    statistics: Sequence[Statistic]
+    meter: ModelMeter
+    guard: Guard
+    _memory: dict[tuple[str, int | None], tuple[tuple[str, ...], dict[str, Any]]] = field(default_factory=dict)
+    _hooks: list[WeakHook] = field(default_factory=list)
+    _hooked: Any = None
+    _step: int = -1
+    _listening: dict[str, _Outputs] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._of_rows = tuple(s for s in self.statistics if "outputs" not in s.needs)
+        self._of_outputs = tuple(s for s in self.statistics if "outputs" in s.needs)
+
+    def due(self, step: int, among: Sequence[Statistic]) -> tuple[Statistic, ...]:
+        """Return which are measured at a step: the same ones on all ranks."""
+        return tuple(s for s in among if is_due(step, s.every))
+
+    def begin(self, step: int) -> None:
+        """Say that a step's forward passes begin; may be said once per micro-batch."""
+        if not self._of_outputs or self._step == step:
+            return
+        if self._hooked is not self.meter.watched:
+            self._hang()
+        self._step = step
+        self._listening = {s.name: self._blank(s) for s in self.due(step, self._of_outputs)}
+
+    def _hang(self) -> None:
+        self.close()
+        self._hooked = self.meter.watched
+        modules = dict(self.meter.model.named_modules())
+        for row, path in enumerate(self.meter.watched.modules):
+            hook = WeakHook(self, OwnStatistics._see, row, path)
+            hook.hang(modules[self.meter.real_path(path)].register_forward_hook)
+            self._hooks.append(hook)
+
+    def _see(self, row: int, path: str, module: Any, args: Any, output: Any) -> None:
+        listens = self._listening and self.meter.model.training and not self.meter.is_muted()
+        if not listens or in_backward() or in_transform():
+            return
+        with Aside():
+            for statistic in self._of_outputs:
+                kept = self._listening.get(statistic.name)
+                if kept is not None and self.guard.ok(part_of(statistic)):
+                    with self.guard(part_of(statistic)):
+                        self._add(statistic, kept, row, path, output)
+
+    def _add(self, statistic: Statistic, kept: _Outputs, row: int, path: str, output: Any) -> None:
+        tensors = [t.detach() for _, t in tensors_of(output) if t.is_floating_point() and t.numel()]
+        if not tensors:
+            return
+        view = View(self._step, (path,), self._memory_of(statistic, None, (path,), path), outputs=tensors)
+        sums, maxima = _asked(statistic, view, 1)
+        if sums is None and maxima is None:
+            return
+        device, wide = kept.sums.device, kept.sums.dtype
+        kept.sums[row, -1] += 1
+        if sums is not None:
+            kept.sums[row, :-1] += moved(sums, device, wide)[0]
+        if maxima is not None:
+            kept.maxima[row] = torch.maximum(kept.maxima[row], moved(maxima, device, wide)[0])
+
+    def _blank(self, statistic: Statistic) -> _Outputs:
+        device, n = self.meter.device, len(self.meter.watched.modules)
+        wide = wide_dtype(device)
+        sums = torch.zeros(n, statistic.num_sums + 1, dtype=wide, device=device)
+        return _Outputs(sums, torch.full((n, statistic.num_maxima), -torch.inf, dtype=wide, device=device))
+
+    def blank(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what this rank adds to the exchange where it has nothing to say: sums and maxima by name."""
+        sums: dict[str, Tensor] = {}
+        maxima: dict[str, Tensor] = {}
+        plan, device = self.due(step, self._of_rows), self.meter.device
+        if plan:
+            sums["own/given"] = torch.zeros(len(plan), dtype=wide_dtype(device), device=device)
+        for statistic in self.due(step, self._of_outputs):
+            self._put(self._blank(statistic), statistic, sums, maxima)
+        return sums, maxima
+
+    def _put(self, found: _Outputs, statistic: Statistic, sums: dict[str, Tensor], maxima: dict[str, Tensor]) -> None:
+        sums[f"own/outputs/{statistic.name}"] = found.sums
+        if statistic.num_maxima:
+            maxima[f"own/outputs/{statistic.name}/maxima"] = found.maxima
+
+    def blank_rows(self, step: int, n: int) -> OwnRows | None:
+        """Return rows with nothing in them; None where no statistic of that kind is due."""
+        plan, device = self.due(step, self._of_rows), self.meter.device
+        if not plan:
+            return None
+        wide, widths = wide_dtype(device), (sum(s.num_sums for s in plan), sum(s.num_maxima for s in plan))
+        zeros = torch.zeros(n, widths[0], dtype=wide, device=device)
+        return OwnRows(plan, zeros, torch.full((n, widths[1]), -torch.inf, dtype=wide, device=device))
+
+    def look(
+        self,
+        step: int,
+        grads: Gradients,
+        shards: Shards,
+        optimizers: Sequence[Optimizer],
+        number: int | None,
+        into: tuple[dict[str, Tensor], dict[str, Tensor]],
+    ) -> OwnRows | None:
+        """Measure what is due, and put what travels over ranks by name into sums and maxima."""
+        if self._step == step:
+            for statistic in self.due(step, self._of_outputs):
+                if statistic.name in self._listening:
+                    self._put(self._listening[statistic.name], statistic, *into)
+            self._listening = {}
+        rows = self.blank_rows(step, len(grads))
+        first_sum = first_maximum = 0
+        for i, statistic in enumerate(() if rows is None else rows.plan):
+            assert rows is not None
+            if len(grads) and self.guard.ok(part_of(statistic)):
+                with self.guard(part_of(statistic)):
+                    view = self._view(statistic, step, grads, shards, optimizers, number)
+                    sums, maxima = _asked(statistic, view, len(grads))
+                    if sums is not None:
+                        rows.sums[:, first_sum : first_sum + statistic.num_sums] = sums
+                    if maxima is not None:
+                        rows.maxima[:, first_maximum : first_maximum + statistic.num_maxima] = maxima
+                    if sums is not None or maxima is not None:
+                        into[0]["own/given"][i] = 1.0
+            first_sum, first_maximum = first_sum + statistic.num_sums, first_maximum + statistic.num_maxima
+        return rows
+
+    def draft(self, step: int, rows: OwnRows | None, num_ranks: int) -> OwnDraft | None:
+        """Return what finishes the statistics of this step; None where none is due."""
+        outputs = self.due(step, self._of_outputs)
+        if rows is None and not outputs:
+            return None
+        return OwnDraft(self, rows, outputs, self.meter.module_positions(), num_ranks)
+
+    def _view(
+        self,
+        statistic: Statistic,
+        step: int,
+        grads: Gradients,
+        shards: Shards,
+        optimizers: Sequence[Optimizer],
+        number: int | None,
+    ) -> View:
+        needs, params, scale = statistic.needs, grads.params, grads.grad_scale
+
+        def gradients() -> Sequence[Tensor]:
+            if isinstance(scale, Tensor):
+                return [g / moved(scale, g.device) for g in shards.locals]
+            return shards.locals if scale == 1 else [g / scale for g in shards.locals]
+
+        def state(name: str) -> Sequence[Tensor | None]:
+            kept = [_kept(name, p, optimizers) for p in params]
+            return [None if t is None else Shards([t.detach()]).locals[0] for t in kept]
+
+        tensors: dict[str, Any] = {"gradients": gradients, "parameters": lambda: _locals(params)}
+        return View(
+            step,
+            grads.paths,
+            self._memory_of(statistic, number, grads.paths),
+            tensors={name: tensors[name] for name in needs if name in tensors},
+            state=state if "optimizer_state" in needs else None,
+        )
+
+    def _memory_of(
+        self, statistic: Statistic, number: int | None, paths: tuple[str, ...], place: str = ""
+    ) -> dict[str, Any]:
+        key = (f"{statistic.name}/{place}", number)
+        if key not in self._memory or self._memory[key][0] != paths:
+            self._memory[key] = (paths, {})
+        return self._memory[key][1]
+
+    def close(self) -> None:
+        """Take the hooks off. May be called twice."""
+        for hook in self._hooks:
+            hook.take_off()
+        self._hooks, self._hooked = [], None
+
+
+def _kept(name: str, p: Tensor, optimizers: Sequence[Optimizer]) -> Any:
+    held = real_of(p)
+    found = next((o.state[held].get(name) for o in optimizers if held in o.state), None)
+    return p.part_of(found) if isinstance(p, StandIn) else found
+
+
+def _locals(params: Sequence[Tensor]) -> Sequence[Tensor]:
+    return Shards([p.detach() for p in params]).locals
+
+
+def _asked(statistic: Statistic, view: View, n: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return sums and maxima of a view, None for those it does not say; checked for their shape."""
+    found = []
+    for name, width in (("sums", statistic.num_sums), ("maxima", statistic.num_maxima)):
+        value = getattr(statistic, name)(view) if width else None
+        if value is not None:
+            value = value.detach()
+            value = value[:, None] if value.shape == (n,) and width == 1 else value
+            if value.shape != (n, width):
+                raise ValueError(f"`{name}` gives {n} rows of {width}. Got shape {tuple(value.shape)}")
+        found.append(value)
+    return found[0], found[1]

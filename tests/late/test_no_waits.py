@@ -1,0 +1,281 @@
+"""Nothing that gradwatch does in a step makes the host wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gradwatch.rules import NonFinite
+from gradwatch.stats import Statistic
+from gradwatch.treatments import SkipStep
+
+from .device import Late, there
+from .loops import Loop, fused, momentum, quiet
+from .places import Place
+from .process import on_late
+from .scenarios.treatments import TREATMENTS
+
+ALL = dict.fromkeys(("activations_every", "updates_every", "histograms_every"), 1)
+OFTEN = {"activations_every": 3, "updates_every": 3, "histograms_every": 3}
+
+
+class Mixed(nn.Module):
+    """Norms, an embedding, weights in half precision, a parameter never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.low = nn.Linear(6, 8).to(torch.bfloat16)
+        self.out = nn.Linear(8, 3)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.words(x.abs().mul(3).long().clamp(max=9)).mean(1)
+        return self.out(self.low(self.norm(x).to(torch.bfloat16)).relu().float())
+
+
+def waits(device: Late, steps: int = 14, **options: Any) -> dict[str, int]:
+    """Return what made the host wait in the steps of a run; its closing may wait."""
+    device.set_lag(2)
+    place = Place(2, torch.device("late:0"), is_real=True)
+    with quiet(), device.counting() as counts:
+        loop = Loop(place, **options)
+        loop.steps(steps)
+        found, stacks = dict(counts), list(device.stacks)
+        loop.watch.close()
+    assert not loop.watch.session.engine.guard.failed, loop.watch.session.engine.guard.failed
+    if found:
+        print("\n".join(f"{what}: {stack}" for what, stack in stacks[:5]))
+    return found
+
+
+@pytest.mark.parametrize("options", [OFTEN, ALL, ALL | {"every": 3}], ids=["often", "every-step", "every-third"])
+@pytest.mark.parametrize("model", ["plain", "mixed"])
+@on_late
+def test_measuring_never_waits(options: dict[str, Any], model: str) -> None:
+    kinds: dict[str, Any] = {"optimizer": lambda params: torch.optim.SGD(params, lr=1e-3)}
+    if model == "mixed":
+        kinds["model"] = Mixed
+    assert waits(there(), rules="default", **kinds, **options) == {}
+
+
+@pytest.mark.parametrize("name", [n for n in TREATMENTS if "signals" in n])
+@on_late
+def test_a_treatment_inside_backward_never_waits(name: str) -> None:
+    assert waits(there(), optimizer=momentum, treatments=[TREATMENTS[name]()]) == {}
+
+
+@pytest.mark.parametrize("model", ["plain", "mixed"])
+@pytest.mark.parametrize("name", [n for n in TREATMENTS if "signals" not in n])
+@on_late
+def test_a_treatment_never_waits_whatever_the_gradients_are(name: str, model: str) -> None:
+    if model == "mixed":
+        options: dict[str, Any] = {"model": Mixed}
+        assert waits(there(), steps=6, treatments=[TREATMENTS[name]()], **options) == {}
+    else:
+        device = there()
+        device.set_lag(2)
+        place = Place(2, torch.device("late:0"), is_real=True)
+        with quiet(), device.counting() as counts:
+            loop = Loop(place, treatments=[TREATMENTS[name]()])
+            for factor in (1.0, 1e4, float("inf"), float("nan"), 1.0):
+                loop.once(factor)
+            found = dict(counts)
+            loop.watch.close()
+        assert found == {}
+
+
+@on_late
+def test_a_skip_that_the_optimizer_asks_the_device_for_never_waits() -> None:
+    assert waits(there(), optimizer=fused, treatments=[SkipStep()]) == {}
+
+
+@on_late
+def test_autoclip_never_waits() -> None:
+    assert waits(there(), optimizer=fused, rules="autoclip") == {}
+
+
+@on_late
+def test_skipping_what_is_not_finite_never_waits() -> None:
+    assert waits(there(), optimizer=fused, rules=[NonFinite(then=SkipStep())]) == {}
+
+
+@on_late
+def test_a_losss_value_from_the_host_is_sent_without_a_wait() -> None:
+    device = there()
+    device.set_lag(2)
+    place = Place(2, torch.device("late:0"), is_real=True)
+    with quiet(), device.counting() as counts:
+        loop = Loop(place)
+        for _ in range(5):
+            loop.optimizer.zero_grad()
+            loop.loss(loop.model, loop.x, loop.y).backward()
+            loop.watch.step(loss=torch.tensor(0.5))
+            loop.passed()
+        found = dict(counts)
+        loop.watch.close()
+    assert found == {}
+    assert loop.watch.history[3].loss == 0.5
+
+
+class Deep(nn.Module):
+    """Many small layers: 300 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(150)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x) * 0.01
+        return x
+
+
+def launches(at: int, **options: Any) -> int:
+    """Return the kernels and copies that watching adds to one step of a model of 300 parameters."""
+    device = there()
+    device.set_lag(2)
+
+    def one_step(watched: bool) -> int:
+        loop = Loop(Place(2, torch.device("late:0"), is_real=True), model=Deep, optimizer=fused, **options)
+        with quiet(), loop.watch:
+            loop.steps(at)
+            loop.optimizer.zero_grad()
+            loss = loop.loss(loop.model, loop.x, loop.y)
+            loss.backward()
+            if not watched:
+                loop.watch.close()
+            device.reset()
+            if watched:
+                loop.watch.after_backward(loss)
+            loop.optimizer.step()
+            if watched:
+                loop.watch.after_step()
+            return device.launches
+
+    return one_step(True) - one_step(False)
+
+
+@on_late
+def test_a_step_at_defaults_costs_six_kernels_however_many_parameters_there_are() -> None:
+    # Norms in a multi-tensor kernel, put in one row; the whole norm; the loss in the widest floats; one packed copy.
+    assert launches(3, rules="default") <= 6
+
+
+UPDATES = {"updates_every": 3, "activations_every": None, "histograms_every": None}
+
+
+@pytest.mark.parametrize(("rules", "at", "most"), [("default", 6, 18), ("autoclip", 5, 25), ("autoclip", 6, 37)])
+@on_late
+def test_updates_treatments_and_the_proof_of_a_veto_cost_a_few_dozen_however_many_parameters_there_are(
+    rules: str, at: int, most: int
+) -> None:
+    found = launches(at, rules=rules, **UPDATES)
+    assert found <= most, found
+
+
+HISTOGRAMS = {"updates_every": None, "activations_every": None, "histograms_every": 3}
+
+
+@pytest.mark.parametrize(("at", "most"), [(6, 36), (0, 60)], ids=["histograms", "and-rows-of-weights"])
+@on_late
+def test_histograms_cost_a_few_dozens_however_many_parameters_there_are(at: int, most: int) -> None:
+    found = launches(at, rules="default", **HISTOGRAMS)
+    assert found <= most, found
+
+
+class _Moving(Statistic):
+    """Cosine with the gradient of the step before, and the largest entry."""
+
+    name, num_sums, num_maxima = "moving", 3, 1
+
+    def sums(self, view):
+        last, now = view.memory.get("last"), [grad.float() for grad in view.grads]
+        view.memory["last"] = [grad.clone() for grad in now]
+        if last is None:
+            return None
+        pairs = list(zip(last, now, strict=True))
+        return view.rows([(a * b).sum() for a, b in pairs], *([x[i].square().sum() for x in pairs] for i in (0, 1)))
+
+    def maxima(self, view):
+        return view.rows([grad.abs().max() for grad in view.grads])
+
+
+class _Given(Statistic):
+    """Sum of each output."""
+
+    name, needs = "given", frozenset({"outputs"})
+
+    def sums(self, view):
+        return view.rows([sum(t.float().sum() for t in view.outputs)])
+
+
+@on_late
+def test_a_statistic_of_ones_own_never_waits() -> None:
+    assert waits(there(), rules="default", optimizer=momentum, statistics=[_Moving(), _Given()]) == {}
+
+
+@pytest.mark.parametrize("rules", [True, False])
+@on_late
+def test_a_step_that_the_device_vetoes_is_proven_without_a_wait(rules: bool) -> None:
+    device = there()
+    device.set_lag(2)
+    skips: dict[str, Any] = {"rules": [NonFinite(then=SkipStep())]} if rules else {"treatments": [SkipStep()]}
+    with quiet(), device.counting() as counts:
+        loop = Loop(Place(2, torch.device("late:0"), is_real=True), optimizer=fused, **skips)
+        for step in range(12):
+            loop.once(float("nan") if step in (0, 5) else 1.0)
+        found = dict(counts)
+        loop.watch.close()
+    assert found == {}
+    assert [r.step for r in loop.watch.history if r.skipped] == [0, 5]
+    assert not [i for i in loop.watch.incidents if i.rule.startswith("veto")]
+
+
+@contextmanager
+def careless_kernel() -> Iterator[None]:
+    """Let the device's fused kernel move weights and moments though it was told not to, as some devices' do."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def careless(params: Any, grads: Any, firsts: Any, *rest: Any, **named: Any) -> None:
+        for p, first in zip(params, firsts, strict=True):
+            p.mul_(0.999)
+            first.add_(1.0)
+
+    library.impl("_fused_adamw_", careless, "PrivateUse1")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+@pytest.mark.parametrize("stops", [False, True])
+@on_late
+def test_a_kernel_that_moves_at_a_step_that_the_device_vetoed_is_told_and_asked_no_more(stops: bool) -> None:
+    device = there()
+    device.set_lag(2)
+    with quiet(), careless_kernel():
+        loop = Loop(
+            Place(2, torch.device("late:0"), is_real=True),
+            optimizer=fused,
+            treatments=[SkipStep()],
+            stop_on_unproven=stops,
+        )
+        loop.run(20, lambda step: float("nan") if step in (5, 12) else 1.0)
+    told = {i.rule: i for i in loop.watch.incidents if i.rule.startswith("veto")}
+    unproven = told.pop("veto_unproven")
+    assert (unproven.first_step, unproven.severity, unproven.count) == (5, "critical", 1)
+    assert "asked on the device" in unproven.message
+    if stops:
+        assert loop.end.startswith("TrainingStopped")
+        assert loop.step <= 10
+    else:
+        # The second time the step waits for the verdict, and is put back from copies.
+        assert loop.end == ""
+        assert told["veto_undone"].first_step == 12
