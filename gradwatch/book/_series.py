@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 
+from .._text import shown
 from ..errors import ConfigError
 
 __all__ = ["MAX_VALUES", "parse_series"]
 
 MAX_VALUES = 100_000
+MAX_ITEM = 80
 _NUMBER = r"(?:nan|[+-]?(?:inf|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?))"
 _ITEM = re.compile(
     rf"^(?P<start>{_NUMBER}|_)(?:(?P<add>[+-](?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?))?(?:x(?P<times>\d+))?$", re.I
@@ -27,10 +29,10 @@ def parse_series(text: str, where: str = "") -> list[float | None]:
     """
     values: list[float | None] = []
     for item in str(text).split():
-        match = _ITEM.match(item)
+        match = _ITEM.match(item) if len(item) <= MAX_ITEM else None
         if match is None or (match["add"] and (match["times"] is None or match["start"] == "_")):
             at = where + ": " if where else ""
-            raise ConfigError(f"{at}{item!r} is no part of a series. Known are 1.5, 0+0.1x20, 3x20, _ and nan.")
+            raise ConfigError(f"{at}{shown(item)} is no part of a series. Known are 1.5, 0+0.1x20, 3x20, _ and nan.")
         times = int(match["times"] or 0)
         if times + len(values) > MAX_VALUES:
             raise ConfigError(f"{where + ': ' if where else ''}a series has at most {MAX_VALUES} values.")

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from .._text import shown
+from .._warn import one_line
 from ..errors import ConfigError, UnknownNameError
-from ..records import MODULE, PARAMETER, Incident, Index, StepRecord
+from ..records import MODULE, PARAMETER, Incident, Index, StepRecord, column_of
 from ..rules import RuleBook, RuleEngine
-from ..rules.expression import COLUMNS, SCALARS
+from ..rules.expression import is_column, is_scalar, known_names
 from ._load import load_rules
 from ._series import parse_series
 from ._yaml import Lines, read_yaml
@@ -22,6 +24,9 @@ __all__ = ["RuleTestReport", "RuleTestResult", "run_rule_tests"]
 
 _TEST_KEYS = ("name", "series", "incidents", "rules", "every")
 _EXPECT_KEYS = ("rule", "step", "resolved", "severity", "paths", "first_path")
+MAX_TOTAL = 500_000
+"""Values in all series of a file: each is a record to judge."""
+MAX_EVERY = 1_000_000
 _FIELDS = ("loss", "lr", "global_norm", "global_norm_after")
 
 
@@ -66,7 +71,7 @@ class RuleTestReport:
         return "\n".join([*lines, f"{len(self.results)} tests, {num_failed} failed"])
 
 
-def run_rule_tests(path: str | Path) -> RuleTestReport:
+def run_rule_tests(path: str | Path, *, allow_code: bool = False) -> RuleTestReport:
     """Run the `tests` of a rules file against its rules.
 
     Raises:
@@ -77,60 +82,89 @@ def run_rule_tests(path: str | Path) -> RuleTestReport:
     tests = content.get("tests")
     if not isinstance(tests, list) or not tests:
         raise ConfigError(f"{path}: there are no `tests` in this file.")
-    book = load_rules(path)
-    return RuleTestReport(
-        path=str(path), results=tuple(_run(t, lines, lines.at(tests, i), book) for i, t in enumerate(tests))
-    )
+    book = load_rules(path, allow_code=allow_code)
+    results: list[RuleTestResult] = []
+    room = MAX_TOTAL
+    for i, test in enumerate(tests):
+        result, used = _run(test, lines, lines.at(tests, i), book, room)
+        results.append(result)
+        room -= used
+    return RuleTestReport(path=str(path), results=tuple(results))
 
 
-def _run(test: Any, lines: Lines, where: str, book: RuleBook) -> RuleTestResult:
+def _run(test: Any, lines: Lines, where: str, book: RuleBook, room: int) -> tuple[RuleTestResult, int]:
+    """Return what became of a test, and how many values its series have; `room` is how many they may."""
     _check_keys(test, _TEST_KEYS, lines, where, "test")
     known = {rule.name for rule in book}
-    only = test.get("rules") or known
-    for name in [only] if isinstance(only, str) else only:
-        if name not in known:
-            raise UnknownNameError("rule", name, known, where=lines.at(test, "rules"))
-    records = list(_records(test, lines, where))
+    only = _only(test, known, lines, where)
+    columns, scalars, every = _series(test, lines, where, room)
     engine = RuleEngine(book, on_error="raise")
-    for record in records:
-        engine.judge(record)
-    engine.finish(records[-1].step + 1)
+    problems, step = [], -1
+    try:
+        for record in _records(columns, scalars, every):
+            engine.judge(record)
+            step = record.step
+        engine.finish(step + 1)
+    except Exception as error:
+        problems.append(f"{where}: a rule raised after step {step}: {one_line(error)}")
     found = [i for i in engine.incidents if i.name in only]
-    problems = _compare(test.get("incidents") or [], found, known, lines, where)
+    problems += _compare(test.get("incidents") or [], found, known, lines, where)
+    used = sum(len(v) for group in (*columns.values(), scalars) for v in group.values())
     return RuleTestResult(
         name=str(test.get("name", where)), where=where, problems=tuple(problems), incidents=tuple(engine.incidents)
-    )
+    ), used
+
+
+def _only(test: Any, known: set[str], lines: Lines, where: str) -> list[str]:
+    given = test.get("rules") or sorted(known)
+    only = [given] if isinstance(given, str) else given
+    if not isinstance(only, list):
+        raise ConfigError(f"{where}: `rules` of a test are names. Got {shown(given)}.")
+    for name in only:
+        if not isinstance(name, str) or name not in known:
+            raise UnknownNameError("rule", name, known, where=lines.at(test, "rules"))
+    return only
 
 
 def _check_keys(entry: Any, keys: tuple[str, ...], lines: Lines, where: str, kind: str) -> None:
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where}: a {kind} is a mapping. Got {entry!r}.")
+        raise ConfigError(f"{where}: a {kind} is a mapping. Got {shown(entry)}.")
     for key in entry:
         if key not in keys:
             raise UnknownNameError(f"key of a {kind}", key, keys, where=lines.at(entry, key))
 
 
-def _records(test: Any, lines: Lines, where: str) -> Iterator[StepRecord]:
+def _series(
+    test: Any, lines: Lines, where: str, room: int
+) -> tuple[dict[str, dict[str, list[float | None]]], dict[str, list[float | None]], int]:
+    """Return the values of columns by path, those of scalars, and the steps between two of them."""
     series = test.get("series")
     if not isinstance(series, list) or not series:
         raise ConfigError(f"{where}: a test needs `series`, a list.")
     every = test.get("every", 1)
-    if not isinstance(every, int) or every < 1:
-        raise ConfigError(f"{lines.at(test, 'every')}: `every` is a number of steps, 1 or more. Got {every!r}.")
+    if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= MAX_EVERY:
+        raise ConfigError(f"{lines.at(test, 'every')}: `every` is a number of steps, 1 or more. Got {shown(every)}.")
     columns: dict[str, dict[str, list[float | None]]] = {}
     scalars: dict[str, list[float | None]] = {}
     for i, entry in enumerate(series):
         place = lines.at(series, i)
         _check_keys(entry, ("name", "path", "values"), lines, place, "series")
         name, values = entry.get("name"), parse_series(entry.get("values", ""), place)
-        if name in COLUMNS:
+        room -= len(values)
+        if room < 0:
+            raise ConfigError(f"{place}: the tests of a rules file have at most {MAX_TOTAL:,} values in all.")
+        if isinstance(name, str) and is_column(name):
             if not isinstance(entry.get("path"), str):
                 raise ConfigError(f"{place}: a series of {name!r} needs the `path` it is of.")
             columns.setdefault(name, {})[entry["path"]] = values
-        elif name in SCALARS or str(name).startswith(("val_", "task_", "surgery_")):
+        elif isinstance(name, str) and is_scalar(name):
             scalars[name] = values
         else:
-            raise UnknownNameError("column or scalar", name, COLUMNS | SCALARS, where=place)
+            raise UnknownNameError("column or scalar", name, known_names(), where=place)
+    return columns, scalars, every
+
+
+def _records(columns: Mapping[str, Any], scalars: Mapping[str, Any], every: int) -> Iterator[StepRecord]:
     index = _index(columns)
     length = max(len(v) for group in (*columns.values(), scalars) for v in group.values())
     for t in range(length):
@@ -152,7 +186,8 @@ def _index(columns: Mapping[str, Mapping[str, Any]]) -> Index:
 
 
 def _is_of_modules(name: str) -> bool:
-    return name.startswith(("output_", "input_", "grad_output_")) or name in ("silent_fraction", "saturated_fraction")
+    known = column_of(name)
+    return known is not None and known.kind == MODULE
 
 
 def _record(t: int, step: int, index: Index, columns: Mapping[str, Any], scalars: Mapping[str, Any]) -> StepRecord:
@@ -182,10 +217,12 @@ def _record(t: int, step: int, index: Index, columns: Mapping[str, Any], scalars
 
 def _compare(expected: Any, found: list[Incident], known: set[str], lines: Lines, where: str) -> list[str]:
     problems, left = [], list(found)
+    if not isinstance(expected, list):
+        raise ConfigError(f"{where}: `incidents` of a test is a list. Got {shown(expected)}.")
     for i, entry in enumerate(expected):
         place = lines.at(expected, i)
         _check_keys(entry, _EXPECT_KEYS, lines, place, "expected incident")
-        if entry.get("rule") not in known:
+        if not isinstance(entry.get("rule"), str) or entry["rule"] not in known:
             raise UnknownNameError("rule", entry.get("rule"), known, where=place)
         match = next(
             (f for f in left if f.name == entry["rule"] and entry.get("step", f.first_step) == f.first_step), None

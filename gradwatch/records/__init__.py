@@ -6,28 +6,84 @@ Two things are kept apart in a column: a value that *is* nan, and a path that wa
 
 from __future__ import annotations
 
-from ._histogram import NUM_BINS, Buckets, Histogram
+from ._causes import LEADS_TO, Ranked, consequences, rank_incidents
+from ._column_table import FAMILIES, FIELDS
+from ._columns import (
+    KINDS,
+    SCALAR,
+    SCALES,
+    Column,
+    add_column,
+    column_of,
+    columns,
+    heading,
+    is_scalar_name,
+    own_columns,
+    snake_case,
+)
+from ._histogram import NUM_BINS, Buckets, Histogram, HistogramTable
 from ._incident import SEVERITIES, Finding, Incident
 from ._index import MODULE, PARAMETER, Bools, Floats, Index, select_paths
+from ._kind import TRAINING_KINDS, kind_scalars, kinds_in, told_kinds
 from ._step import StepRecord, TreatmentReport, iter_scalars
+from ._verdict import (
+    ENDED_WELL,
+    GOING_ON,
+    HEALTHY,
+    NOT_ENOUGH_SEEN,
+    NOT_HEALTHY,
+    RuleCoverage,
+    Verdict,
+    judge_run,
+)
 
 __all__ = [
+    "ENDED_WELL",
+    "FAMILIES",
+    "FIELDS",
+    "GOING_ON",
+    "HEALTHY",
+    "KINDS",
+    "LEADS_TO",
     "MODULE",
+    "NOT_ENOUGH_SEEN",
+    "NOT_HEALTHY",
     "NUM_BINS",
     "PARAMETER",
+    "SCALAR",
+    "SCALES",
     "SCHEMA_VERSION",
     "SEVERITIES",
+    "TRAINING_KINDS",
     "Bools",
     "Buckets",
+    "Column",
     "Finding",
     "Floats",
     "Histogram",
+    "HistogramTable",
     "Incident",
     "Index",
+    "Ranked",
+    "RuleCoverage",
     "StepRecord",
     "TreatmentReport",
+    "Verdict",
+    "add_column",
+    "column_of",
+    "columns",
+    "consequences",
+    "heading",
+    "is_scalar_name",
     "iter_scalars",
+    "judge_run",
+    "kind_scalars",
+    "kinds_in",
+    "own_columns",
+    "rank_incidents",
     "select_paths",
+    "snake_case",
+    "told_kinds",
 ]
 
 SCHEMA_VERSION = 1

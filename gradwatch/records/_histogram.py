@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._index import Floats
 
-__all__ = ["NUM_BINS", "Buckets", "Histogram"]
+__all__ = ["NUM_BINS", "Buckets", "Histogram", "HistogramTable"]
 
 NUM_BINS = 512
 """Bins of an exponent histogram: 256 exponents, then 256 more for the negative values."""
+AT_ONCE = 1024
+"""Histograms that are written out side by side: of many tensors they take far more than what is in them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +37,7 @@ class Histogram:
         if self.counts.shape != (NUM_BINS,):
             raise ValueError(f"a Histogram has {NUM_BINS} counts. Got shape {self.counts.shape}.")
 
-    @cached_property
+    @property
     def magnitude_counts(self) -> NDArray[np.int64]:
         """Counts by exponent without regard to sign, shape (256,)."""
         return self.counts[:256] + self.counts[256:]
@@ -64,6 +67,62 @@ class Histogram:
         return Histogram(self.counts + other.counts)
 
 
+class HistogramTable(Mapping[str, Histogram]):
+    """Histograms of many paths, no larger than what is in them: of most tensors most bins are empty.
+
+    Args:
+        paths: one for each row.
+        counts: int64, shape (n, 512).
+
+    Attributes:
+        paths: in the order of the rows.
+        starts: int64, shape (n + 1,): where each row's filled bins begin among `bins` and `counts`.
+        bins: uint16, the filled bins, row after row.
+        counts: of those, unsigned, as narrow as they may be.
+    """
+
+    def __init__(self, paths: Sequence[str], counts: NDArray[np.int64]) -> None:
+        self.paths = tuple(paths)
+        filled = counts != 0
+        shape = (len(self.paths), NUM_BINS)
+        if filled.shape != shape:
+            raise ValueError(f"{len(self.paths)} paths need counts {shape}. Got {counts.shape}.")
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.count_nonzero(filled, axis=1).cumsum()])
+        self.bins = (np.flatnonzero(filled) % NUM_BINS).astype(np.uint16)
+        values = counts[filled]
+        self.counts = values.astype(np.min_scalar_type(int(values.max(initial=0))))
+
+    @classmethod
+    def of(cls, histograms: Mapping[str, Histogram]) -> HistogramTable:
+        """Return a table of what any mapping holds."""
+        if isinstance(histograms, cls):
+            return histograms
+        rows = [h.counts for h in histograms.values()]
+        return cls(list(histograms), np.array(rows, np.int64).reshape(-1, NUM_BINS))
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {path: i for i, path in enumerate(self.paths)}
+
+    def __getitem__(self, path: str) -> Histogram:
+        row = self._positions[path]
+        counts = np.zeros(NUM_BINS, np.int64)
+        part = slice(self.starts[row], self.starts[row + 1])
+        counts[self.bins[part]] = self.counts[part]
+        return Histogram(counts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, but for the paths themselves."""
+        return self.starts.nbytes + self.bins.nbytes + self.counts.nbytes + 8 * len(self.paths)
+
+
 @dataclass(frozen=True, eq=False)
 class Buckets:
     """Log10 buckets of n histograms at once; each as by `Histogram.log10_buckets`.
@@ -81,7 +140,17 @@ class Buckets:
     rest: NDArray[np.int64]
 
     @classmethod
-    def of(cls, histograms: Sequence[Histogram], max_buckets: int) -> Buckets:
+    def of(cls, histograms: Iterable[Histogram], max_buckets: int) -> Buckets:
+        waiting = iter(histograms)
+        parts = [cls._of_some([], max_buckets)]
+        while some := list(islice(waiting, AT_ONCE)):
+            parts.append(cls._of_some(some, max_buckets))
+        return cls(
+            *(np.concatenate([getattr(p, name) for p in parts]) for name in ("edges", "counts", "lengths", "rest"))
+        )
+
+    @classmethod
+    def _of_some(cls, histograms: Sequence[Histogram], max_buckets: int) -> Buckets:
         both = np.array([h.magnitude_counts for h in histograms], np.int64).reshape(-1, 256)
         finite = both[:, 1:255]
         filled = finite > 0

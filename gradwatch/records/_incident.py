@@ -43,10 +43,10 @@ class Incident:
         paths: every path that fired, in the order of the rule (forward for activations, backward for gradients).
         first_path: where it began, where that means something; "" for the whole model.
         first_step, last_step: of the findings.
-        value, limit: at the worst finding.
+        value, limit, message: of the worst finding; `message` is one sentence that says what was seen.
+        worst_path: which path they are of; "" for the whole model, None where that is not on record.
         treatments: names of the treatments and actions that ran for it.
         advice: what usually causes it and what to try, in order.
-        message: one sentence that says what was seen.
         resolved: it is over; `resolved_step` says since when.
         count: steps at which it fired.
         labels: the rule's own labels.
@@ -69,15 +69,40 @@ class Incident:
     resolved_step: int | None = None
     count: int = 1
     id: int = 0
+    worst_path: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
         where = (self.first_path or "whole model") + more
-        what = self.message or f"{self.value:.3g}, limit {self.limit:.3g}"
-        done = f" -> {', '.join(self.treatments)}" if self.treatments else ""
+        what = self.seen or self._owned(f"{self.value:.3g}, limit {self.limit:.3g}")
+        done = f" -> {', '.join(self.done)}" if self.treatments else ""
         return f"[{self.severity}] step {self.first_step}: {self.name or self.rule} in {where} ({what}){done}"
+
+    @property
+    def done(self) -> tuple[str, ...]:
+        """What was done about it, in words where a treatment left some in `details` under its name: where a rollback
+        went to."""
+        said = [self.details.get(name) for name in self.treatments]
+        return tuple(word if isinstance(word, str) else name for name, word in zip(self.treatments, said, strict=True))
+
+    @property
+    def worst_elsewhere(self) -> str:
+        """Which path the numbers are of, where it is not the one it began in; "" where it is, is not known, or where
+        there is no number."""
+        if self.worst_path is None or self.worst_path == self.first_path or not np.isfinite(self.value):
+            return ""
+        return self.worst_path or "whole model"
+
+    @property
+    def seen(self) -> str:
+        """The message, beginning with the path that it is of where it did not begin there."""
+        return self._owned(self.message) if self.message else ""
+
+    def _owned(self, text: str) -> str:
+        # A sentence on the whole model says so itself.
+        return f"{self.worst_path}: {text}" if self.worst_path and self.worst_elsewhere else text
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; non-finite floats as the strings "nan", "inf" and "-inf", so that JSON stays JSON."""

@@ -98,6 +98,11 @@ class Index:
         return ~self.is_parameter
 
     @cached_property
+    def num_trained(self) -> int:
+        """How many parameters require a gradient and are in an optimizer."""
+        return int((self.trainable & self.in_optimizer).sum())
+
+    @cached_property
     def ndim(self) -> NDArray[np.int64]:
         """Dimensions of each parameter; 0 for modules."""
         return np.fromiter((len(s) for s in self.shapes), np.int64, len(self.shapes))

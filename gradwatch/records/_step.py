@@ -48,8 +48,10 @@ class StepRecord:
         time: seconds since the epoch, when the record was made.
         loss: mean over the accumulated micro-batches; nan where not given (then `has_loss` is False).
         lr: largest learning rate over the optimizers' groups.
-        global_norm: before any treatment; over the parameters in the optimizer that have a gradient.
-        global_norm_after: after all of gradwatch's treatments; equal to `global_norm` where there were none.
+        global_norm: before any treatment or clip; over the parameters in the optimizer that have a gradient. Nan where
+            no gradient was seen (then `has_gradient` is False): what was not seen is not zero.
+        global_norm_after: after all of gradwatch's treatments; equal to `global_norm` where there were none, and nobody
+            clipped before. What the optimizer got in the end is `global_norm_applied`.
         index: what the columns run over.
         columns: name -> float64, shape (len(index),). A column that was not measured at this step is absent.
         masks: name -> bool, shape (len(index),): which paths the column holds a measurement for. Absent: all.
@@ -57,6 +59,8 @@ class StepRecord:
         histograms: parameter path -> exponent histogram of its gradient.
         treatments: what was done, in order.
         skipped: the optimizer was kept from moving anything at this step.
+        has_gradient: a gradient was seen, of one parameter at least.
+        unseen: path -> why it counts neither as measured nor as without a gradient; "" stands for the whole model.
     """
 
     step: int
@@ -76,6 +80,8 @@ class StepRecord:
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     treatments: tuple[TreatmentReport, ...] = ()
     skipped: bool = False
+    has_gradient: bool = True
+    unseen: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, key: tuple[str, str]) -> float:
         """Return one number: `record["grad_norm", "encoder.0.weight"]`.
@@ -92,12 +98,25 @@ class StepRecord:
             raise KeyError(f"step {self.step} has no {name!r} for {path!r}: it was not measured (no gradient).")
         return float(column[i])
 
+    @property
+    def global_norm_applied(self) -> float | None:
+        """The global norm as the optimizer got it, after the treatments and whatever else changed gradients; None where
+        it did not move, or where that was not measured."""
+        return self.scalars.get("global_norm_applied")
+
     def measured(self, name: str) -> Bools:
         """Return which paths the column holds a measurement for; none where the column is absent."""
         if name not in self.columns:
             return np.zeros(len(self.index), np.bool_)
         mask = self.masks.get(name)
         return np.ones(len(self.index), np.bool_) if mask is None else mask
+
+    @property
+    def accounted(self) -> Bools:
+        """Which paths are not among `unseen`: those alone can be judged. Shape (len(index),)."""
+        known = np.ones(len(self.index), np.bool_)
+        known[[i for path in self.unseen if (i := self.index.positions.get(path)) is not None]] = False
+        return known
 
     def rollup(self, by: str = "block", column: str = "grad_norm") -> dict[str, float]:
         """Return norms over modules, blocks or the model, from sums of squares (never from means of norms).
@@ -129,10 +148,11 @@ def _norm(values: Floats) -> float:
 
 
 def iter_scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
-    """Yield every scalar of a record with its name: loss, lr, the global norms, then `scalars`."""
+    """Yield every scalar of a record with its name: loss, lr, the global norms, then `scalars`; none not known."""
     if record.has_loss:
         yield "loss", record.loss
     yield "lr", record.lr
-    yield "global_norm", record.global_norm
-    yield "global_norm_after", record.global_norm_after
+    if record.has_gradient:
+        yield "global_norm", record.global_norm
+        yield "global_norm_after", record.global_norm_after
     yield from record.scalars.items()

@@ -5,19 +5,35 @@ A rule is frozen settings and a pure function of (state, record), so the same co
 
 from __future__ import annotations
 
+from ..records import snake_case
+from ._acts import actions_of, can_decide, has_limit, then_of, treatments_of
 from ._beginning import BlownUp, Crawling, MistakenLoss
-from ._engine import RuleEngine
+from ._data import RepeatedBatch, RepeatedTargets, TargetOutliers, TargetScale
+from ._engine import RuleEngine, RuleMemory
+from ._experts import IdleExperts
 from ._exploding import Exploding
 from ._findings import Findings, format_findings
 from ._gradients import Dead, Vanishing
+from ._graph import CutOff, SeesFuture
 from ._growth import GradientGrowth
 from ._judgement import Fired, Judgement, RuleCoverage
+from ._kinds import kinds_of_index
 from ._learning import ConstantOutput, NotLearning
 from ._loss import BadInitialLoss, Diverging, LossSpike, Undertrained
 from ._non_finite import NonFinite
-from ._rule import Rule, snake_case
+from ._pairs import LossTerms, TargetsShifted, WholeTargets
+from ._restarted import Restarted
+from ._rule import RULE, Rule, as_rule
 from ._rulebook import INHIBITS, RuleBook, Silence
 from ._run import AmpOverflow, ClipTooOften, DeadSignal, GradConflict, GradNotReset, RankDivergence, Stalled
+from ._settings import (
+    BatchNormStatistics,
+    EpsilonTooLarge,
+    EvalMode,
+    LearningRateGone,
+    WeightDecayTooLarge,
+    WeightsOverwritten,
+)
 from ._targets import ConstantLabels, OutputRange, TargetSemantics, UnnormalisedInput
 from ._units import ActScale, DeadUnits, Saturated, SymmetricUnits
 from ._updates import NotUpdating, UpdateTooLarge, UpdateTooSmall
@@ -60,6 +76,23 @@ _CATALOGUE: tuple[type[Rule], ...] = (
     Stalled,
     RankDivergence,
     DeadSignal,
+    LearningRateGone,
+    WeightDecayTooLarge,
+    EpsilonTooLarge,
+    EvalMode,
+    BatchNormStatistics,
+    TargetsShifted,
+    WholeTargets,
+    LossTerms,
+    IdleExperts,
+    Restarted,
+    WeightsOverwritten,
+    SeesFuture,
+    CutOff,
+    RepeatedBatch,
+    RepeatedTargets,
+    TargetOutliers,
+    TargetScale,
     Expression,
 )
 
@@ -68,15 +101,76 @@ RULES: dict[str, type[Rule]] = {snake_case(rule.__name__): rule for rule in _CAT
 
 __all__ = [
     "INHIBITS",
+    "RULE",
     "RULES",
+    "ActScale",
+    "AmpOverflow",
+    "BadInitialLoss",
+    "BatchNormStatistics",
+    "BlownUp",
+    "ClipTooOften",
+    "ConstantLabels",
+    "ConstantOutput",
+    "Crawling",
+    "CutOff",
+    "Dead",
+    "DeadSignal",
+    "DeadUnits",
+    "Diverging",
+    "EpsilonTooLarge",
+    "EvalMode",
+    "Exploding",
+    "Expression",
     "Findings",
     "Fired",
+    "GradConflict",
+    "GradNotReset",
+    "GradientGrowth",
+    "IdleExperts",
     "Judgement",
+    "LearningRateGone",
+    "LossSpike",
+    "LossTerms",
+    "MistakenLoss",
+    "NonFinite",
+    "NotLearning",
+    "NotUpdating",
+    "OutputRange",
+    "Overfit",
+    "RankDivergence",
+    "RepeatedBatch",
+    "RepeatedTargets",
+    "Restarted",
     "Rule",
     "RuleBook",
     "RuleCoverage",
     "RuleEngine",
+    "RuleMemory",
+    "Saturated",
+    "SeesFuture",
     "Silence",
+    "Stalled",
+    "SymmetricUnits",
+    "TargetOutliers",
+    "TargetScale",
+    "TargetSemantics",
+    "TargetsShifted",
+    "TrainEvalMismatch",
+    "Undertrained",
+    "UnnormalisedInput",
+    "UpdateTooLarge",
+    "UpdateTooSmall",
+    "ValNotLearning",
+    "Vanishing",
+    "WeightDecayTooLarge",
+    "WeightsOverwritten",
+    "WholeTargets",
+    "actions_of",
+    "as_rule",
+    "can_decide",
     "format_findings",
-    *[rule.__name__ for rule in _CATALOGUE],
+    "has_limit",
+    "kinds_of_index",
+    "then_of",
+    "treatments_of",
 ]

@@ -3,42 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..records import StepRecord
+from ._block import Block, Passed
 from ._findings import Findings
+from ._kinds import VALUES, is_of
+from ._reductions import reductions, summed_over
 from ._rule import Rule, State
 from ._selection import select
 from ._updates import is_effective
-from ._windows import Progress, median, progress
+from ._windows import Progress, median, progress, progress_over
 
 __all__ = ["BlownUp", "Crawling", "MistakenLoss"]
 
 
 class BlownUp(Rule):
-    """Flags a loss that rises to `ratio` times its first value within the first steps, and not once alone.
+    """Flags a loss that rises to `ratio` times its first value within the first steps, stays there, and not once alone.
 
-    The first loss is the only one that no step has touched. Batches of fewer than eight samples are not judged: their
-    losses differ by as much from the data alone. A loss that is not above zero at first is not judged.
+    The first loss is the only one that no step has touched. It stays where the median since the first such loss is as
+    large: a few bad batches, with good ones between them, are none. Values that are learned from themselves grow by
+    right. Batches of fewer than eight samples are not judged: their
+    losses differ by as much from the data alone. Nor are losses that are zero or below now and then, which have no
+    level. Where nobody said what the batch is (returns and advantages change with the policy), an update must have
+    been above `update` of the weights.
 
     Args:
         ratio: times the first loss.
         steps: losses looked at.
         times: how many of them must be that large.
+        update: of a weight's norm, that is a large step.
     """
 
     ratio: float = 5.0
     steps: int = 20
     times: int = 3
+    update: float = 0.1
     severity: str = "critical"
     advice: str = (
         "The first steps are too large: lower the learning rate by 10 or warm it up; normalise inputs; average the "
         "loss instead of summing it; check the sign of the loss. What was initialised is lost by now: start again."
     )
 
-    needs = frozenset({"loss", "batch_size"})
+    is_core = False
+    needs = frozenset({"loss", "batch_size", "update_ratio", *VALUES})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,7 +56,16 @@ class BlownUp(Rule):
         self._require("times", 1 <= self.times <= self.steps, f"{self.steps} (`steps`)", "1 to")
 
     def init(self) -> State:
-        return {"first": None, "seen": 0, "high": 0, "samples": math.inf}
+        return {
+            "first": None,
+            "seen": 0,
+            "high": 0,
+            "since": (),
+            "samples": math.inf,
+            "summed": "",
+            "least": math.inf,
+            "update": 0.0,
+        }
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         if not math.isfinite(record.loss) or state["seen"] > self.steps:
@@ -58,13 +77,32 @@ class BlownUp(Rule):
             "first": first,
             "seen": state["seen"] + 1,
             "high": state["high"] + (first > 0 and record.loss > limit),
+            "since": (*state["since"], record.loss) if state["since"] or record.loss > limit else (),
             "samples": min(state["samples"], samples) if math.isfinite(samples) else state["samples"],
+            "summed": state["summed"] or summed_over(record),
+            "least": min(state["least"], record.loss),
+            "update": max(state["update"], _largest_update(record)),
         }
-        if state["samples"] < 8 or not first > 0:
-            return self.unjudged(record, "batches of fewer than eight, or a first loss that is not above 0"), state
-        text = f"loss {{value:.4g}}, before the first step it was {first:.4g}"
-        fires = state["high"] >= self.times and record.loss > limit
+        if state["samples"] < 8 or not state["least"] > 0:
+            return self.unjudged(record, "batches of fewer than eight, or a loss that is not above 0"), state
+        if not math.isfinite(state["samples"]) and 0 < state["update"] < self.update:
+            return self.unjudged(record, "nobody said what the batch is, and updates are small"), state
+        text = f"loss {{value:.4g}}, before the first step it was {first:.4g}{state['summed']}"
+        stays = median(state["since"]) > limit and not is_of(record, VALUES)
+        fires = state["high"] >= self.times and record.loss > limit and stays
         return self.whole(record, fires, record.loss, limit, text), state
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        return Passed(state, 0, f"judged on the first {self.steps} losses") if state["seen"] > self.steps else None
+
+
+def _largest_update(record: StepRecord) -> float:
+    """Return the largest update over its weight; 0 where none was measured."""
+    if "update_ratio" not in record.columns:
+        return 0.0
+    chosen = select(record.index, "*", min_ndim=2) & record.measured("update_ratio")
+    ratios = record.columns["update_ratio"][chosen]
+    return float(np.max(ratios, initial=0.0, where=np.isfinite(ratios)))
 
 
 class Crawling(Rule):
@@ -85,6 +123,7 @@ class Crawling(Rule):
     judgements: int = 2
     advice: str = "The learning rate is too low: raise it by 10, or more, until the loss becomes noisy; then halve it."
 
+    is_core = False
     needs = frozenset({"update_ratio", "loss"})
     low_is_worse = True
 
@@ -117,13 +156,37 @@ class Crawling(Rule):
         fires = running >= self.judgements
         return self.whole(record, fires, largest, self.ratio, text), {**state, "running": running}
 
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        if "update_ratio" in block.names or not block.has_finite_losses:
+            return None
+        past, levels = Progress(*state["loss"]), state["levels"]
+        # A level is taken at every fiftieth loss: up to there, and on from there.
+        at = 50 - past.seen % 50
+        if at <= len(block):
+            past = progress_over(past, block.losses[:at], block.samples[:at])
+            levels = (*levels[-1:], median(past.recent))
+        else:
+            at = 0
+        loss = progress_over(past, block.losses[at:], block.samples[at:])
+        highest = max([state["lr"], *[r.lr for r in block.records if math.isfinite(r.lr)]])
+        after = {"loss": tuple(loss), "levels": levels, "lr": highest, "running": state["running"]}
+        return Passed(after, 0, "no update was measured after 100 losses") if len(block) <= 50 else None
+
 
 _MISTAKES = (
     ("squared_error_of_pairs", "squared_error", "every prediction is compared with every target (broadcasting)"),
     ("cross_entropy_over_batch", "cross_entropy", "softmax is taken over the batch, not over the classes"),
     ("cross_entropy_twice", "cross_entropy", "softmax is applied twice"),
     ("cross_entropy", "cross_entropy_of_probabilities", "softmax outputs are given to a loss that takes logits"),
+    ("binary_cross_entropy_twice", "binary_cross_entropy", "a sigmoid comes before a loss that takes logits"),
 )
+
+
+_MADE = {
+    "loss_of_softmax": "softmax outputs are given to a loss that takes logits",
+    "loss_of_sigmoid": "a sigmoid comes before a loss that takes logits",
+}
+"""What the graph behind a loss says of it."""
 
 
 class MistakenLoss(Rule):
@@ -131,8 +194,10 @@ class MistakenLoss(Rule):
 
     From outputs and targets follow the mean squared error and the cross-entropy, and what they would be if
     predictions were broadcast against targets, softmax taken over the batch, or taken twice. What the loss has beside
-    (a penalty) changes slowly: so the difference between the loss and the formula that it follows hardly varies.
-    Flagged where that deviation is below `share` of the one from the right formula, which is above 1 % of the loss.
+    (a penalty) changes slowly: so the difference between the loss and the formula that it follows hardly varies. Losses
+    that are summed where others take the mean are known, too.
+    Flagged where that deviation is below `share` of the one from the right formula, which is above 1 % of the loss. A
+    softmax or sigmoid right before a loss that takes it itself is also read from the graph behind the loss.
 
     Args:
         share: of the deviation from the right formula.
@@ -142,12 +207,15 @@ class MistakenLoss(Rule):
     share: float = 0.1
     samples: int = 6
     severity: str = "critical"
+    for_steps: int = 2
     advice: str = (
         "Give prediction and target the same shape; take softmax over dim=-1; give logits, not probabilities, to "
-        "cross_entropy (it contains the softmax)."
+        "cross_entropy (it contains the softmax) and to binary_cross_entropy_with_logits (it contains the sigmoid)."
     )
 
-    needs = frozenset({"loss", *(name for mistake in _MISTAKES for name in mistake[:2]), "output_row_sum_min"})
+    is_core = False
+    needs = frozenset({"loss", *(name for mistake in _MISTAKES for name in mistake[:2]), "output_row_sum_min", *_MADE})
+    awaits = frozenset({*(name for mistake in _MISTAKES for name in mistake[:2]), *_MADE})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,6 +226,9 @@ class MistakenLoss(Rule):
         return {"losses": (), "values": {}}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        for made, what in _MADE.items():
+            if record.scalars.get(made, 0.0) > 0:
+                return self.whole(record, True, 1.0, 0.0, what), state
         names = sorted({name for mistake in _MISTAKES for name in mistake[:2]} & set(record.scalars))
         if not names or not math.isfinite(record.loss):
             return self.unjudged(record, "outputs and targets are not known"), state
@@ -166,21 +237,22 @@ class MistakenLoss(Rule):
         state = {"losses": losses, "values": values}
         if len(losses) < self.samples:
             return self.unjudged(record, f"fewer than {self.samples} batches were measured"), state
+        scales = reductions(record)
         for mistake, right, what in _MISTAKES:
             if mistake == "cross_entropy" and not _is_softmax(record):
                 continue
-            off = _deviation(losses, values.get(mistake, ()))
-            off_right = _deviation(losses, values.get(right, ()))
+            off = _deviation(losses, values.get(mistake, ()), scales)
+            off_right = _deviation(losses, values.get(right, ()), scales)
             if off < self.share * off_right and off_right > 0.01 * abs(median(losses)):
                 return self.whole(record, True, off, self.share * off_right, what), state
         return self.clear(record), state
 
 
-def _deviation(losses: Sequence[float], values: Sequence[float]) -> float:
-    """Return the standard deviation of the difference; nan where there are not as many."""
+def _deviation(losses: Sequence[float], values: Sequence[float], scales: Mapping[str, float]) -> float:
+    """Return the standard deviation of the difference, of the nearest reduction; nan where there are not as many."""
     if len(values) != len(losses) or not np.isfinite(values).all():
         return math.nan
-    return float(np.std(np.subtract(losses, values)))
+    return min(float(np.std(np.subtract(losses, np.multiply(scale, values)))) for scale in scales.values())
 
 
 def _is_softmax(record: StepRecord) -> bool:

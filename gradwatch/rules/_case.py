@@ -10,6 +10,7 @@ import numpy as np
 
 from ..records import Incident, StepRecord
 from ._findings import Findings
+from ._rule import Rule
 
 __all__ = ["Case"]
 
@@ -19,7 +20,7 @@ class Case:
     """What is known of an incident so far; `incident()` gives it frozen."""
 
     id: int
-    rule: Any
+    rule: Rule
     first_step: int
     last_step: int
     first_path: str = ""
@@ -27,6 +28,7 @@ class Case:
     value: float = float("nan")
     limit: float = float("nan")
     message: str = ""
+    worst_path: str | None = None
     treatments: list[str] = field(default_factory=list)
     count: int = 0
     resolved_step: int | None = None
@@ -39,27 +41,22 @@ class Case:
         index = record.index
         positions = findings.positions[findings.positions < len(index)]
         if not self.count:
-            self.first_path = self._first_path(record, findings)
+            self.first_path = self.rule.first_path(record, findings.positions)
         if self.member is None or len(self.member) != len(index):
             known = set(self.paths)
             self.member = np.fromiter((p in known for p in index.paths), np.bool_, len(index))
         fresh = positions[~self.member[positions]]
         if len(fresh):
-            backward = getattr(self.rule, "order", "forward") == "backward"
+            backward = self.rule.order == "backward"
             order = np.lexsort((fresh, index.depth[fresh]))
             self.paths.extend(map(index.paths.__getitem__, fresh[order[::-1] if backward else order].tolist()))
             self.member[fresh] = True
-        self._remember_worst(findings)
+        self._remember_worst(findings, record)
         self.count += 1
         self.last_step = record.step
 
-    def _first_path(self, record: StepRecord, findings: Findings) -> str:
-        if hasattr(self.rule, "first_path"):
-            return str(self.rule.first_path(record, findings.positions))
-        return findings[0].path
-
-    def _remember_worst(self, findings: Findings) -> None:
-        low = getattr(self.rule, "low_is_worse", False)
+    def _remember_worst(self, findings: Findings, record: StepRecord) -> None:
+        low = self.rule.low_is_worse
         i = findings.worst(low)
         value = float(findings.values[i])
         finite = bool(np.isfinite(self.value))
@@ -68,6 +65,8 @@ class Case:
         if self.count and (better_known or not finite):
             return
         self.value, self.limit, self.message = value, float(findings.limits[i]), findings.message(i)
+        position, paths = int(findings.positions[i]), record.index.paths
+        self.worst_path = paths[position] if position < len(paths) else ""
 
     def incident(self) -> Incident:
         """Return it as it stands."""
@@ -83,24 +82,25 @@ class Case:
             value=self.value,
             limit=self.limit,
             treatments=tuple(self.treatments),
-            advice=getattr(rule, "advice", ""),
+            advice=rule.advice,
             message=self.message,
+            worst_path=self.worst_path,
             resolved=self.resolved_step is not None,
             resolved_step=self.resolved_step,
             count=self.count,
             id=self.id,
-            labels=dict(getattr(rule, "labels", None) or {}),
+            labels=dict(rule.labels or {}),
             details=dict(self.details),
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        names = ("id", "first_step", "last_step", "first_path", "value", "limit", "message", "count", "resolved_step")
+        names = ("id", "first_step", "last_step", "first_path", "value", "limit", "message", "worst_path", "count")
         lists = {"paths": list(self.paths), "treatments": list(self.treatments), "details": dict(self.details)}
-        return {**{n: getattr(self, n) for n in names}, **lists}
+        return {**{n: getattr(self, n) for n in (*names, "resolved_step")}, **lists}
 
     @classmethod
-    def from_state(cls, rule: Any, state: Mapping[str, Any]) -> Case:
+    def from_state(cls, rule: Rule, state: Mapping[str, Any]) -> Case:
         """Return the case of a `state_dict`."""
         values: dict[str, Any] = {k: list(v) if isinstance(v, list) else v for k, v in state.items()}
         return cls(rule=rule, **values)

@@ -7,12 +7,17 @@ import math
 import numpy as np
 
 from ..records import Floats, StepRecord
+from ._block import Block, Passed
 from ._findings import Findings
 from ._rule import Rule, State
 from ._selection import select
-from ._windows import Window, level, median, push, stream
+from ._windows import Window, level, median, push, stream, stream_over
 
 __all__ = ["Exploding"]
+
+
+_FAR_BELOW = -10.0
+"""A loss that few objectives reach with the right sign."""
 
 
 class Exploding(Rule):
@@ -56,6 +61,7 @@ class Exploding(Rule):
         "learning rate or lengthen its warm-up; under Adam lower beta2."
     )
 
+    enough = 20
     needs = frozenset({"grad_norm"})
     order = "backward"
 
@@ -80,6 +86,28 @@ class Exploding(Rule):
         suspicious, _ = self._bars(state)
         return math.exp(suspicious)
 
+    def alarm(self, state: State) -> float | None:
+        if len(state["window"]) < self.min_samples:
+            return None
+        suspicious, alarm = self._bars(state)
+        return math.exp(suspicious if state["again"] else alarm)
+
+    def calm(self, state: State, records: int) -> float:
+        if len(state["window"]) < self.min_samples:
+            # Its first baseline may come to be within these records.
+            return math.inf if len(state["window"]) + records < self.min_samples else 0.0
+        if state["again"] or state["rejected"]:
+            return 0.0
+        return math.exp(self._unsuspicious(state["window"], records))
+
+    def _unsuspicious(self, window: Window, records: int) -> float:
+        """Return a log norm that is below every bar of so many records from now on.
+
+        While n values leave the window and n others come in its median can't fall by more than n places, and nothing
+        is suspicious below sqrt(`ratio`) times it.
+        """
+        return sorted(window)[max(0, (len(window) - 1) // 2 - records)] + math.log(self.ratio) / 2
+
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         norm = self._norm(record)
         if not (math.isfinite(norm) and norm > 0):
@@ -94,6 +122,27 @@ class Exploding(Rule):
         limit = math.exp(suspicious if state["again"] else alarm)
         findings = self._findings(record, state, norm, limit) if fires else self.clear(record)
         return findings, self._reject(record, state, log_norm, fires)
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        window, n = state["window"], len(block)
+        if self.paths != ("*",) or len(window) < self.min_samples or state["again"] or state["rejected"]:
+            return None
+        if not block.has_positive_norms or (logs := block.log_grad_norms) is None:
+            return None
+        log_norms = tuple(map(math.log, block.norms))
+        certain = self._unsuspicious(window, n)
+        for k, log_norm in enumerate(log_norms):
+            if log_norm > certain:
+                known = (*state["first"], *log_norms[:k])[:20]
+                now = {**state, "window": (*window, *log_norms[:k])[-self.window :], "first": known}
+                if log_norm > self._bars(now)[0]:
+                    return None
+        past = state["per_path"].get("log_norm")
+        past = np.full(len(block.index), np.nan) if past is None else past
+        levels = {"log_norm": stream_over(past, logs[0], 0.95, logs[1])}
+        first = (*state["first"], *log_norms)[:20]
+        window = (*window, *log_norms)[-self.window :]
+        return Passed({**state, "window": window, "first": first, "per_path": levels}, n)
 
     def _norm(self, record: StepRecord) -> float:
         if self.paths == ("*",):
@@ -160,6 +209,8 @@ class Exploding(Rule):
     def _findings(self, record: StepRecord, state: State, norm: float, limit: float) -> Findings:
         center = math.exp(median(state["window"]))
         text = f"gradient norm {{value:.3g}}, {norm / center:.3g} times its recent level {center:.3g}"
+        if record.loss < _FAR_BELOW:
+            text += f"; the loss is {record.loss:.3g}: check the sign of its terms"
         whole = self.whole(record, True, norm, limit, text)
         past, column = state["per_path"].get("log_norm"), record.columns.get("grad_norm")
         if past is None or column is None:

@@ -64,6 +64,11 @@ class Findings(Sequence[Finding]):
     def __len__(self) -> int:
         return len(self.positions)
 
+    @property
+    def is_of_the_end(self) -> bool:
+        """Said of the record that ends a run."""
+        return "end_of_run" in self._record.scalars
+
     @overload
     def __getitem__(self, i: int) -> Finding: ...
     @overload

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 from ..records import StepRecord
+from ._block import Block, Passed
 from ._findings import Findings
+from ._kinds import VALUES, is_of
 from ._rule import Rule, State
-from ._windows import Progress, median, progress
+from ._windows import Progress, median, progress, progress_over
 
 __all__ = ["GradientGrowth"]
 
@@ -19,7 +21,8 @@ class GradientGrowth(Rule):
 
     The median of the last 20 norms against the median of those 500 to 1,000 steps ago, or, earlier than that, against
     the largest of the first 100. Growth alone is no fault (a warm-up, branches that begin at zero, a plateau that
-    breaks), so the loss must be stuck, above where it began, or below zero by three times its first level.
+    breaks), so the loss must be stuck, above where it began, or below zero by three times its first level. Where values
+    are learned from themselves (reinforcement learning, target networks) gradients grow with them: not judged.
 
     Source: the delayed window of llm-foundry (MosaicML), the early maximum of Megatron-LM.
 
@@ -37,7 +40,8 @@ class GradientGrowth(Rule):
         "a loss of the wrong sign. Clip by global norm; lower the learning rate; add normalisation or weight decay."
     )
 
-    needs = frozenset({"grad_norm", "loss"})
+    is_core = False
+    needs = frozenset({"grad_norm", "loss", *VALUES})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,11 +62,31 @@ class GradientGrowth(Rule):
             return self.unjudged(record, "fewer than 120 norms"), state
         if loss.seen and not (loss.is_stuck(self.stuck) or loss.now < loss.start - 3 * abs(loss.start)):
             return self.clear(record), state
-        blocks = state["blocks"]
-        base = median(blocks[-20:-10]) if len(blocks) >= 20 else state["early"]
+        if is_of(record, VALUES):
+            return self.unjudged(record, "its gradients grow with its values"), state
+        base = self._base(state)
         now, limit = median(state["recent"]), self.ratio * base
         text = f"gradient norm {{value:.3g}}, it was {base:.3g}"
         return self.whole(record, now > limit, now, limit, text), state
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        if not block.has_positive_norms:
+            return None
+        after = state
+        for norm in block.norms:
+            after = self._remember(norm, after)
+        # No median of the last norms can be above the largest of them; the baseline changes once in a block at most.
+        highest = max(*state["recent"], *block.norms) if state["recent"] else max(block.norms)
+        if after["seen"] >= 120 and highest > self.ratio * min(self._base(state), self._base(after)):
+            return None
+        loss = progress_over(Progress(*state["loss"]), block.losses, block.samples)
+        early = min(max(119 - state["seen"], 0), len(block))
+        judged = len(block) - early if len(block) <= _BLOCK else 0
+        return Passed({**after, "loss": tuple(loss)}, judged, "fewer than 120 norms" * (early > 0))
+
+    @staticmethod
+    def _base(state: State) -> float:
+        return median(state["blocks"][-20:-10]) if len(state["blocks"]) >= 20 else float(state["early"])
 
     @staticmethod
     def _remember(norm: float, state: State) -> State:

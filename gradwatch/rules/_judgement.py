@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..records import Finding, Incident
+from ..records import Finding, Incident, RuleCoverage
 from ._case import Case
+from ._rule import Rule
 
 __all__ = ["Fired", "Judgement", "RuleCoverage", "Chain"]
 
@@ -24,7 +25,7 @@ class Fired:
         stop: the rule fired `stop_after` times running: the training is to end.
     """
 
-    rule: Any
+    rule: Rule
     findings: Sequence[Finding]
     then: tuple[Any, ...] = ()
     stop: bool = False
@@ -44,41 +45,27 @@ class Judgement:
     Attributes:
         findings: of all rules whose condition holds, muted ones included; a sequence per rule, chained.
         fired: rules that fire.
+        guarding: rules that hold and are inhibited: they say nothing, and their treatments run all the same.
         opened, resolved: incidents that began, or ended, at this record.
     """
 
     findings: Sequence[Finding] = ()
     fired: tuple[Fired, ...] = ()
+    guarding: tuple[Fired, ...] = ()
     opened: tuple[Incident, ...] = ()
     resolved: tuple[Incident, ...] = ()
 
     def followed_by(self, other: Judgement) -> Judgement:
         """Return both as one."""
-        if not (other.findings or other.fired or other.opened or other.resolved):
+        if not (other.findings or other.fired or other.guarding or other.opened or other.resolved):
             return self
         return Judgement(
             findings=Chain([part for part in (self.findings, other.findings) if len(part)]),
             fired=self.fired + other.fired,
+            guarding=self.guarding + other.guarding,
             opened=self.opened + other.opened,
             resolved=self.resolved + other.resolved,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RuleCoverage:
-    """Whether a rule was evaluated at all, and if not, why.
-
-    Attributes:
-        name: of the rule.
-        judged: records it judged.
-        reason: why it did not judge the last record it passed over; "" where it judged all.
-        disabled: it raised and was switched off.
-    """
-
-    name: str
-    judged: int
-    reason: str = ""
-    disabled: bool = False
 
 
 class Chain(Sequence[Finding]):

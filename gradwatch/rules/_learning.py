@@ -3,63 +3,133 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+
+import numpy as np
 
 from ..records import StepRecord
+from ._block import Block, Passed
+from ._company import COMPANY, has_company
 from ._findings import Findings
-from ._loss import remember
+from ._kinds import VALUES, is_of
+from ._loss import remember, remember_over
+from ._reductions import reductions
 from ._rule import Rule, State
+from ._selection import select
 from ._windows import HEAD, Progress, median
 
 __all__ = ["ConstantOutput", "NotLearning"]
 
+_LEVELS = (
+    ("cross_entropy", "baseline_loss", ""),
+    ("squared_error", "target_variance", ""),
+    ("binary_cross_entropy", "binary_baseline", "binary_least"),
+)
+"""The loss of a batch by formula, the best constant's, and the least there can be (0 where none stands)."""
+_MEASURED = frozenset({"update_ratio", *(name for level in _LEVELS for name in level if name)})
+
+
+_RUNNING = 4
+"""Batches measured running that are compared with a guess."""
+
 
 class NotLearning(Rule):
-    """Flags a loss that has not fallen: first level minus the median of the last fifth is below `share` of the first.
+    """Flags a loss that is no better than guessing, or that has not fallen.
 
+    No better than guessing: what the best constant prediction reaches is known from the targets, the entropy of the
+    classes' shares or the variance. Where the last measured batches are all above `guess` of it, after `after` losses,
+    and come no nearer, nothing was learned, however bad the first loss was: where the loss is that error, or has fallen
+    by less than a fifth. Not judged while the learning rate rises,
+    nor while losses go down, however slowly, since the first quarter of the run. A cross-entropy that is above `worse`
+    of it at four measured batches running is worse than guessing, after `worse_after` losses already.
+
+    Where no such level is known, or the loss is no better than half of it: first level minus the median of the last
+    fifth is below `share` of the first.
     Judged when `start` losses were seen, then every `every`, and at the end of a run of 100 losses or more: deep nets
     may lie on a plateau for their first hundreds of steps. Not flagged where the lower quartile of the last fifth is
     30 % below the least of the first losses: then outliers hide what was learned; nor where the loss rose by more than
     half, which is for `diverging`. In batches of fewer than a dozen samples means stand for medians. Works for negative
-    losses. Of all single rules the one with the best record on published faulty programs.
+    losses.
+
+    Optimizers that step in turns on losses of their own play against each other, and so do several watched trainings
+    in one program that do: not judged. Where values are learned from themselves (reinforcement learning, target
+    networks) their error need not fall: only whether it is better than guessing is judged.
 
     Args:
+        guess: share of the best constant's loss that is no better than guessing.
+        after: losses before that is judged.
+        worse: share of it that is worse than guessing.
+        worse_after: losses before that is judged.
         share: of the first level by which the loss must have fallen.
         start: losses before the first judgement.
         every: losses between judgements.
     """
 
+    guess: float = 0.93
+    after: int = 300
+    worse: float = 1.02
+    worse_after: int = 200
     share: float = 0.02
     start: int = 300
     every: int = 500
     severity: str = "critical"
     keep_firing_for: int = 0
     advice: str = (
-        "Usually the learning rate (far too low or too high), labels that do not match the inputs, a wrong loss, or "
-        "weights that get no gradient. Try to overfit one batch; then change the learning rate by 10 either way; "
-        "check labels, the sign of the loss, the last activation and the initialisation."
+        "Usually the learning rate (far too low or too high), labels that do not match the inputs (shuffled, or off by "
+        "a row), a wrong loss, weights of the loss's terms (a KL or a penalty that outweighs the rest), or weights "
+        "that get no gradient. Overfit one batch; "
+        "then change the learning rate by 10 either way; check labels, the sign of the loss, the last activation and "
+        "the initialisation."
     )
 
-    needs = frozenset({"loss"})
+    needs = frozenset(
+        {"loss", "baseline_loss", "update_ratio", *VALUES, *COMPANY, *(n for level in _LEVELS for n in level if n)}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require("guess", 0 < self.guess <= 1, "0 and at most 1", "above")
         self._require("share", self.share > 0, 0, "above")
         self._require("start", self.start >= 20, 20)
         self._require("every", self.every >= 1, 1)
 
     def init(self) -> State:
         # Every `stride`-th loss is kept, and the stride doubles when they are too many.
-        return {"loss": Progress(), "kept": (), "stride": 1}
+        return {
+            "loss": Progress(),
+            "kept": (),
+            "stride": 1,
+            "guesses": (),
+            "lr": math.nan,
+            "update": math.nan,
+            "follows": False,
+            "values": False,
+        }
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         ending = record.scalars.get("end_of_run", 0.0) > 0
+        if has_company(record):
+            return self.unjudged(record, "several optimizers step in turns"), state
         if not math.isfinite(record.loss) and not ending:
             return self.unjudged(record, "no finite loss was given"), state
-        state = remember(record.loss, state, record.num_samples)
-        loss = Progress(*state["loss"])
+        state = self._look(record, remember(record.loss, state, record.num_samples))
+        state = {**state, "values": state["values"] or is_of(record, VALUES)}
+        loss, guesses = Progress(*state["loss"]), state["guesses"]
+        if len(guesses) >= _RUNNING and loss.seen >= self.worse_after and "cross_entropy" in record.scalars:
+            said = self._against_guess(record, state, self.worse)
+            if len(said):
+                return said, state
+        if len(guesses) >= (3 if ending else _RUNNING) and loss.seen >= self.after and (ending or self._level(record)):
+            said = self._against_guess(record, state, self.guess)
+            if len(said):
+                return said, state
         due = loss.seen >= self.start and (loss.seen - self.start) % self.every == 0
         if not (due or (ending and loss.seen >= 100)):
             return self.unjudged(record, f"judged at {self.start} losses and every {self.every} after"), state
+        if state["values"]:
+            return self.unjudged(record, "its values need not fall"), state
+        if guesses and _share(guesses[-1]) < 0.5:
+            return self.clear(record), state
         kept = state["kept"]
         recent = sorted(kept[-max(5, len(kept) // 5) :])
         now, easy, easiest = median(tuple(recent)), recent[len(recent) // 4], min(loss.first)
@@ -71,7 +141,101 @@ class NotLearning(Rule):
         # Where half of the batches hold an outlier the median says little, and the easy batches say much. What rose
         # by half is left to `diverging`, which asks the gradients, too.
         stuck = limit < now < start + 0.5 * abs(start) and easy > easiest - 0.3 * abs(easiest)
-        return self.whole(record, stuck, now, limit, f"loss {now:.4g}, it began at {start:.4g}"), state
+        text = f"loss {now:.4g}, it began at {start:.4g}{self._because(record, state)}"
+        return self.whole(record, stuck, now, limit, text), state
+
+    def _look(self, record: StepRecord, state: State) -> State:
+        """Take in what was measured of this step, now and then."""
+        if "update_ratio" in record.columns:
+            chosen = select(record.index, self.paths, min_ndim=2) & record.measured("update_ratio")
+            ratios = record.columns["update_ratio"][chosen]
+            if len(ratios):
+                state = {**state, "update": float(np.median(ratios))}
+        found = self._level(record)
+        if found is None or Progress(*state["loss"]).seen < 40:
+            return state
+        rises = record.lr > 1.02 * state["lr"]
+        guesses = () if rises else state["guesses"]
+        near = [abs(record.loss - scale * found[0]) for scale in reductions(record).values()]
+        follows = min(near) <= 0.2 * abs(record.loss)
+        return {**state, "guesses": (*guesses[1 - _RUNNING :], found), "lr": record.lr, "follows": follows}
+
+    @staticmethod
+    def _level(record: StepRecord) -> tuple[float, float, float] | None:
+        """Return the batch's loss, the best constant's and the least one; the lowest of several that may be meant."""
+        scalars = record.scalars
+        if 0 < record.num_samples < 8:
+            return None  # what so few targets vary by is chance
+        named = [(*(scalars.get(n, math.nan) for n in names[:2]), scalars.get(names[2], 0.0)) for names in _LEVELS]
+        found = [
+            (value, level, least) for value, level, least in named if math.isfinite(value) and level - least > 1e-6
+        ]
+        return min(found, key=_share, default=None)
+
+    def _against_guess(self, record: StepRecord, state: State, least_share: float) -> Findings:
+        shares = [_share(guess) for guess in state["guesses"]]
+        value, level, least = state["guesses"][-1]
+        nearer = shares[-1] == min(shares) < shares[0] - 0.02
+        guessing = min(shares) > least_share and not nearer
+        # Down to where a guess would be is no way that anything was learned on.
+        guessing = guessing and (least_share > 1 or not _creeps(state))
+        # Scores of a margin, logarithms of rates: the loss says that they are learned, and no such error does.
+        guessing = guessing and (state["follows"] or Progress(*state["loss"]).is_stuck(0.2))
+        what = "worse" if least_share > 1 else "no better"
+        text = (
+            f"after {Progress(*state['loss']).seen} losses {{value:.4g}}, {what} than guessing: the best constant "
+            f"has {level:.4g}{self._because(record, state)}"
+        )
+        return self.whole(record, guessing, value, least + least_share * (level - least), text)
+
+    @staticmethod
+    def _because(record: StepRecord, state: State) -> str:
+        update = state["update"]
+        if update > 0.03:
+            return f"; each update is {update:.2g} of the weights: lower the learning rate ({record.lr:.2g})"
+        if update < 1e-4:
+            return f"; each update is {update:.1g} of the weights: raise the learning rate ({record.lr:.2g})"
+        return ""
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        if block.has_any(_MEASURED) or "end_of_run" in block.names or not block.has_finite_losses:
+            return None
+        if block.has_any(COMPANY):
+            return Passed(state, 0, "several optimizers step in turns")
+        seen = Progress(*state["loss"]).seen
+        due = any((n - self.start) % self.every == 0 for n in range(max(seen + 1, self.start), seen + len(block) + 1))
+        if due:
+            return None
+        after = remember_over(block.losses, state, block.samples)
+        after = {**after, "values": state["values"] or block.has_any(VALUES)}
+        return Passed(after, 0, f"judged at {self.start} losses and every {self.every} after")
+
+
+def _creeps(state: State) -> bool:
+    """Return whether the loss has gone down since the first quarter of the run: a plateau that is being left, however
+    slowly.
+
+    Of what came after, in four stretches: by more than three times what the median of one varies by, or each below the
+    one before.
+    """
+    size = 3 * len(state["kept"]) // 16
+    if size < 10:
+        return False
+    stretches = [state["kept"][len(state["kept"]) - (4 - i) * size :][:size] for i in range(4)]
+    levels = [median(stretch) for stretch in stretches]
+    distances = [abs(x - level) for stretch, level in zip(stretches, levels, strict=True) for x in stretch]
+    varies = _OF_MEDIANS * median(tuple(distances)) / math.sqrt(size)
+    return levels[0] - levels[-1] > 3 * varies or all(a > b for a, b in pairwise(levels))
+
+
+_OF_MEDIANS = 1.4826 * 1.2533 * math.sqrt(2)
+"""Median distance to standard deviation, that to the one of a median of one, that to the one of a difference of two."""
+
+
+def _share(guess: tuple[float, float, float]) -> float:
+    """Return a loss where 0 is the least and 1 is that of the best constant."""
+    value, level, least = guess
+    return (value - least) / (level - least)
 
 
 class ConstantOutput(Rule):
@@ -96,7 +260,8 @@ class ConstantOutput(Rule):
         "rate."
     )
 
-    needs = frozenset({"output_batch_variance"})
+    is_core = False
+    needs = awaits = frozenset({"output_batch_variance"})
     low_is_worse = True
 
     def __post_init__(self) -> None:

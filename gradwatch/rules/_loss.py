@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..records import StepRecord
+from ._block import Block, Passed
+from ._company import COMPANY, has_company
 from ._findings import Findings
+from ._kinds import VALUES, is_of
+from ._reductions import summed_over
 from ._rule import Rule, State
-from ._windows import TAIL, Progress, level, median, progress, push
+from ._windows import TAIL, Ordered, Progress, level, median, progress, progress_over, push
 
 __all__ = ["BadInitialLoss", "Diverging", "LossSpike", "Undertrained"]
 
@@ -39,6 +44,7 @@ class LossSpike(Rule):
         "(`then: [skip_step]`); lower the learning rate; clip gradients."
     )
 
+    is_core = False
     needs = frozenset({"loss"})
 
     def __post_init__(self) -> None:
@@ -46,6 +52,10 @@ class LossSpike(Rule):
         self._require("z", self.z > 0, 0, "above")
         self._require("spikes", 1 <= self.spikes <= self.of, f"{self.of} (`of`)", "1 to")
         self._require("min_samples", 4 <= self.min_samples <= self.window, f"{self.window} (`window`)", "4 to")
+
+    @property
+    def reach(self) -> int:
+        return self.of - 1 if self.spikes > 1 else 0
 
     def init(self) -> State:
         return {"window": (), "start": (), "flags": (), "rejected": (), "tail": (), "highest": ()}
@@ -59,7 +69,7 @@ class LossSpike(Rule):
         state = {**state, "start": start, **self._heights(loss, state)}
         if len(window) < self.min_samples:
             return self.unjudged(record, "too few losses seen"), {**state, "window": push(window, loss, self.window)}
-        center, sigma, _ = level(window, max(0.02 * abs(median(window)), 0.01 * abs(median(start)), 1e-12))
+        center, sigma, _ = level(window, self._floor(median(window), start))
         outlier = loss > center + self.z * sigma
         limit = max(center + self.z * sigma, before)
         spike = loss > limit
@@ -73,6 +83,33 @@ class LossSpike(Rule):
         fires = spike and sum(flags) >= self.spikes
         text = f"loss {{value:.4g}}, {sum(flags)} of {len(flags)} above {{limit:.4g}}"
         return self.whole(record, fires, loss, limit, text), state
+
+    @staticmethod
+    def _floor(center: float, start: Sequence[float]) -> float:
+        return max(0.02 * abs(center), 0.01 * abs(median(tuple(start))), 1e-12)
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        window = state["window"]
+        if (
+            len(window) < self.min_samples
+            or not block.has_finite_losses
+            or state["rejected"]
+            or len(state["start"]) < 5
+        ):
+            return None
+        ordered, after = Ordered(window), state
+        for n, loss in enumerate(block.losses):
+            center, sigma, _ = ordered.level(self._floor(ordered.median, state["start"]))
+            if loss > center + self.z * sigma:
+                return None
+            after = {**after, **self._heights(loss, after)}
+            past = n - self.window + len(window)
+            ordered.replace(
+                (window[past] if past < len(window) else block.losses[past - len(window)]) if past >= 0 else None, loss
+            )
+        flags = (*state["flags"], *[False] * len(block))[-self.of :]
+        window = (*window, *block.losses)[-self.window :]
+        return Passed({**after, "window": window, "flags": flags}, len(block))
 
     def _heights(self, loss: float, state: State) -> State:
         """Return the last `of` losses, and the maxima of eight blocks of 64 before them, the last one growing."""
@@ -91,9 +128,12 @@ class Diverging(Rule):
     above the first level by more than half of that. Both are differences, so negative losses work, and a quartile:
     when training diverges even the easy batches get worse, and outliers don't count. Losses that balance each other (a
     generator's against its critic's) rise too, but without their gradients: so, up to 10 times the first level, the
-    gradient norm must be 5 times that of the first steps. Down: a loss whose targets are
-    classes (indices, or rows that sum to 1) has fallen below -10 times its first level or -10: no cross-entropy does
-    that, so its sign is wrong.
+    gradient norm must be 5 times that of the first steps, and beyond it too where several optimizers step in turns.
+    Values that are learned from themselves (reinforcement learning, target networks) grow, and the error with them: not
+    judged, nor where the targets were seen to grow as the errors did.
+
+    Down: a loss whose targets are classes (indices, or rows that sum to 1) has fallen below -10 times its first level
+    or -10: no cross-entropy does that, so its sign is wrong; the same where predictions of numbers are still bad ones.
 
     Args:
         span: losses the quartile is of.
@@ -107,14 +147,41 @@ class Diverging(Rule):
         "(`then: [lower_learning_rate]`), add warm-up, clip gradients; check that the loss is what is to be minimised."
     )
 
-    needs = frozenset({"loss", "grad_norm", "target_is_integer", "target_row_sum_min", "target_row_sum_max"})
+    enough = 1
+    needs = frozenset(
+        {
+            "loss",
+            "grad_norm",
+            "target_is_integer",
+            "target_row_sum_min",
+            "target_row_sum_max",
+            "squared_error",
+            "target_variance",
+            "target_min",
+            "target_max",
+            *COMPANY,
+            *VALUES,
+        }
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("span", 1 <= self.span <= TAIL, TAIL, "1 to")
 
+    @property
+    def reach(self) -> int:
+        return self.span - 1
+
     def init(self) -> State:
-        return {"loss": Progress(), "least": math.inf, "classes": False, "early": (), "norms": ()}
+        return {
+            "loss": Progress(),
+            "least": math.inf,
+            "classes": False,
+            "early": (),
+            "norms": (),
+            "wrong": False,
+            "size": (0.0, 0.0),
+        }
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         if not math.isfinite(record.loss):
@@ -123,20 +190,86 @@ class Diverging(Rule):
         now = sorted(loss.recent[-self.span :])[min(self.span, len(loss.recent)) // 4]
         least = min(state["least"], now) if loss.seen >= self.span else math.inf
         classes = state["classes"] or _has_class_targets(record)
+        wrong = _is_wrong(record) or (state["wrong"] and "squared_error" not in record.scalars)
         norm, early = record.global_norm, state["early"]
-        early = push(early, norm, 20) if len(early) < 20 else early
-        norms = push(state["norms"], norm, 20)
-        state = {"loss": tuple(loss), "least": least, "classes": classes, "early": early, "norms": norms}
+        norms = state["norms"]
+        if record.has_gradient:
+            early = push(early, norm, 20) if len(early) < 20 else early
+            norms = push(norms, norm, 20)
+        state = {
+            "loss": tuple(loss),
+            "least": least,
+            "classes": classes,
+            "early": early,
+            "norms": norms,
+            "wrong": wrong,
+            "size": _sizes(record, state["size"]),
+        }
         if loss.seen < 30:
             return self.unjudged(record, "fewer than 30 losses"), state
         start = loss.start
         lowest = -10 * max(1.0, abs(start))
-        if classes and now < lowest:
-            return self.whole(record, True, now, lowest, "loss {value:.4g}, far below zero"), state
+        if (classes or wrong) and now < lowest:
+            return self.whole(record, True, now, lowest, "loss {value:.4g}, far below zero: a sign is wrong"), state
         limit = max(least + abs(least), start + 0.5 * abs(start))
         text = f"loss {{value:.4g}}, it began at {start:.4g} and was {least:.4g}"
-        far = now > start + 9 * abs(start) or not early or not median(norms) < 5 * median(early)
-        return self.whole(record, now > limit and far, now, limit, text), state
+        grown = not early or not median(norms) < 5 * median(early)
+        # Where others step in between the level is theirs to move: both must hold.
+        far = now > start + 9 * abs(start)
+        far = far and grown if has_company(record) else far or grown
+        grows = is_of(record, VALUES) or _grew(state["size"], now / abs(start) if start else math.inf)
+        return self.whole(record, now > limit and far and not grows, now, limit, text), state
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        past = Progress(*state["loss"])
+        first = past.first
+        # The first losses must be known, and be a level to compare with.
+        if past.seen < 30 or not block.has_finite_losses or median(first) > 5 * first[0] > 0:
+            return None
+        classes = state["classes"] or any(_has_class_targets(record) for record in block.records)
+        wrong = state["wrong"]
+        for record in block.records:
+            wrong = _is_wrong(record) or (wrong and "squared_error" not in record.scalars)
+        start, least = median(first), state["least"]
+        tail = past.recent[-self.span :]
+        ordered = Ordered(tail)
+        for n, value in enumerate(block.losses):
+            old = None if len(ordered.values) < self.span else (*tail, *block.losses)[n]
+            ordered.replace(old, value)
+            now = ordered.values[len(ordered.values) // 4]
+            least = min(least, now)
+            risen = now > max(least + abs(least), start + 0.5 * abs(start))
+            if risen or now < -10 * max(1.0, abs(start)):
+                return None
+        norms = [norm for norm in block.norms if math.isfinite(norm)]
+        early = (*state["early"], *norms)[:20]
+        loss = progress_over(past, block.losses, block.samples)
+        recent = (*state["norms"], *norms)[-20:]
+        size = state["size"]
+        for record in block.records:
+            size = _sizes(record, size)
+        known = {"classes": classes, "early": early, "norms": recent, "wrong": wrong, "size": size}
+        return Passed({"loss": tuple(loss), "least": least, **known}, len(block))
+
+
+def _sizes(record: StepRecord, sizes: tuple[float, float]) -> tuple[float, float]:
+    """Return the first size of numbers to be predicted, and the present one; 0 where there are none."""
+    low, high = (record.scalars.get(f"target_{end}", math.nan) for end in ("min", "max"))
+    size = max(abs(low), abs(high))
+    if not math.isfinite(size) or "squared_error" not in record.scalars:
+        return sizes
+    return sizes[0] or size, size
+
+
+def _grew(sizes: tuple[float, float], times: float) -> bool:
+    """Return whether the targets have grown as errors do that are `times` the first ones: by its root at least."""
+    return sizes[0] > 0 and sizes[1] > sizes[0] * max(2.0, math.sqrt(max(times, 1.0)))
+
+
+def _is_wrong(record: StepRecord) -> bool:
+    """Return whether predictions of numbers are known to be bad ones."""
+    variance = record.scalars.get("target_variance", math.nan)
+    return variance > 0 and record.scalars.get("squared_error", math.nan) > 0.5 * variance
 
 
 def _has_class_targets(record: StepRecord) -> bool:
@@ -148,7 +281,10 @@ def _has_class_targets(record: StepRecord) -> bool:
 
 
 class BadInitialLoss(Rule):
-    """Notes a first loss far above that of a uniform guess: more than `ratio` times ln k for k classes.
+    """Flags a first loss far above that of a uniform guess: more than `ratio` times ln k for k classes.
+
+    Where it is the batch's size times that, it is a sum instead of a mean, and that is said. Of a loss of several terms
+    the cross-entropy is compared, where outputs and targets are known.
 
     Source: A. Karpathy, "A recipe for training neural networks" (verify loss at init).
 
@@ -156,14 +292,15 @@ class BadInitialLoss(Rule):
         ratio: times ln k.
     """
 
-    ratio: float = 2.5
-    severity: str = "info"
+    ratio: float = 3.0
     advice: str = (
         "The last layer starts too large, the inputs are not normalised, or the loss is summed instead of averaged. "
         "Start the last layer smaller; set its bias to the class frequencies."
     )
 
-    needs = frozenset({"loss", "expected_initial_loss"})
+    is_core = False
+    needs = frozenset({"loss", "expected_initial_loss", "cross_entropy", "batch_size", "output_units"})
+    awaits = frozenset({"expected_initial_loss"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,8 +316,14 @@ class BadInitialLoss(Rule):
         if not (math.isfinite(record.loss) and math.isfinite(expected)):
             return self.unjudged(record, "the number of classes is not known"), state
         limit = self.ratio * expected
-        text = f"first loss {{value:.4g}}, a uniform guess has {expected:.4g}"
-        return self.whole(record, record.loss > limit, record.loss, limit, text), {"done": True}
+        summed = summed_over(record)
+        # Of a sum of several terms the cross-entropy alone has that level.
+        value = record.loss if summed else record.scalars.get("cross_entropy", record.loss)
+        text = f"first loss {{value:.4g}}, a uniform guess has {expected:.4g}{summed}"
+        return self.whole(record, value > limit, value, limit, text), {"done": True}
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        return Passed(state, len(block)) if state["done"] else super().pass_over(block, state)
 
 
 class Undertrained(Rule):
@@ -196,6 +339,7 @@ class Undertrained(Rule):
     severity: str = "info"
     advice: str = "The run was too short or the learning rate too low: train longer, or raise the learning rate."
 
+    is_core = False
     needs = frozenset({"loss", "end_of_run"})
 
     def init(self) -> State:
@@ -230,3 +374,15 @@ def remember(value: float, state: State, samples: int = 0) -> State:
     if len(kept) >= KEEP:
         kept, stride = kept[::2], stride * 2
     return {**state, "loss": tuple(loss), "kept": kept, "stride": stride}
+
+
+def remember_over(values: Sequence[float], state: State, samples: Sequence[int]) -> State:
+    """Return what `remember` leaves after each of these finite losses in turn."""
+    past, kept, stride = Progress(*state["loss"]), list(state["kept"]), state["stride"]
+    for seen, value in enumerate(values, past.seen + 1):
+        if seen % stride == 0:
+            kept.append(value)
+        if len(kept) >= KEEP:
+            kept, stride = kept[::2], stride * 2
+    loss = progress_over(past, values, samples)
+    return {**state, "loss": tuple(loss), "kept": tuple(kept), "stride": stride}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import re
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 import numpy as np
 
+from .._adopt import Bases, adopted
+from .._text import shown
 from ..errors import ConfigError, UnknownNameError
-from ..protocols import Action, Treatment
-from ..records import SEVERITIES, Bools, Finding, Floats, StepRecord
+from ..protocols import Action, Treatment, as_action_or_treatment
+from ..records import SEVERITIES, Bools, Finding, Floats, StepRecord, snake_case
+from ._block import Block, Passed
 from ._findings import Findings
 from ._selection import first_in_order
 
@@ -24,15 +27,13 @@ else:
         return lambda cls: cls
 
 
-__all__ = ["State", "Rule", "snake_case"]
+__all__ = ["RULE", "Rule", "State", "as_rule"]
+
+MAX_PATTERN = 500
+MAX_NAME = 300
 
 State = dict[str, Any]
 """Memory of a rule: plain values by name. Arrays over paths live under the key "per_path", as name -> array (n,)."""
-
-
-def snake_case(name: str) -> str:
-    """Return "non_finite" for "NonFinite"."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, eq_default=False, field_specifiers=(field,))
@@ -103,23 +104,32 @@ class Rule(_Settings):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Columns and scalars it reads."""
+    enough: ClassVar[int] = 1
+    """Judgements after which it has seen enough to say that all is well."""
+    is_core: ClassVar[bool] = True
+    """Whether a run can't be called healthy before it has judged. False for rules that read what only some trainings
+    have, or what is only sampled: without what they need they are listed, and no more."""
     order: ClassVar[str] = "forward"
     """Where an incident began: the first of its paths in "forward" or "backward" order."""
     low_is_worse: ClassVar[bool] = False
     """Whether the smallest value is the worst one."""
+    awaits: ClassVar[frozenset[str]] = frozenset()
+    """Columns and scalars without any of which `judge` has nothing to judge, and leaves the memory as it is."""
 
     def __post_init__(self) -> None:
         put = object.__setattr__
+        if not isinstance(self.name, str) or len(self.name) > MAX_NAME:
+            raise ConfigError(f"`name` of a rule is a text of at most {MAX_NAME} characters. Got {shown(self.name)}.")
         put(self, "name", self.name or self.rule_name)
         paths = (self.paths,) if isinstance(self.paths, str) else tuple(self.paths)
         if not paths or not all(isinstance(p, str) and p for p in paths):
             raise ConfigError(f"`paths` of {self.name!r} must be one glob pattern or several. Got {self.paths!r}.")
+        if any(len(p) > MAX_PATTERN for p in paths):
+            raise ConfigError(f"a pattern in `paths` of {self.name!r} has at most {MAX_PATTERN} characters.")
         put(self, "paths", paths)
         then = tuple(self.then) if isinstance(self.then, (list, tuple)) else (self.then,)
-        for item in then:
-            if isinstance(item, type) or not (hasattr(item, "apply_") or hasattr(item, "act")):
-                raise ConfigError(f"`then` of {self.name!r} takes treatments and actions. Got {item!r}.")
-        put(self, "then", then)
+        what = f"`then` of {self.name!r} takes treatments and actions"
+        put(self, "then", tuple(as_action_or_treatment(item, what) for item in then))
         put(self, "labels", {str(k): str(v) for k, v in (self.labels or {}).items()})
         put(self, "inhibits", (self.inhibits,) if isinstance(self.inhibits, str) else tuple(self.inhibits))
         if self.severity not in SEVERITIES:
@@ -139,6 +149,11 @@ class Rule(_Settings):
         """Columns and scalars it reads, as set up: `needs` unless the settings change it."""
         return self.needs
 
+    @property
+    def reach(self) -> int:
+        """How many records before one in which it holds what it holds on may have begun."""
+        return 0
+
     def init(self) -> Any:
         """Return the memory before the first record."""
         return {}
@@ -147,9 +162,38 @@ class Rule(_Settings):
         """Return what this record shows, and the memory to pass with the next one. Pure."""
         raise NotImplementedError(f"{type(self).__name__} has no `judge`.")
 
+    def pass_over(self, block: Block, state: Any) -> Passed | None:
+        """Return what the rule remembers after records in which it finds nothing; None to be asked about each of them.
+
+        Judging record by record costs every step; most steps are ordinary, and can be told so for many at once. It must
+        come to the same memory, and never pass over what `judge` would find. The default passes over records that have
+        nothing of what the rule `awaits`.
+        """
+        if not self.awaits or block.has_any(self.awaits):
+            return None
+        said, after = self.judge(block.records[-1], state)
+        if isinstance(said, Findings) and said.judged is False and after is state:
+            return Passed(state, 0, said.reason)
+        return None
+
     def limit(self, state: Any) -> float | None:
         """Return the largest global norm it would accept in this state; None where it has no such limit."""
         return None
+
+    def alarm(self, state: Any) -> float | None:
+        """Return the global norm above which it fires at the next record: where its treatments begin to act. They then
+        bring the norm to `limit`, which may be lower. None where no norm alone makes it fire now."""
+        return self.limit(state)
+
+    def calm(self, state: Any, records: int) -> float:
+        """Return the global norm up to which it certainly finds nothing in that norm, in so many records from now on:
+        a larger one wakes the judge at once. inf where it does not judge norms, or lets them wait."""
+        limit = self.limit(state)
+        return math.inf if limit is None else limit
+
+    def acts(self, record: StepRecord) -> bool:
+        """Return whether what it finds in a record is ground enough for its treatments; else it is only reported."""
+        return True
 
     def first_path(self, record: StepRecord, positions: Any) -> str:
         """Return where an incident at these places of the index began; "" for the whole model."""
@@ -186,6 +230,20 @@ class Rule(_Settings):
             raise ConfigError(
                 f"`{setting}` of {self.name!r} must be {what} {expected}. Got {getattr(self, setting)!r}."
             )
+
+
+RULE: Bases = {Rule: ("judge",)}
+"""What an object must have at least to be taken for a rule."""
+
+
+def as_rule(given: Any) -> Rule:
+    """Return the object as a rule.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    rule: Rule = adopted(given, "a RuleBook takes rules, such as Exploding()", RULE)
+    return rule
 
 
 _NOTHING = np.zeros(0, np.int64)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, UnknownNameError
 from ..protocols import Rule as RuleProtocol
+from ..protocols import Statistic
 from ..records import select_paths
+from ._rule import Rule, as_rule
 
 __all__ = ["INHIBITS", "RuleBook", "Silence"]
 
@@ -29,19 +31,23 @@ class Silence:
 
     Attributes:
         until: last silent step; -1: for good.
+        since: first silent step.
         rules, paths: glob patterns.
         reason: shown with it.
     """
 
     until: int = -1
+    since: int = 0
     rules: str | Sequence[str] = "*"
     paths: str | Sequence[str] = "*"
     reason: str = ""
 
     def covers(self, step: int, rule: Any) -> bool:
         """Return whether it holds for this rule at this step."""
-        return (self.until < 0 or step <= self.until) and bool(
-            select_paths([rule.name, rule.rule_name], self.rules).any()
+        return (
+            self.since <= step
+            and (self.until < 0 or step <= self.until)
+            and bool(select_paths([rule.name, rule.rule_name], self.rules).any())
         )
 
 
@@ -53,6 +59,7 @@ class RuleBook:
         inhibits: rule name -> names of rules that stay silent while it fires, added to the built-in graph; a name of
             the built-in graph given here replaces its entry. "*" stands for all others.
         silences: what to say nothing about, from the start.
+        statistics: measurements that the rules read, beside the built-in ones.
 
     Raises:
         ConfigError: something that is no rule, or two rules of one name.
@@ -64,14 +71,11 @@ class RuleBook:
         *,
         inhibits: Mapping[str, str | Sequence[str]] | None = None,
         silences: Sequence[Silence] = (),
+        statistics: Sequence[Statistic] = (),
     ) -> None:
-        self.rules: tuple[Any, ...] = tuple(rules)
+        self.rules = tuple(as_rule(rule) for rule in rules)
         self.silences = tuple(silences)
-        for rule in self.rules:
-            if isinstance(rule, type) or not callable(getattr(rule, "judge", None)):
-                raise ConfigError(
-                    f"a RuleBook takes rules, such as Exploding(). Got {rule!r} of type {type(rule).__name__}."
-                )
+        self.statistics = tuple(statistics)
         self._check_names()
         given = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in (inhibits or {}).items()}
         self.inhibits: dict[str, tuple[str, ...]] = {**INHIBITS, **given}
@@ -90,16 +94,16 @@ class RuleBook:
     @property
     def needs(self) -> set[str]:
         """Columns and scalars that some rule reads."""
-        return {name for rule in self.rules for name in getattr(rule, "wants", getattr(rule, "needs", ()))}
+        return {name for rule in self.rules for name in rule.wants}
 
-    def sources(self, rule: Any) -> tuple[Any, ...]:
+    def sources(self, rule: Rule) -> tuple[Rule, ...]:
         """Return the rules that silence this one while they fire."""
         found = []
         for source in self.rules:
             if source is rule:
                 continue
             targets = {*self.inhibits.get(source.rule_name, ()), *self.inhibits.get(source.name, ())}
-            targets |= set(getattr(source, "inhibits", ()))
+            targets |= set(source.inhibits)
             if targets & {"*", rule.name, rule.rule_name}:
                 found.append(source)
         return tuple(found)
@@ -107,10 +111,10 @@ class RuleBook:
     def __len__(self) -> int:
         return len(self.rules)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Rule:
         for rule in self.rules:
             if rule.name == name:
                 return rule

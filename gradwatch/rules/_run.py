@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..records import StepRecord
+from ._block import Block, Passed
 from ._findings import Findings
 from ._rule import Rule, State
 
@@ -17,6 +18,10 @@ __all__ = [
     "RankDivergence",
     "Stalled",
 ]
+
+
+NO_BACKWARD = "no backward reached a parameter"
+"""How the reason begins, on record, for a step without any gradient."""
 
 
 def _share(flags: str) -> float:
@@ -38,6 +43,7 @@ class ClipTooOften(Rule):
         "Raise the clip's limit, or lower the learning rate: with every step clipped only the direction counts."
     )
 
+    is_core = False
     needs = frozenset({"treatments"})
 
     def init(self) -> State:
@@ -51,6 +57,11 @@ class ClipTooOften(Rule):
         often = len(flags) == self.window and _share(flags) > self.share
         text = f"{{value:.0%}} of the last {len(flags)} steps were clipped"
         return self.whole(record, often, _share(flags), self.share, text), {"flags": flags}
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        if "1" in state["flags"] or any(record.treatments for record in block.records):
+            return None
+        return Passed(state, 0, "nothing is clipped")
 
 
 class AmpOverflow(Rule):
@@ -74,7 +85,8 @@ class AmpOverflow(Rule):
         "activations; check the loss for NaN; keep softmax, norms and losses in float32."
     )
 
-    needs = frozenset({"amp_overflow", "grad_scale"})
+    is_core = False
+    needs = awaits = frozenset({"amp_overflow", "grad_scale"})
 
     def init(self) -> State:
         return {"flags": ""}
@@ -103,13 +115,18 @@ class GradNotReset(Rule):
     for_steps: int = 5
     advice: str = "Call `optimizer.zero_grad()` after every optimizer step (and not between accumulated micro-batches)."
 
-    needs = frozenset({"grads_kept"})
+    is_core = False
+    needs = awaits = frozenset({"grads_kept"})
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         kept = record.scalars.get("grads_kept", math.nan)
         if math.isnan(kept):
             return self.unjudged(record, "not measured at this step"), state
         return self.whole(record, kept > 0, kept, 0.0, "gradients of the last step were not reset"), state
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        kept = block.scalar("grads_kept")
+        return Passed(state, len(block)) if all(k <= 0 for k in kept) else super().pass_over(block, state)
 
 
 class GradConflict(Rule):
@@ -127,6 +144,7 @@ class GradConflict(Rule):
     severity: str = "info"
     advice: str = 'Try gradient surgery (`surgery="pcgrad"`), or other weights for the losses.'
 
+    is_core = False
     needs = frozenset({"task_cos"})
 
     def init(self) -> State:
@@ -145,6 +163,11 @@ class GradConflict(Rule):
         text = names + " conflict in {value:.0%} of the steps"
         return self.whole(record, often, _share(flags[pair]), self.share, text), {"flags": flags}
 
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        if any(name.startswith("task_cos/") for name in block.names):
+            return None
+        return Passed(state, 0, "there are no task gradients")
+
 
 class Stalled(Rule):
     """Flags a step that came more than `seconds` after the one before.
@@ -157,6 +180,7 @@ class Stalled(Rule):
     severity: str = "critical"
     advice: str = "A rank waits, the data loader hangs, or the disk is slow: look at the other ranks and the loader."
 
+    is_core = False
     needs = frozenset({"seconds"})
 
     def __post_init__(self) -> None:
@@ -168,6 +192,10 @@ class Stalled(Rule):
         if math.isnan(seconds):
             return self.unjudged(record, "no clock"), state
         return self.whole(record, seconds > self.seconds, seconds, self.seconds, "{value:.0f} s without a step"), state
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        seconds = block.scalar("seconds")
+        return Passed(state, len(block)) if all(s <= self.seconds for s in seconds) else None
 
 
 class RankDivergence(Rule):
@@ -183,7 +211,8 @@ class RankDivergence(Rule):
         "A rank skipped a step or changed its weights alone: decide for all ranks together; restart from a checkpoint."
     )
 
-    needs = frozenset({"rank_spread"})
+    is_core = False
+    needs = awaits = frozenset({"rank_spread"})
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         spread = record.scalars.get("rank_spread", math.nan)
@@ -198,34 +227,69 @@ class DeadSignal(Rule):
 
     The loss is the same number while gradients change and are as large as at the beginning (a NaN replaced by 0 before
     logging looks so); or the gradient norm is zero while the loss is not near zero. A model that has converged has
-    small gradients, and is not flagged.
+    small gradients, and is not flagged. Where a loss is given and no parameter has any gradient when the optimizer
+    steps, `none` steps are enough.
 
     Source: Hugging Face's `logging_nan_inf_filter`; the BLOOM-13B log with a gradient norm of 0.000 throughout.
 
     Args:
         steps: without any change.
+        none: steps without any gradient.
     """
 
     steps: int = 200
+    none: int = 20
     severity: str = "critical"
-    advice: str = "Check that what is logged is what is computed: a filter that hides NaN, a detached or cached value."
+    advice: str = (
+        "Check that what is logged is what is computed (a filter that hides NaN, a detached or cached value), and that "
+        "gradients are there when the optimizer steps, and when gradwatch looks: no `zero_grad()` between backward and "
+        "either."
+    )
 
+    enough = 20
     needs = frozenset({"loss", "grad_norm"})
 
     def init(self) -> State:
-        return {"loss": None, "norm": None, "loss_same": 0, "norm_same": 0, "early": ()}
+        return {"loss": None, "norm": None, "loss_same": 0, "norm_same": 0, "early": (), "none": 0}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         loss, norm = record.loss, record.global_norm
-        if math.isnan(norm) or record.lr == 0:
+        state = {**state, "none": state["none"] + 1 if _is_blank(record) else 0}
+        if state["none"] >= self.none:
+            text = "no parameter has a gradient when the step is measured, for {value:.0f} steps"
+            return self.whole(record, True, state["none"], self.none, text), state
+        if not record.has_gradient or math.isnan(norm) or record.lr == 0:
             return self.unjudged(record, "the gradient norm is unknown, or the learning rate is zero"), state
         early = state["early"] if len(state["early"]) >= 20 or not norm > 0 else (*state["early"], norm)
         loss_same = state["loss_same"] + 1 if loss == state["loss"] else 0
         norm_same = state["norm_same"] + 1 if norm == state["norm"] else 0
-        state = {"loss": loss, "norm": norm, "loss_same": loss_same, "norm_same": norm_same, "early": early}
+        seen = {"loss": loss, "norm": norm, "loss_same": loss_same, "norm_same": norm_same, "early": early}
+        state = {**state, **seen}
         moving = bool(early) and norm > 1e-3 * max(early)
         if loss_same >= self.steps and moving and norm_same < self.steps:
             return self.whole(record, True, loss, loss, f"the loss is {loss:.4g} for {loss_same} steps"), state
         if norm == 0 and norm_same >= self.steps and (not record.has_loss or abs(loss) > 1e-4):
             return self.whole(record, True, norm, norm, f"the gradient norm is {norm:.4g} for {norm_same} steps"), state
         return self.clear(record), state
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        n = len(block)
+        if max(state["loss_same"], state["norm_same"]) + n >= self.steps:
+            return None
+        if any(map(math.isnan, block.norms)) or any(record.lr == 0 for record in block.records):
+            return None
+        early, loss, norm = state["early"], state["loss"], state["norm"]
+        loss_same, norm_same = state["loss_same"], state["norm_same"]
+        if len(early) < 20:
+            early = (*early, *[x for x in block.norms if x > 0])[:20]
+        for next_loss, next_norm in zip(block.losses, block.norms, strict=True):
+            loss_same = loss_same + 1 if next_loss == loss else 0
+            norm_same = norm_same + 1 if next_norm == norm else 0
+            loss, norm = next_loss, next_norm
+        after = {"loss": loss, "norm": norm, "loss_same": loss_same, "norm_same": norm_same, "early": early, "none": 0}
+        return Passed(after, n)
+
+
+def _is_blank(record: StepRecord) -> bool:
+    """Return whether a loss was given and no gradient was there, which no optimizer inside backward had used up."""
+    return record.has_loss and not record.has_gradient and record.unseen.get("", "").startswith(NO_BACKWARD)

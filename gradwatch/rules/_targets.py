@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..records import Index, StepRecord
+from ._block import Block, Passed
 from ._findings import Findings
 from ._rule import Rule, State
 
@@ -44,7 +45,9 @@ class OutputRange(Rule):
         "tanh for -1..1; or scale the targets to zero mean and unit deviation; check that the loss compares values."
     )
 
+    is_core = False
     needs = frozenset({"output_min", "output_max", "target_min", "target_max", "target_is_integer"})
+    awaits = frozenset({"output_min", "target_min"})
 
     def init(self) -> State:
         return {"out": None, "target": None, "binary": True, "seen": 0}
@@ -140,9 +143,11 @@ class TargetSemantics(Rule):
         "per unit and binary cross-entropy, not a softmax."
     )
 
+    is_core = False
     needs = frozenset(
         {"shape_mismatch", "output_row_sum_min", "output_row_sum_max", "target_row_sum_min", "target_row_sum_max"}
     )
+    awaits = frozenset({"output_min", "target_min"})
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         scalars = record.scalars
@@ -166,6 +171,8 @@ class _FirstBatches(Rule):
 
     batches: int = 10
 
+    is_core = False
+
     def init(self) -> State:
         return {"seen": 0, "bad": 0, "samples": 0.0}
 
@@ -181,6 +188,11 @@ class _FirstBatches(Rule):
         fires = state["bad"] == state["seen"] >= min(3, self.batches)
         fires = fires and (samples >= self._least_samples or state["seen"] >= self.batches)
         return self.whole(record, fires, value, limit, text), state
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        if state["seen"] >= self.batches:
+            return Passed(state, 0, f"judged on the first {self.batches} batches")
+        return super().pass_over(block, state)
 
     @property
     def _least_samples(self) -> int:
@@ -207,7 +219,7 @@ class UnnormalisedInput(_FirstBatches):
     batches: int = 10
     advice: str = "Subtract the mean and divide by the standard deviation of the training set (images: divide by 255)."
 
-    needs = frozenset({"input_mean", "input_std", "input_absmax"})
+    needs = awaits = frozenset({"input_mean", "input_std", "input_absmax"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -240,15 +252,26 @@ class ConstantLabels(_FirstBatches):
 
     Args:
         batches: looked at; each must have eight samples or more, and all together 256, or else all ten are needed:
-            where one class is rare, a few batches without it are no fault.
+            where one class is rare, a few batches without it are no fault. Targets that no batch holds, but only the
+            loss (the ones that a generator is to be taken for, the first place of a contrastive loss), are alike by
+            right.
     """
 
     batches: int = 10
     advice: str = "Labels were lost on the way (an integer division, a wrong column, a loader that does not shuffle)."
 
     needs = frozenset(
-        {"target_min", "target_max", "target_entropy", "target_row_sum_min", "target_variance", "batch_size"}
+        {
+            "target_min",
+            "target_max",
+            "targets_of_loss",
+            "target_entropy",
+            "target_row_sum_min",
+            "target_variance",
+            "batch_size",
+        }
     )
+    awaits = frozenset({"target_min", "target_max"})
 
     @property
     def _least_samples(self) -> int:
@@ -258,6 +281,8 @@ class ConstantLabels(_FirstBatches):
         scalars = record.scalars
         entropy = scalars.get("target_entropy", math.nan)
         low, high = scalars.get("target_min", math.nan), scalars.get("target_max", math.nan)
+        if scalars.get("targets_of_loss", 0.0) > 0:
+            return None, math.nan, 0.0, ""
         if not (math.isfinite(low) and math.isfinite(high)) or scalars.get("batch_size", 0.0) < 8:
             return None, math.nan, 0.0, ""
         of_classes = scalars.get("target_is_integer", 0.0) > 0 or _has_one_label(record)

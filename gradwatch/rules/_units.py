@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from ..records import StepRecord
+from ._block import Block, Passed
 from ._findings import Findings
 from ._rule import Rule, State
 from ._selection import select
-from ._windows import Progress, progress
+from ._windows import Progress, progress, progress_over
 
 __all__ = ["ActScale", "DeadUnits", "Saturated", "SymmetricUnits"]
 
@@ -16,6 +17,7 @@ __all__ = ["ActScale", "DeadUnits", "Saturated", "SymmetricUnits"]
 class _Share(Rule):
     """Judges a share of a module's units once the loss is known over 100 steps."""
 
+    is_core = False
     needs = frozenset({"loss"})
 
     def init(self) -> State:
@@ -37,6 +39,13 @@ class _Share(Rule):
             true = judged & ((shares > once) | ((shares > twice) & (before > twice)))
         state = {**state, "per_path": {"share": np.where(judged, shares, before)}}
         return self.over(record, true, judged, shares, twice, text), state
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        column, _ = self._column
+        if column in block.names:
+            return None
+        loss = progress_over(Progress(*state["loss"]), block.losses, block.samples)
+        return Passed({**state, "loss": tuple(loss)}, 0, f"`{column}` was not measured")
 
     @property
     def _column(self) -> tuple[str, str]:
@@ -131,7 +140,8 @@ class ActScale(Rule):
     for_steps: int = 50
     advice: str = "Outputs shrink or grow with depth. Use He or Xavier initialisation, normalisation, scaled residuals."
 
-    needs = frozenset({"output_std"})
+    is_core = False
+    needs = awaits = frozenset({"output_std"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,7 +175,9 @@ class SymmetricUnits(Rule):
     severity: str = "critical"
     advice: str = "Start the weights at random (He or Xavier); constants make all units of a layer learn the same."
 
+    is_core = False
     needs = frozenset({"row_spread", "param_norm"})
+    awaits = frozenset({"row_spread"})
     low_is_worse = True
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:

@@ -7,10 +7,11 @@ import math
 import numpy as np
 
 from ..records import Bools, StepRecord
+from ._block import Block, Passed
 from ._findings import Findings
 from ._rule import Rule, State
 from ._selection import select
-from ._windows import Progress, progress
+from ._windows import Progress, progress, progress_over
 
 __all__ = ["NotUpdating", "UpdateTooLarge", "UpdateTooSmall", "is_effective"]
 
@@ -24,6 +25,7 @@ class _UpdateRatio(Rule):
     """Judges update ratios once the loss is known over 100 steps, while it does not improve."""
 
     stuck: float = 0.5
+    is_core = False
     needs = frozenset({"update_ratio", "loss"})
 
     def init(self) -> State:
@@ -40,10 +42,19 @@ class _UpdateRatio(Rule):
             return self.clear(record), state
         ratios = record.columns["update_ratio"]
         judged = select(record.index, self.paths, min_ndim=2) & record.measured("update_ratio") & np.isfinite(ratios)
+        if self.low_is_worse and "grad_norm" in record.columns:
+            # What got no gradient does not move, whatever the learning rate: an expert, a head that waits its turn.
+            judged &= record.measured("grad_norm") & (record.columns["grad_norm"] > 0)
         limit = self._limit
         true = judged & (ratios < limit if self.low_is_worse else ratios > limit)
         text = "an update is {value:.2g} of the weight, limit {limit:.2g}"
         return self.over(record, true, judged, ratios, limit, text), state
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        if "update_ratio" in block.names:
+            return None
+        loss = progress_over(Progress(*state["loss"]), block.losses, block.samples)
+        return Passed({"loss": tuple(loss)}, 0, "no update was measured")
 
     @property
     def _limit(self) -> float:
@@ -118,6 +129,7 @@ class NotUpdating(Rule):
         "that is trained; check `requires_grad`."
     )
 
+    is_core = False
     needs = frozenset({"update_norm", "num_trainable"})
     low_is_worse = True
 
@@ -126,9 +138,11 @@ class NotUpdating(Rule):
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         index = record.index
-        if record.scalars.get("num_trainable", 1.0) == 0 and not (index.in_optimizer & index.trainable).any():
+        trained = record.scalars.get("num_trainable", 1.0) > 0 or (index.in_optimizer & index.trainable).any()
+        if not trained and not any(record.unseen):
             return self.whole(record, True, 0.0, 0.0, "no parameter of the model is trained"), state
         left_out = index.is_parameter & index.trainable & ~index.in_optimizer & index.select(self.paths)
+        left_out &= record.accounted
         still, state = self._still(record, state)
         judged = np.ones(len(index), np.bool_) if still is None else index.is_parameter
         if still is None and not left_out.any():
@@ -137,6 +151,14 @@ class NotUpdating(Rule):
         judged = left_out if still is None else judged
         what = "it is in no optimizer" if left_out.any() else "updates are exactly zero"
         return self.over(record, true, judged, np.zeros(len(index)), 0.0, what), state
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        if "update_norm" in block.names or min(block.scalar("num_trainable"), default=1.0) == 0:
+            return None
+        index = block.index
+        if (index.is_parameter & index.trainable & ~index.in_optimizer & index.select(self.paths)).any():
+            return None
+        return Passed(state, 0, "no update was measured")
 
     def _still(self, record: StepRecord, state: State) -> tuple[Bools | None, State]:
         if "update_norm" not in record.columns or not is_effective(record):
@@ -151,5 +173,5 @@ class NotUpdating(Rule):
         norms = record.columns.get("param_norm")
         if grads is not None and norms is not None and math.isfinite(record.lr):
             has_grad &= ~(grads * record.lr < 1e-6 * norms)
-        still = select(record.index, self.paths) & measured & has_grad & ~moved
+        still = select(record.index, self.paths) & measured & has_grad & ~moved & record.accounted
         return still, {"per_path": {"moved": moved}}

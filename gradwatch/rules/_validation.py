@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from ..records import StepRecord
+from ._block import Block, Passed
 from ._findings import Findings
 from ._rule import Rule, State
-from ._windows import Progress, progress
+from ._windows import Progress, progress, progress_over
 
 __all__ = ["Overfit", "TrainEvalMismatch", "ValNotLearning"]
 
@@ -16,6 +18,7 @@ class _Evaluations(Rule):
     """Judges when a validation loss is given; the condition must hold at `evaluations` of them running."""
 
     evaluations: int = 5
+    is_core = False
     needs = frozenset({"loss", "val_loss"})
     keep_firing_for = 0
 
@@ -39,6 +42,15 @@ class _Evaluations(Rule):
         text = self._text(loss, best)
         return self.whole(record, running >= self.evaluations, value, limit, text), state
 
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        if block.has_any({self._value, *self._on_the_way}):
+            return None
+        loss = progress_over(Progress(*state["loss"]), block.losses, block.samples)
+        return Passed({**state, "loss": tuple(loss)}, 0, f"`{self._value}` was not given")
+
+    _on_the_way: ClassVar[frozenset[str]] = frozenset()
+    """What is remembered, beside the loss, of records without an evaluation."""
+
     @property
     def _value(self) -> str:
         return "val_loss"
@@ -54,6 +66,9 @@ class Overfit(_Evaluations):
     """Flags a validation loss that is above its best by more than `ratio` - 1 of its size, evaluation after evaluation,
     while the training loss is below it.
 
+    Not while a validation score (`val_acc`, `val_f1`, `val_metric`, ...: any between 0 and 1 that is no loss or error)
+    is within 2 % of its best: a model that is sure of its few errors has a larger loss and predicts as well.
+
     Args:
         ratio: times the best validation loss.
         evaluations: running.
@@ -63,36 +78,59 @@ class Overfit(_Evaluations):
     evaluations: int = 5
     advice: str = "The model learns the training set by heart: stop earlier, regularise, augment, or get more data."
 
+    def init(self) -> State:
+        return {**super().init(), "score": None, "keeps": False}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        kept = {"score": state["score"], "keeps": state["keeps"]}
+        score = max((v for k, v in record.scalars.items() if _is_score(k, v)), default=None)
+        if score is not None:
+            best = score if state["score"] is None else max(score, state["score"])
+            kept = {"score": best, "keeps": score >= 0.98 * best}
+        findings, after = super().judge(record, {**state, **kept})
+        return findings, {**kept, **after}
+
     def _limit(self, loss: Progress, state: State) -> float:
         best = state["best"]
-        if best is None or not loss.seen:
+        if best is None or not loss.seen or state["keeps"]:
             return math.inf
         return max(best + (self.ratio - 1) * abs(best), loss.now)
+
+
+def _is_score(name: str, value: float) -> bool:
+    """Return whether a validation metric is one of which more is better."""
+    words = ("loss", "error", "err", "ppl", "perplexity", "mse", "mae", "rmse", "wer", "cer", "fid")
+    return name.startswith("val_") and 0 < value <= 1 and not any(word in name.lower() for word in words)
 
 
 class ValNotLearning(_Evaluations):
     """Flags a validation loss that stays where it began, or where a constant would be, while the training loss falls.
 
-    Any of three, at `evaluations` running:
+    Any of four, at `evaluations` running:
 
     * validation loss at least 97 % of its first value and 60 % of the first training loss, which itself has fallen by
       more than a fifth and lies a third lower;
     * validation loss at least 97 % of its first value and 95 % of the first training loss, which itself has fallen by
       more than a twelfth;
     * for a squared error: validation loss above the targets' variance over the batch, which a constant would reach,
-      while the training loss is below 90 % of that.
+      while the training loss is below 90 % of that;
+    * validation loss never below `far` times what the untrained model had on training data, while the training loss
+      has fallen: what the model is given there is of another scale.
 
     Args:
         evaluations: running.
+        far: times the first level of the training loss.
     """
 
     evaluations: int = 5
+    far: float = 10.0
     advice: str = (
         "What is learned does not carry over: training and validation data are prepared differently, labels of one "
         "are shuffled, or training labels are noise. Evaluate on training data; compare the two pipelines."
     )
 
     needs = frozenset({"loss", "val_loss", "squared_error", "target_variance"})
+    _on_the_way = frozenset({"squared_error"})
 
     def init(self) -> State:
         return {**super().init(), "measured": 0, "loss_sum": 0.0, "error_sum": 0.0, "variance_sum": 0.0}
@@ -114,6 +152,9 @@ class ValNotLearning(_Evaluations):
             return math.inf
         fall = (loss.start - loss.now) / abs(loss.start) if loss.start else 0.0
         limits = [self._constant(loss, state)]
+        best = state["best"]
+        if loss.start > 0 and loss.now < loss.start and (best is None or best > self.far * loss.start):
+            limits.append(self.far * loss.start)
         unmoved = first - 0.03 * abs(first)
         if fall > 0.2:
             # What was learned before the first evaluation counts, too.
@@ -121,6 +162,12 @@ class ValNotLearning(_Evaluations):
         if fall > 0.08:
             limits.append(max(unmoved, loss.start - 0.05 * abs(loss.start)))
         return min(limits)
+
+    def _text(self, loss: Progress, best: float) -> str:
+        text = super()._text(loss, best)
+        if not best > self.far * loss.start > 0:
+            return text
+        return f"{text}; {best / loss.start:.0f} times what the untrained model had: inputs of another scale"
 
     @staticmethod
     def _constant(loss: Progress, state: State) -> float:
@@ -151,6 +198,7 @@ class TrainEvalMismatch(_Evaluations):
     )
 
     needs = frozenset({"loss", "train_eval_loss", "batch_size"})
+    _on_the_way = frozenset({"batch_size"})
 
     @property
     def _value(self) -> str:

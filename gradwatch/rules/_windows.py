@@ -6,13 +6,28 @@ A `Window` is a tuple of floats, oldest first; a streaming baseline is two array
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ..records import Bools, Floats
 
-__all__ = ["HEAD", "TAIL", "Level", "Progress", "level", "median", "progress", "push", "stream"]
+__all__ = [
+    "HEAD",
+    "TAIL",
+    "Level",
+    "Ordered",
+    "Progress",
+    "level",
+    "median",
+    "progress",
+    "progress_over",
+    "push",
+    "stream",
+    "stream_over",
+]
 
 HEAD = 5
 HEAD_SAMPLES = 64
@@ -41,21 +56,89 @@ def median(values: Window) -> float:
     n = len(values)
     if not n:
         return math.nan
-    ordered = sorted(values)
-    return ordered[n // 2] if n % 2 else 0.5 * (ordered[n // 2 - 1] + ordered[n // 2])
+    return _middle(sorted(values))
 
 
 def level(window: Window, floor: float) -> Level:
     """Return the median and the robust standard deviation (from the MAD), which is at least `floor`."""
-    center = median(window)
-    spread = median(tuple([abs(v - center) for v in window]))
-    return Level(center, max(MAD_TO_SIGMA * spread, floor) if window else math.nan, len(window))
+    if not window:
+        return Level(math.nan, math.nan, 0)
+    return Ordered(window).level(floor)
+
+
+class Ordered:
+    """The values of a window in order, kept so while the window moves on: its level costs no sorting."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, window: Window) -> None:
+        self.values = sorted(window)
+
+    def replace(self, old: float | None, new: float) -> None:
+        """Take one value out, if there is one to take, and another in."""
+        if old is not None:
+            del self.values[bisect_left(self.values, old)]
+        insort(self.values, new)
+
+    @property
+    def median(self) -> float:
+        return _middle(self.values)
+
+    def level(self, floor: float) -> Level:
+        """Return what `level` of the window does."""
+        center = _middle(self.values)
+        return Level(center, max(MAD_TO_SIGMA * self._spread(center), floor), len(self.values))
+
+    def _spread(self, center: float) -> float:
+        """Return the median of the distances from the center: the values left of it and right of it are two ordered
+        lists of distances, and a bisection finds how many of each come first."""
+        values, n = self.values, len(self.values)
+        split = bisect_left(values, center)
+        rank = n // 2  # so many distances are no larger than the upper middle one
+        low, high = max(0, rank - (n - split)), min(rank, split)
+        while low < high:
+            left = (low + high) // 2
+            if center - values[split - 1 - left] < values[split + rank - left - 1] - center:
+                low = left + 1
+            else:
+                high = left
+        left, right = low, rank - low
+        above = min(
+            center - values[split - 1 - left] if left < split else math.inf,
+            values[split + right] - center if split + right < n else math.inf,
+        )
+        if n % 2:
+            return above
+        below = max(
+            center - values[split - left] if left else 0.0, values[split + right - 1] - center if right else 0.0
+        )
+        return 0.5 * (below + above)
+
+
+def _middle(ordered: Sequence[float]) -> float:
+    n = len(ordered)
+    return ordered[n // 2] if n % 2 else 0.5 * (ordered[n // 2 - 1] + ordered[n // 2])
 
 
 def stream(past: Floats, value: Floats, decay: float, accept: Bools) -> Floats:
     """Return a running mean over paths, moved where `accept` holds; nan where nothing was accepted yet."""
     fresh = np.where(np.isnan(past), value, decay * past + (1 - decay) * value)
     return np.where(accept, fresh, past)
+
+
+def stream_over(past: Floats, values: Floats, decay: float, accept: Bools) -> Floats:
+    """Return what `stream` leaves after each row of `values` (records, paths) in turn."""
+    chosen = accept[0]
+    if (accept != chosen).any() or np.isnan(past[chosen]).any():
+        for value, accepted in zip(values, accept, strict=True):
+            past = stream(past, value, decay, accepted)
+        return past
+    mean = past[chosen]
+    for value in (1 - decay) * values[:, chosen]:
+        mean = decay * mean + value
+    past = past.copy()
+    past[chosen] = mean
+    return past
 
 
 class Progress(NamedTuple):
@@ -116,3 +199,13 @@ def progress(past: Progress, loss: float, samples: int = 0) -> Progress:
     if len(first) < HEAD or counted < HEAD_SAMPLES:
         first, counted = (*first, loss), counted + (samples or HEAD_SAMPLES)
     return Progress(first, push(past.recent, loss, TAIL), past.seen + 1, counted)
+
+
+def progress_over(past: Progress, losses: Sequence[float], samples: Sequence[int]) -> Progress:
+    """Return what `progress` leaves after each of these losses in turn."""
+    if len(past.first) < HEAD or past.samples < HEAD_SAMPLES:
+        for loss, count in zip(losses, samples, strict=True):
+            past = progress(past, loss, count)
+        return past
+    finite = tuple([loss for loss in losses if math.isfinite(loss)])
+    return Progress(past.first, (*past.recent, *finite)[-TAIL:], past.seen + len(finite), past.samples)

@@ -40,11 +40,11 @@ class Treats:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Any:
-    def read(text: str, **others: str) -> RuleBook:
+    def read(text: str, *, allow_code: bool = False, **others: str) -> RuleBook:
         for name, other in others.items():
             (tmp_path / f"{name}.yaml").write_text(other)
         (tmp_path / "rules.yaml").write_text(text)
-        return load_rules(tmp_path / "rules.yaml")
+        return load_rules(tmp_path / "rules.yaml", allow_code=allow_code)
 
     return read
 
@@ -122,7 +122,8 @@ def test_numbers_with_an_exponent_are_numbers(load: Any) -> None:
 
 def test_ones_own_rules_and_treatments_by_import_path(load: Any) -> None:
     here = __name__
-    book = load(f"rules:\n  - {here}:Mine: {{bound: 3}}\n    then: [{{'{here}:Treats': {{factor: 2}}}}]\n")
+    text = f"rules:\n  - {here}:Mine: {{bound: 3}}\n    then: [{{'{here}:Treats': {{factor: 2}}}}]\n"
+    book = load(text, allow_code=True)
     rule = book["mine"]
     assert (type(rule).__name__, rule.bound, rule.then[0].factor) == ("Mine", 3, 2)
 
@@ -170,7 +171,7 @@ def test_what_is_wrong_is_said_with_file_line_and_nearest_name(
     load: Any, tmp_path: Path, text: str, message: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        load(text)
+        load(text, allow_code=True)
     assert message in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "rules.yaml"))
 

@@ -29,7 +29,7 @@ def test_the_rules_file_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "my_package" / "rules.py").write_text(blocks("python")[1])
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "rules.yaml").write_text(blocks("yaml")[0])
-    book = load_rules(tmp_path / "rules.yaml")
+    book = load_rules(tmp_path / "rules.yaml", allow_code=True)
     assert {"exploding-encoder", "updates-too-large", "too_slow"} <= {rule.name for rule in book}
 
 

@@ -65,9 +65,14 @@ def test_what_does_not_apply_is_absent(p, y):
 
 def test_formulas_read_nothing_back_to_the_host():
     p = torch.zeros(8, 4, device="meta")
-    formula_scalars(p, torch.zeros(8, 4, device="meta"))
-    formula_scalars(p, torch.zeros(8, dtype=torch.long, device="meta"))
-    formula_scalars(p[:, :1], torch.zeros(8, 1, device="meta"))
+    for pred, target in [
+        (p, torch.zeros(8, 4, device="meta")),
+        (p, torch.zeros(8, dtype=torch.long, device="meta")),
+        (p[:, :1], torch.zeros(8, 1, device="meta")),
+    ]:
+        found = formula_scalars(pred, target)
+        assert any(isinstance(value, torch.Tensor) for value in found.values())
+        assert all(value.is_meta for value in found.values() if isinstance(value, torch.Tensor))
 
 
 def incidents(loss, model, x, y, steps=40):

@@ -39,7 +39,9 @@ def test_control_has_no_faulty_twin():
         PROGRAMS["ctl_lora"].make(0, faulty=True)
 
 
-@pytest.mark.parametrize("name", ["ips5_linreg_lr", "loop_frozen_params", "ctl_gan_one_watch"])
+@pytest.mark.parametrize(
+    "name", ["ips5_linreg_lr", "loop_frozen_params", pytest.param("ctl_gan_one_watch", marks=pytest.mark.slow)]
+)
 def test_watched_program_ends_bitwise_as_an_unwatched_one(name):
     program = PROGRAMS[name]
     ends = [

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from gradwatch.records import SEVERITIES, StepRecord, TreatmentReport
 from gradwatch.rules import RULES, Rule, RuleBook, RuleEngine
+from gradwatch.watch._account import NO_BACKWARD, STEPS_INSIDE
 
 from .series import MODULES, make_index, make_record, norms, run
 
@@ -54,6 +56,68 @@ def formulas(followed: str, *others: str, **given: float) -> list[StepRecord]:
     return records
 
 
+def decayed(decay: float, gradient: float) -> list[StepRecord]:
+    """Weights that shrink while the loss does not fall: pulled by an L2 decay beside a gradient of this size."""
+    shrinks = every(50, lambda s: norms(*[10 * 0.99**s] * 3))
+    moves = every(50, norms(1e-3, 1e-3, 1e-3))
+    return steady(300, loss=2.3, weight_decay=decay, decay_is_decoupled=0.0, param_norm=shrinks, update_norm=moves, grad_norm=norms(*[gradient] * 3))  # fmt: skip
+
+
+def guessing(loss: float, num: int) -> list[StepRecord]:
+    return steady(num, loss=loss, cross_entropy=every(20, loss), baseline_loss=every(20, 2.3), num_samples=64)
+
+
+def tokens(**given: float) -> list[StepRecord]:
+    return steady(4, loss=2.3, **given)
+
+
+def cut(*paths: str, ran: Any = None, until: int = 0) -> list[StepRecord]:
+    """Records of a network in which these weights, or all but them until a step, get no gradient."""
+    parameters = (
+        "body.a.weight",
+        "body.b.weight",
+        "router.weight",
+        "teacher.a.weight",
+        "teacher.b.weight",
+        "head.weight",
+    )
+    owners = tuple(p.rpartition(".")[0] for p in parameters)
+    index = make_index(parameters, owners)
+    gives = dict.fromkeys(owners if ran is None else ran, 1.0)
+    found = []
+    for s in range(220):
+        left = paths or (("router.weight",) if s >= until else ())
+        norms_ = {p: 1.0 for p in parameters if p not in left}
+        found.append(
+            make_record(s, index, loss=falling(s), grad_norm=norms_, **({"output_std": gives} if s % 20 == 0 else {}))
+        )
+    return found
+
+
+def batches(mean: Any, val: float = 1.0) -> list[StepRecord]:
+    """A loss that falls to nothing, batches of this mean, and a validation now and then."""
+    is_sampled = [s for s in range(300) if s % 50 == 0 or s in (1, 2, 4)]
+    sampled = {
+        s: {"input_mean": mean(s), "input_std": 1.0, "input_absmax": 3.0, "target_variance": 1.0} for s in is_sampled
+    }
+    return [
+        make_record(s, loss=2.0 * 0.97**s + 1e-3, **sampled.get(s, {}), **({"val_loss": val} if s % 50 == 49 else {}))
+        for s in range(300)
+    ]
+
+
+def modes(mode: Any, share: float) -> list[StepRecord]:
+    return steady(20, loss=1.0, num_samples=64, target_mode=mode, target_mode_share=share)
+
+
+def tails(of: Any) -> list[StepRecord]:
+    return steady(60, loss=1.0, target_tail=lambda s: of(s)[0], squared_error=lambda s: of(s)[1], target_min=-2.0, target_max=9.0)  # fmt: skip
+
+
+def scale(variance: float, largest: float) -> list[StepRecord]:
+    return steady(200, loss=1.0, target_variance=every(20, variance), squared_error=1.0, output_min=-1.0, output_max=largest)  # fmt: skip
+
+
 STUCK, GOOD = 2.3, falling
 CREEPING = norms(1e-5, 1e-4, 5e-5)
 jitter, grow = noise(0.2), noise(0.1, 1)
@@ -61,6 +125,23 @@ KINDS = {"shapes": {"target_row_sum_min": 1, "target_row_sum_max": 1, "target_mi
 HEALTHY_NORMS = norms(1.0, 2.0, 3.0)
 CLIP = (TreatmentReport(name="clip_by_global_norm", before=2, after=1),)
 ONE_HOT = {"target_min": 0, "target_max": 1, "target_row_sum_min": 1, "target_row_sum_max": 1, "batch_size": 32}
+
+SHIFTED_BY_0 = {"target_at_minus_1": 0.1, "target_at_0": 1, "target_at_1": 0.1, "target_at_2": 0.1}
+SHIFTED_BY_1 = {"target_at_minus_1": 0.1, "target_at_0": 0.1, "target_at_1": 1, "target_at_2": 0.1}
+
+EXPERTS = make_index([f"moe.experts.{k}.{part}" for k in range(4) for part in ("up.weight", "down.weight")], ())
+
+
+def of_experts(*values: float) -> dict[str, float]:
+    return {f"moe.experts.{k}.{part}": v for k, v in enumerate(values) for part in ("up.weight", "down.weight")}
+
+
+def shrinking(s: int) -> dict[str, float]:
+    return norms(*[18 * max(0.4, 0.98**s)] * 3)
+
+
+def blank(reason: str) -> list[StepRecord]:
+    return [replace(record, unseen={"": reason}) for record in steady(40, loss=2.0, has_gradient=False)]
 
 
 def case(rule: str, records: Records, expected: bool, name: str, **settings: Any) -> Any:
@@ -71,6 +152,8 @@ CASES = [
     case("non_finite", lambda: steady(3, loss=float("nan")), True, "loss"),
     case("non_finite", lambda: steady(3, grad_norm=norms(1, float("inf"))), True, "gradient"),
     case("non_finite", lambda: steady(3, output_nonfinite=modules(0, 2)), True, "activation"),
+    case("non_finite", lambda: steady(3, output_nonfinite=modules(0, 2), loss=1.0, grad_norm=HEALTHY_NORMS), False, "mask"),
+    case("non_finite", lambda: steady(3, output_nonfinite=modules(0, 2), loss=float("inf")), True, "activation-and-loss"),
     case("non_finite", lambda: steady(3, global_norm=float("inf")), True, "global-norm"),
     case("non_finite", lambda: steady(3, loss=1.0, grad_norm=HEALTHY_NORMS), False, "finite"),
     case("non_finite", lambda: steady(4, amp_overflow=1, grad_scale=2.0**16, grad_norm=norms(float("inf"))), False, "amp"),
@@ -133,6 +216,8 @@ CASES = [
     case("act_scale", lambda: steady(120, output_std=every(50, modules(0, 1, 1))), False, "zero-is-no-scale"),
     case("bad_initial_loss", lambda: steady(3, loss=8.0, expected_initial_loss=2.3), True, "high"),
     case("bad_initial_loss", lambda: steady(3, loss=2.5, expected_initial_loss=2.3), False, "ln-k"),
+    case("bad_initial_loss", lambda: steady(3, loss=60.0, cross_entropy=2.4, num_samples=7, expected_initial_loss=2.3), False, "other-terms"),
+    case("bad_initial_loss", lambda: steady(3, loss=76.8, cross_entropy=2.4, num_samples=32, expected_initial_loss=2.3), True, "summed"),
     case("symmetric_units", lambda: steady(1, row_spread=norms(0, 0, 1), param_norm=norms(1, 1, 1)), True, "two-of-three"),
     case("symmetric_units", lambda: steady(1, row_spread=norms(0, 1, 1), param_norm=norms(1, 1, 1)), False, "one-is-mended"),
     case("symmetric_units", lambda: steady(1, row_spread=norms(0, 0, 1), param_norm=norms(0, 0, 1)), False, "zero-on-purpose"),
@@ -175,6 +260,8 @@ CASES = [
     case("mistaken_loss", lambda: formulas("something_else", "squared_error", "squared_error_of_pairs"), False, "another-loss"),
     case("overfit", lambda: steady(100, loss=GOOD, val_loss=every(10, lambda s: 1.0 if s < 20 else 2.0)), True, "rises"),
     case("overfit", lambda: steady(100, loss=GOOD, val_loss=every(10, lambda s: 2.0 - s / 100)), False, "falls"),
+    case("overfit", lambda: steady(100, loss=GOOD, val_loss=every(10, lambda s: 1.0 if s < 20 else 2.0), val_acc=every(10, lambda s: min(0.9, 0.5 + s / 50))), False, "predicts-as-well"),
+    case("overfit", lambda: steady(100, loss=GOOD, val_loss=every(10, lambda s: 1.0 if s < 20 else 2.0), val_acc=every(10, lambda s: 0.9 if s < 20 else 0.8)), True, "predicts-worse"),
     case("val_not_learning", lambda: steady(100, loss=GOOD, val_loss=every(10, 2.3)), True, "stays"),
     case("val_not_learning", lambda: steady(400, loss=lambda s: 2.3 - s / 1000, val_loss=every(20, 2.3)), True, "untrained-level"),
     case("val_not_learning", lambda: steady(400, loss=lambda s: max(0.2, 2.3 - s / 20), val_loss=every(20, 0.3)), False, "learned-at-once"),
@@ -202,6 +289,103 @@ CASES = [
     case("dead_signal", lambda: steady(250, loss=0.0, global_norm=lambda s: 1 + 0.1 * (s % 7)), True, "filtered-nan"),
     case("dead_signal", lambda: steady(250, loss=lambda s: 2 + 0.1 * (s % 7), global_norm=0.0), True, "norm-zero"),
     case("dead_signal", lambda: steady(400, loss=lambda s: max(0.0, 1 - s / 100), global_norm=lambda s: max(0.0, 1 - s / 100)), False, "solved"),
+    case("not_learning", lambda: steady(360, loss=4.0, cross_entropy=every(50, 2.28), baseline_loss=every(50, 2.3)), True, "no-better-than-guessing"),
+    case("not_learning", lambda: steady(900, loss=lambda s: 9.0 * 0.97**s + 2.3 + 0.5 * grow(s), cross_entropy=every(50, lambda s: 9.0 * 0.97**s + 2.3), baseline_loss=every(50, 2.3)), True, "a-bad-start-is-no-level"),
+    case("not_learning", lambda: steady(900, loss=lambda s: 2.3 - 0.3 * min(s / 100, 1), cross_entropy=every(50, 2.0), baseline_loss=every(50, 2.3)), False, "hard-but-better-than-guessing"),
+    case("not_learning", lambda: steady(360, loss=lambda s: 2.4 - s / 1000, cross_entropy=every(50, lambda s: 2.4 - s / 1000), baseline_loss=every(50, 2.3)), False, "on-its-way"),
+    case("not_learning", lambda: steady(360, loss=lambda s: 2.4 - s * 3e-4, lr=lambda s: s * 1e-6, cross_entropy=every(50, 2.3), baseline_loss=every(50, 2.3)), False, "warm-up"),
+    case("not_learning", lambda: steady(900, loss=0.7, optimizer=lambda s: s % 2, cross_entropy=0.69, baseline_loss=0.69), False, "two-that-play"),
+    case("not_learning", lambda: steady(360, loss=0.5, squared_error=every(50, 0.99), target_variance=every(50, 1.0)), True, "no-better-than-the-mean"),
+    case("not_learning", lambda: steady(900, loss=lambda s: (0.72 if s < 20 else 0.693) - s * 2e-6, squared_error=every(50, lambda s: 0.249 - s * 1e-6), target_variance=every(50, 0.25)), False, "leaves-a-plateau"),
+    case("not_learning", lambda: steady(900, loss=0.1, cross_entropy=every(50, 0.1), baseline_loss=every(50, 2.3), squared_error=every(50, 40.0), target_variance=every(50, 0.09)), False, "rows-of-classes"),
+    case("not_learning", lambda: steady(900, loss=lambda s: 3.0 * 0.99**s + 0.2, squared_error=every(50, 9.0), target_variance=every(50, 4.0)), False, "logarithms-of-rates"),
+    case("weights_overwritten", lambda: steady(200, loss=STUCK, optimizer=0, written_between=every(50, 1.0)), False, "clipped-critic"),
+    case("learning_rate_gone", lambda: steady(200, lr=lambda s: 0.1 * 0.5**s), True, "halved-each-step"),
+    case("learning_rate_gone", lambda: steady(500, lr=lambda s: 0.1 * 0.5 ** (s // 100)), False, "halved-now-and-then"),
+    case("learning_rate_gone", lambda: steady(1000, lr=lambda s: 0.05 * (1 + np.cos(np.pi * s / 1000))), False, "cosine"),
+    case("weight_decay_too_large", lambda: steady(200, loss=STUCK, weight_decay=every(50, 0.5), param_norm=every(50, shrinking), update_norm=every(50, norms(1, 1, 1)), grad_norm=HEALTHY_NORMS), True, "l2"),
+    case("weight_decay_too_large", lambda: steady(200, loss=GOOD, weight_decay=every(50, 0.5), param_norm=every(50, shrinking), update_norm=every(50, norms(1, 1, 1)), grad_norm=HEALTHY_NORMS), False, "learns"),
+    case("weight_decay_too_large", lambda: steady(200, loss=STUCK, weight_decay=every(50, 0.1), decay_is_decoupled=every(50, 1), param_norm=every(50, norms(9, 9, 9)), update_norm=every(50, norms(1, 1, 1)), grad_norm=HEALTHY_NORMS), False, "beside-the-gradient"),
+    case("weight_decay_too_large", lambda: steady(200, loss=STUCK, lr=1.0, weight_decay=every(50, 0.1), decay_is_decoupled=every(50, 1), param_norm=every(50, shrinking), update_norm=every(50, norms(1, 1, 1)), grad_norm=HEALTHY_NORMS), True, "updates-are-decay"),
+    case("weight_decay_too_large", lambda: steady(200, loss=STUCK, weight_decay=every(50, 0.5), param_norm=every(50, norms(9, 9, 9)), update_norm=every(50, norms(1, 1, 1)), grad_norm=norms(1e-3, 1e-3, 1e-3)), False, "the-gradient-is-gone"),
+    case("epsilon_too_large", lambda: steady(200, loss=STUCK, epsilon=every(50, 0.1), second_moments=every(50, (0.1 / 300) ** 2), num_second_moments=every(50, 1)), True, "outweighs"),
+    case("epsilon_too_large", lambda: steady(200, loss=GOOD, epsilon=every(50, 1e-8), second_moments=every(50, (1e-8 / 300) ** 2), num_second_moments=every(50, 1)), False, "converged"),
+    case("epsilon_too_large", lambda: steady(200, loss=STUCK, epsilon=every(50, 1e-8), second_moments=every(50, 1e-8), num_second_moments=every(50, 1)), False, "usual"),
+    case("eval_mode", lambda: steady(200, batch_norm_in_eval=every(50, 1), batch_norm_batches=every(50, 0), batch_norm_means=every(50, 0)), True, "never-in-training-mode"),
+    case("eval_mode", lambda: steady(200, batch_norm_in_eval=every(50, 1), batch_norm_batches=every(50, 0), batch_norm_means=every(50, 3.0)), False, "came-with-statistics"),
+    case("eval_mode", lambda: steady(200, batch_norm_in_eval=every(50, 1), batch_norm_batches=every(50, 10000)), False, "frozen-on-purpose"),
+    case("eval_mode", lambda: steady(400, batch_norm_in_eval=every(50, lambda s: s > 100), batch_norm_batches=every(50, lambda s: min(s, 100))), True, "since-a-validation"),
+    case("eval_mode", lambda: steady(400, dropout_in_eval=every(50, lambda s: s > 100)), True, "dropout-since-a-validation"),
+    case("eval_mode", lambda: steady(400, dropout_in_eval=every(50, 1)), False, "dropout-off-by-choice"),
+    case("batch_norm_statistics", lambda: steady(200, loss=GOOD, val_loss=every(20, 3.0), batch_norm_followed=every(50, 0.1), batch_norm_batches=every(50, lambda s: s), batch_norm_momentum=every(50, 1e-3)), True, "do-not-follow"),
+    case("batch_norm_statistics", lambda: steady(200, loss=GOOD, val_loss=every(20, falling), batch_norm_followed=every(50, 0.1), batch_norm_batches=every(50, lambda s: s), batch_norm_momentum=every(50, 1e-3)), False, "validation-is-as-good"),
+    case("batch_norm_statistics", lambda: steady(200, loss=GOOD, val_loss=every(20, 3.0), batch_norm_followed=every(50, 1.0), batch_norm_batches=every(50, lambda s: s), batch_norm_momentum=every(50, 0.1)), False, "follow"),
+    case("targets_shifted", lambda: steady(5, loss=3.0, cross_entropy=3.0, cross_entropy_shifted=4.0, **SHIFTED_BY_0), True, "not-shifted"),
+    case("targets_shifted", lambda: steady(5, loss=4.0, cross_entropy=3.0, cross_entropy_shifted=4.0, **SHIFTED_BY_0), False, "shifted-in-the-model"),
+    case("targets_shifted", lambda: steady(5, loss=3.0, cross_entropy=3.0, cross_entropy_shifted=4.0, **SHIFTED_BY_1), False, "the-next-token"),
+    case("targets_shifted", lambda: steady(5, loss=4.0, cross_entropy=3.0, cross_entropy_shifted=4.0, **SHIFTED_BY_1), True, "shifted-twice"),
+    case("targets_shifted", lambda: steady(5, loss=3.0, cross_entropy=3.0, target_at_0=1, target_at_1=1, target_at_2=1, target_at_minus_1=1), False, "all-tokens-alike"),
+    case("whole_targets", lambda: steady(8, target_is_whole=1, target_min=-3, target_max=3), True, "standardised-and-cast"),
+    case("whole_targets", lambda: steady(8, target_is_whole=1, target_min=0, target_max=9), False, "counts"),
+    case("whole_targets", lambda: steady(8, target_is_whole=1, target_min=-1, target_max=1), False, "signs"),
+    case("whole_targets", lambda: steady(8, target_is_whole=lambda s: s % 2, target_min=-3, target_max=3), False, "by-chance"),
+    case("loss_terms", lambda: steady(300, loss=50.0, squared_error=every(50, 0.9), target_variance=every(50, 1.0)), True, "a-penalty-outweighs"),
+    case("loss_terms", lambda: steady(300, loss=50.0, squared_error=every(50, 0.01), target_variance=every(50, 1.0)), False, "learned-all-the-same"),
+    case("loss_terms", lambda: steady(300, loss=28.8, num_samples=32, squared_error=every(50, 0.9), target_variance=every(50, 1.0)), False, "summed-over-the-batch"),
+    case("mistaken_loss", lambda: formulas("binary_cross_entropy_twice", "binary_cross_entropy"), True, "sigmoid-twice"),
+    case("idle_experts", lambda: [make_record(s, EXPERTS, loss=STUCK, grad_norm=of_experts(1, 0, 0, 0)) for s in range(150)], True, "one-for-all"),
+    case("idle_experts", lambda: [make_record(s, EXPERTS, loss=STUCK, grad_norm=of_experts(*(float(k == s % 4) for k in range(4)))) for s in range(150)], False, "one-at-a-time"),
+    case("idle_experts", lambda: [make_record(s, make_index([f"heads.{k}.weight" for k in range(4)], ()), loss=STUCK, grad_norm={"heads.0.weight": 1.0}) for s in range(150)], False, "heads-wait-their-turn"),
+    case("idle_experts", lambda: [make_record(s, EXPERTS, loss=STUCK, grad_norm=of_experts(1, 1, 1, 0)) for s in range(150)], False, "one-is-unused"),
+    case("restarted", lambda: steady(300, loss=lambda s: 4 - 0.02 * min(s % 205, 100), param_norm=every(50, lambda s: norms(*[1 + 0.01 * (s % 205)] * 3))), True, "weights-too"),
+    case("restarted", lambda: steady(300, loss=lambda s: 4 - 0.02 * min(s % 205, 100), param_norm=every(50, lambda s: norms(*[1 + 0.01 * s] * 3))), False, "new-data"),
+    case("restarted", lambda: steady(300, loss=falling, param_norm=every(50, lambda s: norms(*[1 + 0.01 * (s % 205)] * 3))), False, "loss-goes-on"),
+    case("dead_signal", lambda: blank(NO_BACKWARD), True, "reset-before-the-step"),
+    case("dead_signal", lambda: blank(STEPS_INSIDE), False, "used-up-inside-backward"),
+    case("blown_up", lambda: steady(30, loss=lambda s: 0.1 if s == 0 else (-1.0) ** s, batch_size=32), False, "no-level"),
+    case("blown_up", lambda: steady(30, loss=lambda s: 2.3 if s == 0 else 100.0 * 0.9**s, update_ratio=norms(0.01, 0.01)), False, "unknown-batch-and-small-steps"),
+    case("blown_up", lambda: steady(30, loss=lambda s: 2.3 if s == 0 else 100.0 * 0.9**s, update_ratio=norms(0.01, 0.5)), True, "unknown-batch-and-large-steps"),
+    case("vanishing", lambda: steady(loss=STUCK, grad_norm=norms(1, 1e-6, 1)), False, "in-the-middle"),
+    case("dead", lambda: steady(60, loss=STUCK, output_std=modules(1, 1), grad_norm=norms(1, 1)), False, "did-not-run"),
+    case("update_too_small", lambda: steady(loss=STUCK, grad_norm=norms(0, 1, 1), update_ratio=every(50, norms(0, 1e-3, 1e-3))), False, "no-gradient"),
+    case("weights_overwritten", lambda: steady(200, loss=STUCK, written_between=every(50, 1.0)), True, "all"),
+    case("weights_overwritten", lambda: steady(200, loss=GOOD, written_between=every(50, 1.0)), False, "learns"),
+    case("weights_overwritten", lambda: steady(200, loss=STUCK, written_between=every(50, 0.1)), False, "a-few"),
+    case("diverging", lambda: steady(200, loss=lambda s: 40 - 3.0 * s, squared_error=0.9, target_variance=1.0), True, "below-zero-and-wrong"),
+    case("diverging", lambda: steady(200, loss=lambda s: 40 - 3.0 * s, squared_error=0.01, target_variance=1.0), False, "below-zero-and-right"),
+    case("diverging", lambda: steady(200, loss=lambda s: 0.1 + 0.2 * s, grad_norm=lambda s: norms(1 + s)), True, "grows"),
+    case("diverging", lambda: steady(200, loss=lambda s: 0.1 + 0.2 * s, grad_norm=lambda s: norms(1 + s), **{"kind/rl": 1.0}), False, "grows-with-values"),
+    case("diverging", lambda: steady(200, loss=lambda s: 0.1 + 0.2 * s, grad_norm=lambda s: norms(1 + s), squared_error=every(10, 1.0), target_min=0.0, target_max=lambda s: 1 + float(s)), False, "grows-with-targets"),
+    case("gradient_growth", lambda: steady(700, loss=STUCK, grad_norm=lambda s: norms(1.01**s), **{"kind/rl": 1.0}), False, "grows-with-values"),
+    case("blown_up", lambda: steady(30, loss=lambda s: 500.0 if s % 4 == 1 else 1.0, batch_size=32), False, "bad-batches-between-good-ones"),
+    case("weight_decay_too_large", lambda: decayed(0.0005, 1e-5), False, "usual-and-the-gradient-vanishes"),
+    case("not_learning", lambda: guessing(2.5, 220), True, "worse-than-guessing"),
+    case("not_learning", lambda: steady(220, loss=GOOD, cross_entropy=every(20, GOOD), baseline_loss=every(20, 2.3), num_samples=64), False, "better-than-guessing"),
+    case("not_learning", lambda: steady(400, loss=STUCK, **{"kind/rl": 1.0}), False, "values-need-not-fall"),
+    case("mistaken_loss", lambda: steady(4, loss=STUCK, loss_of_softmax=1.0), True, "softmax-in-the-graph"),
+    case("mistaken_loss", lambda: steady(40, loss=STUCK, loss_of_softmax=0.0, loss_of_sigmoid=0.0), False, "neither-in-the-graph"),
+    case("val_not_learning", lambda: steady(300, loss=GOOD, val_loss=every(50, 60.0)), True, "of-another-scale"),
+    case("val_not_learning", lambda: steady(300, loss=GOOD, val_loss=every(50, lambda s: 0.5 if s < 60 else 60.0)), False, "was-good-once"),
+    case("sees_future", lambda: tokens(attention_sees_all=1.0, target_at_1=1.0), True, "no-mask"),
+    case("sees_future", lambda: tokens(attention_sees_all=0.5, target_at_1=1.0), False, "cross-attention"),
+    case("sees_future", lambda: tokens(attention_sees_all=1.0, target_at_1=0.1), False, "other-targets"),
+    case("sees_future", lambda: tokens(attention_sees_all=1.0, target_at_0=1.0, cross_entropy_shifted=STUCK), True, "shifted-inside"),
+    case("cut_off", lambda: cut("router.weight"), True, "router"),
+    case("cut_off", lambda: cut("router.weight", ran=()), False, "does-not-run"),
+    case("cut_off", lambda: cut("teacher.a.weight", "teacher.b.weight"), False, "a-twin"),
+    case("cut_off", lambda: cut(until=20), False, "had-one-once"),
+    case("repeated_batch", lambda: batches(lambda s: 0.5), True, "the-same"),
+    case("repeated_batch", lambda: batches(lambda s: 0.5 + 1e-9 * s), False, "others"),
+    case("repeated_batch", lambda: batches(lambda s: 0.5, val=0.2), False, "all-the-data-and-it-carries-over"),
+    case("repeated_targets", lambda: modes(lambda s: 0.01 * s + 0.001, 0.9), True, "another-number-each-time"),
+    case("repeated_targets", lambda: modes(lambda s: 0.25, 0.9), False, "a-rare-event"),
+    case("repeated_targets", lambda: modes(lambda s: 0.01 * s + 0.001, 0.2), False, "few"),
+    case("target_outliers", lambda: tails(lambda s: (5000.0, 3e4) if s == 30 else (8.0, 1.0)), True, "one-batch"),
+    case("target_outliers", lambda: tails(lambda s: (5000.0, 3e4)), False, "every-batch"),
+    case("target_outliers", lambda: tails(lambda s: (5000.0, 2.0) if s == 30 else (8.0, 1.0)), False, "no-error-of-note"),
+    case("target_scale", lambda: scale(1e7, 2.0), True, "rewards-of-thousands"),
+    case("target_scale", lambda: scale(1e7, 3000.0), False, "outputs-reach-them"),
+    case("target_scale", lambda: scale(1.0, 0.01), False, "unit"),
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,23 @@ def test_paths_are_grouped_to_one_incident_that_begins_in_the_rules_order() -> N
     assert (forward.value, forward.limit) == (5.0, 1.0)
     (backward,) = run(Backward(), records)
     assert (backward.first_path, backward.paths) == ("c.weight", ("c.weight", "b.weight", "a.weight"))
+
+
+def test_a_number_that_is_printed_is_that_of_the_path_it_is_printed_for() -> None:
+    records = [make_record(0, grad_norm=norms(0, 2, 3)), make_record(1, grad_norm=norms(5, 2, 3))]
+    (incident,) = run(High(), records)
+    assert (incident.first_path, incident.worst_path, incident.value) == ("b.weight", "a.weight", 5.0)
+    assert incident.worst_elsewhere == "a.weight"
+    assert "in b.weight and 2 more (a.weight: 5, limit 1)" in str(incident)
+    (begun,) = run(High(), records[:1])
+    assert (begun.worst_path, begun.value) == ("c.weight", 3.0)
+    (alone,) = run(High(), [make_record(0, grad_norm=norms(0, 2, 0))])
+    assert (alone.first_path, alone.worst_path, alone.worst_elsewhere) == ("b.weight", "b.weight", "")
+    assert "in b.weight (2, limit 1)" in str(alone)
+    told = replace(incident, message="five", first_path="c.weight")
+    assert told.seen == "a.weight: five"
+    assert replace(told, worst_path="").seen == "five"
+    assert replace(told, value=float("nan")).seen == "five"
 
 
 def test_paths_setting_restricts_by_glob() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwatch import ConfigError
+from gradwatch.records import Finding
 from gradwatch.rules import Expression, RuleBook, RuleEngine
 from gradwatch.rules.expression import COLUMNS, FUNCTIONS, SCALARS, parse
 
@@ -204,7 +205,7 @@ def test_hostile_text_is_a_config_error_or_a_rule_that_works(text: str) -> None:
     state = rule.init()
     for step in range(3):
         findings, state = rule.judge(make_record(step, loss=2.0, grad_norm=norms(1, 2, 3)), state)
-        list(findings)
+        assert all(isinstance(finding, Finding) for finding in findings)
 
 
 @st.composite

@@ -78,3 +78,24 @@ def test_a_level_that_stays_becomes_the_level() -> None:
         findings, state = rule.judge(make_record(step, INDEX, global_norm=norm), state)
         hits += [step] * bool(len(findings))
     assert (hits[0], hits[-1]) == (100, 129)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["alone", "twice-running"])
+def test_a_flagged_norm_never_enters_the_window_and_a_suspicious_one_that_nothing_followed_does(again: bool) -> None:
+    rule = Exploding()
+    state = rule.init()
+    usual = [1 + 0.1 * (step % 3) for step in range(100)]
+    for step, norm in enumerate(usual):
+        _, state = rule.judge(make_record(step, INDEX, global_norm=norm), state)
+    limit, alarm = rule.limit(state), rule.alarm(state)
+    assert limit is not None
+    assert alarm is not None
+    suspicious, flagged = (1.01 * limit, 1.02 * limit) if again else (1.01 * limit, 2 * alarm)
+    series = [suspicious, flagged, 1.0] if again else [suspicious, 1.0, flagged, 1.0]
+    hits = []
+    for step, norm in enumerate(series, 100):
+        findings, state = rule.judge(make_record(step, INDEX, global_norm=norm), state)
+        hits += [norm] * bool(len(findings))
+    assert hits == [flagged]
+    assert math.log(flagged) not in state["window"]
+    assert state["window"].count(math.log(suspicious)) == (0 if again else 1)

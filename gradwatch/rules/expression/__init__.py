@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ._parse import parse
 from ._rule import Expression
-from ._vocabulary import COLUMNS, FUNCTIONS, SCALARS
+from ._vocabulary import COLUMNS, FUNCTIONS, SCALARS, is_column, is_scalar, known_names
 
-__all__ = ["COLUMNS", "FUNCTIONS", "SCALARS", "Expression", "parse"]
+__all__ = ["COLUMNS", "FUNCTIONS", "SCALARS", "Expression", "is_column", "is_scalar", "known_names", "parse"]

@@ -115,7 +115,9 @@ class Evaluation:
         record = self.record
         if name == "loss":
             return Value(record.loss, record.has_loss)
-        if name in ("step", "epoch", "num_samples", "lr", "global_norm", "global_norm_after"):
+        if name in ("global_norm", "global_norm_after"):
+            return Value(float(getattr(record, name)), record.has_gradient)
+        if name in ("step", "epoch", "num_samples", "lr"):
             return Value(float(getattr(record, name)), True)
         return Value(record.scalars.get(name, math.nan), name in record.scalars)
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from ...errors import ConfigError, suggest
 from ._nodes import Arithmetic, Call, Claims, Column, Comparison, Negation, Node, Number, Over, Scalar
-from ._vocabulary import COLUMNS, ELEMENTWISE, FUNCTIONS, REDUCTIONS, SCALARS, TRAILING, is_scalar
+from ._vocabulary import ELEMENTWISE, FUNCTIONS, REDUCTIONS, TRAILING, is_column, is_scalar, known_names
 
 __all__ = ["MAX_WINDOW", "parse"]
 
@@ -99,11 +99,11 @@ class _Parser:
             raise self.error(node, "this number is too large") from error
 
     def name(self, node: ast.Name) -> Node:
-        if node.id in COLUMNS:
+        if is_column(node.id):
             return Column(node.id, per_path=True)
         if is_scalar(node.id):
             return Scalar(node.id)
-        hint = suggest(node.id[:60], COLUMNS | SCALARS)
+        hint = suggest(node.id[:60], known_names())
         raise self.error(node, f"there is no column or scalar {node.id[:60]!r}. {hint}".rstrip(". "))
 
     def value(self, node: ast.expr, depth: int) -> Node:

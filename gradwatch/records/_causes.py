@@ -1,0 +1,134 @@
+"""Which findings follow from which: the graph of causes by which every door puts a run's incidents into one order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+from ._incident import SEVERITIES, Incident
+
+__all__ = ["LEADS_TO", "Ranked", "consequences", "rank_incidents"]
+
+LAG = 256
+"""Steps that a cause may be found after what follows from it: rules for causes wait until they are sure."""
+
+_RESULT = ("not_learning", "val_not_learning", "undertrained")
+_UNSTABLE = ("exploding", "gradient_growth", "update_too_large", "loss_spike", "diverging", "non_finite")
+_STILL = ("update_too_small", "crawling", *_RESULT)
+_UNITS = ("dead_units", "saturated", "act_scale", "constant_output", "vanishing", "dead")
+
+LEADS_TO: Mapping[str, tuple[str, ...]] = {
+    # What goes in, and what it is compared with.
+    "unnormalised_input": ("bad_initial_loss", "blown_up", *_UNSTABLE, *_UNITS),
+    "target_scale": ("bad_initial_loss", "output_range", "blown_up", *_UNSTABLE, *_RESULT),
+    "target_outliers": ("bad_initial_loss", "blown_up", *_UNSTABLE, *_RESULT),
+    "constant_labels": ("constant_output", *_RESULT),
+    "repeated_batch": ("overfit", *_RESULT),
+    "repeated_targets": _RESULT,
+    "whole_targets": _RESULT,
+    "targets_shifted": ("overfit", *_RESULT),
+    "sees_future": ("overfit", *_RESULT),
+    "target_semantics": ("constant_output", "loss_terms", *_RESULT),
+    "mistaken_loss": ("output_range", "loss_terms", "bad_initial_loss", *_RESULT),
+    "output_range": ("constant_output", "loss_terms", "dead", *_RESULT),
+    "loss_terms": ("constant_output", *_UNSTABLE, *_RESULT),
+    # How the model was made and set.
+    "symmetric_units": ("dead", *_RESULT),
+    "bad_initial_loss": ("blown_up", *_UNSTABLE, "saturated", "act_scale", "loss_terms"),
+    "not_updating": ("dead", "dead_signal", "cut_off", *_STILL),
+    "cut_off": ("dead", *_RESULT),
+    "grad_not_reset": ("gradient_growth", *_UNSTABLE),
+    "eval_mode": ("batch_norm_statistics", "train_eval_mismatch", "overfit", *_UNSTABLE, *_RESULT),
+    "batch_norm_statistics": ("train_eval_mismatch", "overfit", "val_not_learning"),
+    "learning_rate_gone": _STILL,
+    "epsilon_too_large": _STILL,
+    "weight_decay_too_large": ("update_too_large", *_UNITS, *_RESULT),
+    "weights_overwritten": ("restarted", *_UNSTABLE, *_STILL),
+    "restarted": ("loss_spike", "diverging", *_RESULT),
+    "amp_overflow": ("non_finite", *_RESULT),
+    "rank_divergence": ("grad_conflict", *_UNSTABLE, *_RESULT),
+    # What becomes of it.
+    "blown_up": (*_UNSTABLE, *_UNITS, *_RESULT),
+    "exploding": ("non_finite", "loss_spike", "diverging", "dead_units", "clip_too_often", *_RESULT),
+    "gradient_growth": ("non_finite", "diverging", "clip_too_often"),
+    "vanishing": ("act_scale", "constant_output", "update_too_small", "update_too_large", *_RESULT),
+    "saturated": ("vanishing", "update_too_small", *_RESULT),
+    "dead": ("act_scale", "update_too_large", "dead_signal", "constant_output", *_STILL),
+    "dead_units": ("dead", "update_too_small", "constant_output", *_RESULT),
+    "idle_experts": _RESULT,
+    "update_too_large": ("diverging", "loss_spike", *_RESULT),
+    "update_too_small": ("crawling", *_RESULT),
+    "dead_signal": _RESULT,
+    "non_finite": ("dead_signal", "constant_output", *_RESULT),
+    "constant_output": _RESULT,
+    "diverging": ("act_scale", *_RESULT),
+    "val_not_learning": ("overfit",),
+    "train_eval_mismatch": ("val_not_learning", "overfit"),
+}
+"""Rule -> rules whose findings usually follow from its own."""
+
+
+class Ranked(NamedTuple):
+    """An incident in its place.
+
+    Attributes:
+        incident: as it stands.
+        cause: the one that it follows from; None for one that leads.
+    """
+
+    incident: Incident
+    cause: Incident | None
+
+
+@cache
+def consequences(rule: str) -> frozenset[str]:
+    """Return all that may follow from a rule's finding, at first or second hand."""
+    found: set[str] = set()
+    todo = [rule]
+    while todo:
+        new = set(LEADS_TO.get(todo.pop(), ())) - found
+        found |= new
+        todo += new
+    return frozenset(found)
+
+
+def rank_incidents(incidents: Sequence[Incident]) -> list[Ranked]:
+    """Return a run's incidents, each behind what it follows from: causes in the order in which they began, and what is
+    only worth knowing at the end.
+
+    One follows from another if that may cause it and was found before it, or at most `LAG` steps after; of several the
+    one that none of the others causes, the earliest of these.
+    """
+    ordered = sorted(incidents, key=lambda i: (i.first_step, -_severity(i), i.id))
+    causes = {id(i): _cause(i, ordered) for i in ordered}
+    leads = sorted((i for i in ordered if causes[id(i)] is None), key=_is_note)
+    ranked = []
+    for lead in leads:
+        ranked.append(Ranked(lead, None))
+        followers = [i for i in ordered if causes[id(i)] is lead]
+        ranked += [Ranked(i, lead) for i in sorted(followers, key=lambda i: _remove(i, followers))]
+    return ranked
+
+
+def _remove(incident: Incident, among: Sequence[Incident]) -> tuple[bool, int]:
+    """Return where one stands among what follows from one cause: behind those that may cause it."""
+    return _is_note(incident), sum(_may_cause(other, incident) for other in among)
+
+
+def _cause(incident: Incident, ordered: Sequence[Incident]) -> Incident | None:
+    found = [i for i in ordered if not _is_note(i) and _may_cause(i, incident)]
+    roots = [i for i in found if not any(_may_cause(other, i) for other in found)]
+    return roots[0] if roots else None
+
+
+def _may_cause(cause: Incident, incident: Incident) -> bool:
+    return incident.rule in consequences(cause.rule) and cause.first_step <= incident.first_step + LAG
+
+
+def _is_note(incident: Incident) -> bool:
+    return _severity(incident) == 0
+
+
+def _severity(incident: Incident) -> int:
+    return SEVERITIES.index(incident.severity) if incident.severity in SEVERITIES else 1

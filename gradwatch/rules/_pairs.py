@@ -1,0 +1,184 @@
+"""Inputs, targets, outputs and the loss set side by side: what should be predicted, and what is."""
+
+from __future__ import annotations
+
+import math
+
+from ..records import StepRecord
+from ._block import Block, Passed
+from ._findings import Findings
+from ._reductions import FORMULAS, reductions
+from ._rule import Rule, State
+from ._windows import Progress, progress, progress_over
+
+__all__ = ["LossTerms", "TargetsShifted", "WholeTargets"]
+
+_PLACES = {-1: "target_at_minus_1", 0: "target_at_0", 1: "target_at_1", 2: "target_at_2"}
+_SAID = {
+    -1: "the token before each one is to be predicted, which the model has already seen",
+    0: "the input itself is to be predicted: targets are not shifted, and copying is all there is to learn",
+    2: "the token after the next is to be predicted: targets are shifted by two, twice instead of once",
+    3: "targets are shifted by three places",
+}
+
+
+class TargetsShifted(Rule):
+    """Flags a language model whose targets are the tokens of its input at another place than the next one.
+
+    Targets are compared with the input, token by token, and the loss with the cross-entropy at the same place and at
+    the next one: Hugging Face's causal models are given the tokens themselves and shift them inside.
+
+    Args:
+        batches: running that must agree.
+    """
+
+    batches: int = 3
+    severity: str = "critical"
+    advice: str = (
+        "Targets do not match the inputs: predict the next token, `logits[:, :-1]` against `tokens[:, 1:]`, and shift "
+        "once: not in the data set and in the model. A loss that is too good is a leak of what is to be predicted."
+    )
+
+    is_core = False
+    needs = frozenset({"loss", "cross_entropy", "cross_entropy_shifted", *_PLACES.values()})
+    awaits = frozenset(_PLACES.values())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("batches", self.batches >= 1, 1)
+
+    def init(self) -> State:
+        return {"place": None, "running": 0}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        shares = {place: record.scalars.get(name, math.nan) for place, name in _PLACES.items()}
+        found = [place for place, share in shares.items() if share >= 0.95]
+        others = [share for place, share in shares.items() if place not in found]
+        # Where every token is like its neighbours nothing can be told.
+        if len(found) != 1 or not all(share < 0.8 for share in others):
+            return self.unjudged(record, "targets are not the tokens of the input"), state
+        follows = [k for k, name in enumerate(("cross_entropy", "cross_entropy_shifted")) if _follows(record, name)]
+        if len(follows) != 1:
+            return self.unjudged(record, "the loss is no cross-entropy of these outputs"), state
+        place = found[0] + follows[0]
+        running = state["running"] + 1 if place == state["place"] else 1
+        fires = place != 1 and running >= self.batches
+        text = _SAID.get(place, "")
+        return self.whole(record, fires, float(place), 1.0, text), {"place": place, "running": running}
+
+
+def _follows(record: StepRecord, name: str) -> bool:
+    value = record.scalars.get(name, math.nan)
+    return abs(record.loss - value) <= 0.01 * abs(value)
+
+
+class WholeTargets(Rule):
+    """Flags targets of a regression that are whole numbers on either side of zero: values that were cast to integers.
+
+    Counts and ratings are whole, too, and never negative; classes have outputs of their own.
+
+    Args:
+        batches: running that must agree.
+        width: between smallest and largest, above which rounding loses little.
+    """
+
+    batches: int = 5
+    width: float = 16.0
+    advice: str = (
+        "Targets were cast to integers on the way (`.long()`, `astype(int)`, an integer column or array), and lost "
+        "what lies behind the point. Keep them as floats until the loss; check the dtype of the labels."
+    )
+
+    is_core = False
+    needs = frozenset({"target_is_whole", "target_min", "target_max", "num_classes"})
+    awaits = frozenset({"target_is_whole"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("batches", self.batches >= 1, 1)
+
+    def init(self) -> State:
+        return {"seen": 0, "low": 0.0, "high": 0.0}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        whole = record.scalars.get("target_is_whole", math.nan)
+        if math.isnan(whole) or "num_classes" in record.scalars:
+            return self.unjudged(record, "targets are no numbers to be predicted, or not known"), state
+        low, high = (record.scalars.get(f"target_{end}", math.nan) for end in ("min", "max"))
+        state = {
+            "seen": state["seen"] + 1 if whole > 0 else 0,
+            "low": min(state["low"], low),
+            "high": max(state["high"], high),
+        }
+        low, high = state["low"], state["high"]
+        # -1 and 1 are two classes for a hinge.
+        values = low < 0 and high - low <= self.width and (low, high) != (-1.0, 1.0)
+        text = f"every target is a whole number, from {low:g} to {high:g}"
+        return self.whole(record, state["seen"] >= self.batches and values, high - low, self.width, text), state
+
+
+class LossTerms(Rule):
+    """Flags a loss of which the prediction's own error is next to nothing, while it is still large by itself.
+
+    What is left is a penalty, a balancing or a regularising term, or a KL divergence: the optimizer minimises that
+    instead. The error is the cross-entropy, the squared error or the binary cross-entropy, summed or averaged, that
+    explains most of the loss; it is large above half of what the best constant would have.
+
+    Args:
+        share: of the loss that the error may be.
+        batches: measured running that must agree.
+    """
+
+    share: float = 0.1
+    batches: int = 4
+    advice: str = (
+        "Another term outweighs the error of the prediction (a penalty, a balancing or regularising term, a KL term): "
+        "check the weights of the loss's terms, and that all are averaged over the same things."
+    )
+
+    is_core = False
+    needs = frozenset({"loss", "baseline_loss", "target_variance", "binary_baseline", "output_units", *FORMULAS})
+    awaits = frozenset(FORMULAS)
+    low_is_worse = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("share", 0 < self.share < 1, "0 and below 1", "above")
+        self._require("batches", self.batches >= 1, 1)
+
+    def init(self) -> State:
+        return {"loss": Progress(), "running": 0}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        loss = progress(Progress(*state["loss"]), record.loss, record.num_samples)
+        found = _largest_error(record) if math.isfinite(record.loss) else None
+        if found is None:
+            return self.unjudged(record, "outputs and targets are not known"), {**state, "loss": tuple(loss)}
+        share, level = found
+        outweighed = share < self.share and level > 0.5
+        running = state["running"] + 1 if outweighed else 0
+        fires = running >= self.batches and loss.seen >= 50
+        text = f"the error of the prediction is {{value:.1%}} of the loss, and {level:.0%} of a constant's"
+        return self.whole(record, fires, share, self.share, text), {"loss": tuple(loss), "running": running}
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        if block.has_any(self.awaits):
+            return None
+        loss = tuple(progress_over(Progress(*state["loss"]), block.losses, block.samples))
+        return Passed({**state, "loss": loss}, 0, "outputs and targets are not known")
+
+
+_BASELINES = dict(zip(FORMULAS, ("baseline_loss", "target_variance", "binary_baseline"), strict=True))
+
+
+def _largest_error(record: StepRecord) -> tuple[float, float] | None:
+    """Return which share of the loss the error is at most, and how large it is beside the best constant's."""
+    shares, levels = [], []
+    of_classes = math.isfinite(record.scalars.get("cross_entropy", math.nan))
+    for name in FORMULAS[:1] if of_classes else FORMULAS:
+        value, baseline = record.scalars.get(name, math.nan), record.scalars.get(_BASELINES[name], math.nan)
+        if math.isfinite(value) and baseline > 1e-9 and record.loss > 0:
+            levels.append(value / baseline)
+            # Any that is larger than the loss is none of its terms.
+            shares += [s for scale in reductions(record).values() if (s := scale * value / record.loss) <= 1.05]
+    return (max(shares), min(levels)) if shares else None
