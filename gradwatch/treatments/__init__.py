@@ -8,9 +8,62 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import suggest
+from ..protocols import name_of_class
+
+if TYPE_CHECKING:
+    from ._actions import BaseAction as BaseAction
+    from ._actions import Checkpoint as Checkpoint
+    from ._actions import LowerLearningRate as LowerLearningRate
+    from ._actions import Notify as Notify
+    from ._actions import Stop as Stop
+    from ._adaptive import AdaptiveClip as AdaptiveClip
+    from ._adaptive import adaptive_clip_ as adaptive_clip_
+    from ._base import BaseTreatment as BaseTreatment
+    from ._base import sort_treatments as sort_treatments
+    from ._buffers import BufferKeeper as BufferKeeper
+    from ._centralize import Centralize as Centralize
+    from ._centralize import centralize_ as centralize_
+    from ._clip import ClipByGlobalNorm as ClipByGlobalNorm
+    from ._clip import ClipByNorm as ClipByNorm
+    from ._clip import ClipByValue as ClipByValue
+    from ._clip import ClipToLimit as ClipToLimit
+    from ._clip import clip_by_global_norm_ as clip_by_global_norm_
+    from ._clip import clip_by_norm_ as clip_by_norm_
+    from ._clip import clip_by_value_ as clip_by_value_
+    from ._clip import norm_coefficient as norm_coefficient
+    from ._ema import EmaClip as EmaClip
+    from ._ema import ema_clip as ema_clip
+    from ._grad_output import GradOutputHandle as GradOutputHandle
+    from ._grad_output import at_grad_output as at_grad_output
+    from ._learning_rate import LearningRates as LearningRates
+    from ._moments import ResetMoments as ResetMoments
+    from ._moments import reset_moments_ as reset_moments_
+    from ._noise import Noise as Noise
+    from ._noise import add_noise_ as add_noise_
+    from ._notify import resolve_target as resolve_target
+    from ._notify import send as send
+    from ._quantile import QuantileClip as QuantileClip
+    from ._quantile import quantile_limit as quantile_limit
+    from ._rollback import Rollback as Rollback
+    from ._sanitize import Sanitize as Sanitize
+    from ._sanitize import sanitize_ as sanitize_
+    from ._scale import Normalize as Normalize
+    from ._scale import Scale as Scale
+    from ._scale import normalize_ as normalize_
+    from ._scale import scale_ as scale_
+    from ._skip import SkipParameter as SkipParameter
+    from ._skip import SkipStep as SkipStep
+    from ._spike import SpikeClip as SpikeClip
+    from ._spike import spike_clip_ as spike_clip_
+    from ._units import UnitLayout as UnitLayout
+    from ._zclip import ZClip as ZClip
+    from ._zclip import zclip as zclip
+    from ._zclip import zclip_memory as zclip_memory
+    from .surgery import MicroBatchSurgery as MicroBatchSurgery
+    from .surgery import Surgery as Surgery
 
 _TREATMENTS = {
     "AdaptiveClip": "_adaptive",
@@ -37,6 +90,7 @@ _ACTIONS = {
     "Checkpoint": "_actions",
     "LowerLearningRate": "_actions",
     "Notify": "_actions",
+    "Rollback": "_rollback",
     "Stop": "_actions",
 }
 _OTHERS = {
@@ -69,14 +123,67 @@ _OTHERS = {
 }
 _DOORS = {**_TREATMENTS, **_ACTIONS, **_OTHERS}
 
-__all__ = ["ACTIONS", "TREATMENTS", *sorted(_DOORS)]
+__all__ = [
+    "ACTIONS",
+    "TREATMENTS",
+    "AdaptiveClip",
+    "BaseAction",
+    "BaseTreatment",
+    "BufferKeeper",
+    "Centralize",
+    "Checkpoint",
+    "ClipByGlobalNorm",
+    "ClipByNorm",
+    "ClipByValue",
+    "ClipToLimit",
+    "EmaClip",
+    "GradOutputHandle",
+    "LearningRates",
+    "LowerLearningRate",
+    "MicroBatchSurgery",
+    "Noise",
+    "Normalize",
+    "Notify",
+    "QuantileClip",
+    "Rollback",
+    "ResetMoments",
+    "Sanitize",
+    "Scale",
+    "SkipParameter",
+    "SkipStep",
+    "SpikeClip",
+    "Stop",
+    "Surgery",
+    "UnitLayout",
+    "ZClip",
+    "adaptive_clip_",
+    "add_noise_",
+    "at_grad_output",
+    "centralize_",
+    "clip_by_global_norm_",
+    "clip_by_norm_",
+    "clip_by_value_",
+    "ema_clip",
+    "norm_coefficient",
+    "normalize_",
+    "quantile_limit",
+    "reset_moments_",
+    "resolve_target",
+    "sanitize_",
+    "scale_",
+    "send",
+    "sort_treatments",
+    "spike_clip_",
+    "zclip",
+    "zclip_memory",
+]
 
 
-class _Names(Mapping[str, type]):
+class _Names(Mapping[str, "type[Any]"]):
     """Class by its name in snake case, loaded when asked for."""
 
     def __init__(self, classes: Mapping[str, str]) -> None:
-        self._classes = {_snake(name): name for name in classes}
+        self._classes = {name_of_class(name): name for name in classes}
 
     def __getitem__(self, name: str) -> type:
         return __getattr__(self._classes[name])
@@ -86,11 +193,6 @@ class _Names(Mapping[str, type]):
 
     def __len__(self) -> int:
         return len(self._classes)
-
-
-def _snake(name: str) -> str:
-    # The same as BaseTreatment.name: "ZClip" is "zclip".
-    return "".join("_" + c if i and c.isupper() and name[i - 1].islower() else c for i, c in enumerate(name)).lower()
 
 
 TREATMENTS = _Names(_TREATMENTS)

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from string import Formatter
+from typing import Any, ClassVar
 
+from .._text import file_name, shown
 from ..errors import ConfigError
-from ..protocols import Context, Request
+from ..protocols import Action, Context
 from ..records import Incident
-from ._base import BaseTreatment
+from ..requests import LowerLearningRates, SaveCheckpoint, StopTraining, TellSomeone
 from ._checks import check_count, check_number
 from ._notify import resolve_target
+
+_FIELDS = [("step", "", None), ("rule", "", None), ("step", "06d", None)]
 
 __all__ = ["BaseAction", "Checkpoint", "LowerLearningRate", "Notify", "Stop"]
 
 
-class BaseAction:
-    """An action's name; subclasses are frozen dataclasses of settings."""
-
-    name = BaseTreatment.name
-
-    def act(self, incident: Incident, context: Context) -> None:
-        """Leave `context.request(Request(...))`."""
-        raise NotImplementedError
+class BaseAction(Action):
+    """An action; those here are frozen dataclasses of settings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +45,11 @@ class LowerLearningRate(BaseAction):
     def act(self, incident: Incident, context: Context) -> None:
         length = "from here on" if self.steps is None else f"for {self.steps} steps"
         context.request(
-            Request(
-                kind="lower_learning_rate",
+            LowerLearningRates(
                 reason=f"learning rate x {self.factor:g} {length}: {incident}",
-                values={"factor": self.factor, "steps": self.steps, "rule": incident.name or incident.rule},
+                factor=self.factor,
+                steps=self.steps,
+                name=incident.name or incident.rule,
             )
         )
 
@@ -67,16 +66,23 @@ class Checkpoint(BaseAction):
 
     def __post_init__(self) -> None:
         try:
-            self.filename.format(step=0, rule="rule")
-        except (AttributeError, KeyError, IndexError, ValueError) as error:
+            fields = [part[1:] for part in Formatter().parse(self.filename) if part[1] is not None]
+            fine = len(self.filename) <= 200 and all(field in _FIELDS for field in fields)
+        except (TypeError, ValueError):
+            fine = False
+        if not fine:
             raise ConfigError(
                 f"Checkpoint: `filename` must be text with no other fields than {{step}} and {{rule}}. "
-                f"Got {self.filename!r}."
-            ) from error
+                f"Got {shown(self.filename)}."
+            )
+        parts = self.filename.replace("\\", "/").split("/")
+        if ".." in parts or not parts[0] or ":" in self.filename or "\0" in self.filename:
+            raise ConfigError(f"Checkpoint: `filename` leads elsewhere. Got {shown(self.filename)}.")
 
     def act(self, incident: Incident, context: Context) -> None:
-        name = self.filename.format(step=context.step, rule=incident.name or incident.rule)
-        context.request(Request(kind="checkpoint", reason=f"checkpoint: {incident}", values={"filename": name}))
+        # A rule may be called anything; what it fills in stays one part of a path.
+        name = self.filename.format(step=context.step, rule=file_name(incident.name or incident.rule))
+        context.request(SaveCheckpoint(reason=f"checkpoint: {incident}", filename=name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +96,7 @@ class Stop(BaseAction):
     reason: str = ""
 
     def act(self, incident: Incident, context: Context) -> None:
-        context.request(Request(kind="stop", reason=self.reason or f"stop: {incident}"))
+        context.request(StopTraining(reason=self.reason or f"stop: {incident}"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +107,9 @@ class Notify(BaseAction):
         target: callable(incident); an http(s) address; or `"module:function"`.
     """
 
+    names_code: ClassVar[tuple[str, ...]] = ("target",)
+    """Settings that may name a function to import: a rules file is asked whether it may."""
+
     target: str | Callable[[Incident], Any]
     _call: Callable[[Incident], Any] = field(init=False, repr=False)
 
@@ -108,6 +117,4 @@ class Notify(BaseAction):
         object.__setattr__(self, "_call", resolve_target(self.target))
 
     def act(self, incident: Incident, context: Context) -> None:
-        context.request(
-            Request(kind="notify", reason=str(incident), values={"target": self._call, "incident": incident})
-        )
+        context.request(TellSomeone(reason=str(incident), target=self._call, incident=incident))

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ..protocols import Context
 from ..records import select_paths
 from ..stats import tensor_norms
+from ..torchside import is_host, moved, shape_of
 from ._base import BaseTreatment, chosen, read_trigger, where_triggered
 from ._checks import check_number, check_patterns
 from ._clip import norm_coefficient
-from ._tensors import scale_
+from ._tensors import scale_, summed
 from ._units import FIRST_AXIS, UnitLayout, head_paths, unit_layouts, unit_norms, unit_view
 
 if TYPE_CHECKING:
@@ -58,14 +59,14 @@ def adaptive_clip_(
     norms = tensor_norms(grads) if norms is None else norms
     scale: float | Tensor = torch.ones((), dtype=norms.dtype, device=norms.device) * ratio * limit_scale
     wholes: list[Any] = list(norms.unbind())
-    if norms.device.type == "cpu":
+    if is_host(norms.device):
         # Where reading is free, numbers are faster than tensors of one.
         scale, wholes = float(scale), norms.tolist()
-    small = [i for i, grad in enumerate(grads) if grad.ndim < 2]
+    small = [i for i, grad in enumerate(grads) if len(shape_of(grad)) < 2]
     units = len(small)
     counts = [_clip_small_([params[i] for i in small], [grads[i] for i in small], _rows(norms, small), floor, scale)]
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if grad.ndim < 2:
+        if len(shape_of(grad)) < 2:
             continue
         layout = FIRST_AXIS if layouts is None else layouts[i]
         if grad.is_sparse:
@@ -76,10 +77,10 @@ def adaptive_clip_(
             view, found, weights = unit_view(grad, layout)[0], unit_norms(grad, layout), unit_norms(param, layout)
         units += found.numel()
         # One tensor after the other, so that its gradient is still in the cache when it is scaled.
-        counts.append(_clip_units_(view, found, weights.clamp_(min=floor).mul_(scale), wholes[i]))
+        counts.append(_clip_units_(view, found, _limits(weights, floor, scale), wholes[i]))
         if grad.is_sparse and not grad.is_coalesced():
             grad.copy_(whole)
-    return torch.stack(counts).sum(), units
+    return summed(counts), units
 
 
 def _rows(values: Tensor, positions: Sequence[int]) -> Tensor:
@@ -88,6 +89,11 @@ def _rows(values: Tensor, positions: Sequence[int]) -> Tensor:
         return values
     entries = values.unbind()
     return torch.stack([entries[i] for i in positions]) if positions else values[:0]
+
+
+def _limits(weights: Tensor, floor: float, scale: float | Tensor) -> Tensor:
+    """Return the limits of units whose weights have these norms, which are overwritten."""
+    return weights.clamp_(min=floor).mul_(moved(scale, weights.device) if isinstance(scale, Tensor) else scale)
 
 
 def _clip_small_(
@@ -109,6 +115,7 @@ def _clip_units_(view: Tensor, norms: Tensor, limits: Tensor, whole: float | Ten
             return torch.zeros((), dtype=torch.int64)
         coefficients.clamp_(max=1.0)
     else:
+        whole = moved(whole, norms.device)
         norms = torch.minimum(norms, whole.clamp(max=largest).to(norms.dtype))
         coefficients = torch.where(torch.isfinite(whole), (limits / norms).clamp(max=1.0), 1.0)
     view.mul_(coefficients)
@@ -152,7 +159,7 @@ class AdaptiveClip(BaseTreatment):
     def apply_(self, grads: Gradients, context: Context) -> Mapping[str, Any] | None:
         if self._memory.head is None:
             # Nobody showed us the model: of the gradients seen first, the last weight's layer.
-            self._memory.head = _last_layer(grads.paths, [p.ndim for p in grads.params])
+            self._memory.head = _last_layer(grads.paths, [len(shape_of(p)) for p in grads.params])
         part = chosen(grads, self.paths)
         head = self._is_head(part.paths)
         kept = [i for i, is_head in enumerate(head) if not is_head]
@@ -174,7 +181,7 @@ class AdaptiveClip(BaseTreatment):
             norms=_rows(norms, kept),
             limit_scale=limit_scale,
         )
-        if clipped.device.type != "cpu" or int(clipped):
+        if not is_host(clipped.device) or int(clipped):
             part.touch()
         return {"applied": clipped > 0, "clipped_share": clipped / max(units, 1), "units": float(units)}
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import GradwatchWarning
-from ._base import clean_path
+from .._warn import warn
+from ..torchside import clean_path
 
 __all__ = ["BufferKeeper"]
 
@@ -75,10 +74,9 @@ class BufferKeeper:
             self._kept.append(torch.empty_like(buffer))
         self.left_out = tuple(left_out)
         if left_out:
-            warnings.warn(
+            warn(
                 f"{len(left_out)} of {len(found)} buffers are not kept for skipped steps, since they need more than "
                 f"{memory_limit_bytes / 2**20:g} MiB: {', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}.",
-                GradwatchWarning,
                 stacklevel=4,
             )
 

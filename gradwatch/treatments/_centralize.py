@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..protocols import Context
+from ..torchside import is_host, shape_of
 from ._base import BaseTreatment, chosen, read_trigger, where_triggered
 from ._checks import check_patterns
 from ._units import FIRST_AXIS, UnitLayout, num_unit_elements, unit_layouts, unit_sums, unit_view
@@ -35,7 +36,7 @@ def centralize_(
         applies: where False nothing is subtracted; may be a 0-dim bool tensor.
     """
     for i, grad in enumerate(grads):
-        if grad.ndim < 2 or grad.is_sparse:
+        if len(shape_of(grad)) < 2 or grad.is_sparse:
             continue
         layout = FIRST_AXIS if layouts is None else layouts[i]
         view = unit_view(grad, layout)[0]
@@ -72,7 +73,7 @@ class Centralize(BaseTreatment):
         # The mean of a row with one nan would spread it over the row.
         applies = torch.isfinite(part.global_norm)
         applies = where_triggered(trigger, applies, False)
-        if applies.device.type == "cpu" and not bool(applies):
+        if is_host(applies.device) and not bool(applies):
             return {"applied": 0.0}
         centralize_(part.grads, layouts=[self._layouts.get(path, FIRST_AXIS) for path in part.paths], applies=applies)
         part.touch()

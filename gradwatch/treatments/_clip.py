@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..protocols import Context
 from ..stats import global_norm, tensor_norms
+from ..torchside import is_host, moved, wide_dtype
 from ._base import BaseTreatment, chosen, read_trigger, where_triggered
 from ._checks import check_choice, check_number, check_patterns
 from ._grad_output import GradOutputHandle, at_grad_output
-from ._tensors import Scratch, chunks, on_values_, scale_
+from ._tensors import Scratch, chunks, on_values_, scale_, summed, times
 
 if TYPE_CHECKING:
     from ..stats import Gradients
@@ -73,16 +74,17 @@ def clip_by_value_(grads: Sequence[Tensor], max_value: float | Tensor) -> Tensor
     scratch = Scratch()
 
     def clamp_(values: Tensor) -> None:
-        if values.device.type == "cpu":
+        if is_host(values.device):
             counts.append(torch.tensor(_clamp_on_cpu_(values, float(max_value), scratch), dtype=torch.int64))
             return
-        limit = torch.ones((), dtype=values.dtype, device=values.device) * max_value
+        bound = moved(max_value, values.device) if isinstance(max_value, Tensor) else max_value
+        limit = torch.ones((), dtype=values.dtype, device=values.device) * bound
         counts.append(torch.count_nonzero(values.abs() > limit))
         values.clamp_(min=-limit, max=limit)
 
     for grad in grads:
         on_values_(grad, clamp_)
-    return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+    return summed(counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +144,10 @@ class ClipByNorm(BaseTreatment):
         check_patterns(self, "paths", self.paths)
         check_choice(self, "at", self.at, ("grad", "grad_output"))
 
-    def install(self, model: nn.Module) -> GradOutputHandle:
+    def install(self, model: nn.Module) -> GradOutputHandle | None:
         """Clip error signals of the model's modules inside backward, until the handle is removed."""
+        if self.at != "grad_output":
+            return None
         handle = at_grad_output(model, self.paths, self.clipped)
         self._handles[:] = [handle]
         return handle
@@ -151,7 +155,7 @@ class ClipByNorm(BaseTreatment):
     def clipped(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Return the error signal clipped, and the coefficient; `scale` is what the loss was multiplied by."""
         coefficient = norm_coefficient(tensor_norms([grad])[0], self.max_norm * scale)
-        return grad * coefficient.to(grad.dtype), coefficient
+        return times(grad, coefficient), coefficient
 
     def apply_(self, grads: Gradients, context: Context) -> Mapping[str, Any] | None:
         if self.at == "grad_output":
@@ -191,7 +195,7 @@ class ClipByValue(BaseTreatment):
         tensors = part.grads
         whole = sum(tensor.numel() for tensor in tensors)
         norms = part.norms
-        if norms.device.type == "cpu":
+        if is_host(norms.device):
             # No element exceeds its tensor's norm: most tensors of a healthy step need no look at all.
             large = (norms > self.max_value).tolist() if math.isfinite(float(part.global_norm)) else []
             tensors = [tensor for tensor, is_large in zip(tensors, large, strict=False) if is_large]
@@ -233,5 +237,5 @@ def tensor_report(coefficients: Tensor) -> dict[str, Any]:
     return {
         "coefficient": coefficients.min(),
         "applied": clipped.any(),
-        "clipped_share": clipped.to(torch.float64).mean(),
+        "clipped_share": clipped.to(wide_dtype(clipped.device)).mean(),
     }

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..protocols import Context
 from ..stats import global_norm
+from ..stats._shards import index_on
+from ..torchside import moved, wide_dtype
 from ._base import BaseTreatment, chosen, read_trigger, where_triggered
 from ._checks import check_count, check_number, check_patterns
 from ._clip import norm_coefficient, tensor_report
@@ -41,12 +43,12 @@ def ema_clip(
 
     Args:
         norms: (n,).
-        memory: float64 (n, 2), moving average and steps counted, of each tensor; zeros at first.
+        memory: (n, 2), moving average and steps counted, of each tensor; zeros at first.
         ratio, beta: of the limit to the average, and of the average.
         warmup: steps of each tensor that are clipped by the fixed norm.
         warmup_max_norm: that norm; None: no clip during warm-up.
     """
-    norms = norms.to(torch.float64)
+    norms = norms.to(memory.dtype)
     average, count = memory.unbind(dim=1)
     whole = global_norm(norms)
     is_warm = count < warmup
@@ -127,11 +129,10 @@ class _Rows:
         if paths != self._paths or self._index.device != device:
             for path in paths:
                 self._positions.setdefault(path, len(self._positions))
-            missing = len(self._positions) - len(self._values)
-            self._values = torch.cat(
-                [self._values.to(device), torch.zeros(missing, 2, dtype=torch.float64, device=device)]
-            )
-            self._index = torch.tensor([self._positions[path] for path in paths]).to(device)
+            missing, wide = len(self._positions) - len(self._values), wide_dtype(device)
+            more = torch.zeros(missing, 2, dtype=wide, device=device)
+            self._values = torch.cat([moved(self._values, device, wide), more])
+            self._index = index_on([self._positions[path] for path in paths], device)
             self._paths = paths
         return self._values.index_select(0, self._index)
 
@@ -139,7 +140,11 @@ class _Rows:
         self._values.index_copy_(0, self._index, rows)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"paths": list(self._positions), "values": self._values.cpu().clone()} if self._positions else {}
+        return (
+            {"paths": list(self._positions), "values": self._values.cpu().to(torch.float64, copy=True)}
+            if self._positions
+            else {}
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._positions = {path: i for i, path in enumerate(state.get("paths", ()))}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnknownPathError
 from ..records import select_paths
-from ._base import clean_path
+from ..torchside import WeakHook, clean_path, home, moved, tensors_of, wide_dtype
 
 __all__ = ["GradOutputHandle", "GradOutputKernel", "at_grad_output"]
 
@@ -54,10 +53,11 @@ class GradOutputHandle:
         """Return what happened since the last call (smallest coefficient, share of signals changed) and forget it."""
         if not self._coefficients:
             return {"applied": 0.0, "signals": 0.0}
-        coefficients = torch.stack([c.to(self._coefficients[0].device) for c in self._coefficients])
+        device = home(self._coefficients)
+        coefficients = torch.stack([moved(c, device) for c in self._coefficients])
         self._coefficients.clear()
         changed = coefficients != 1
-        share = changed.to(torch.float64).mean()
+        share = changed.to(wide_dtype(device)).mean()
         return {
             "coefficient": coefficients.min(),
             "applied": changed.any(),
@@ -65,11 +65,15 @@ class GradOutputHandle:
             "signals": float(len(coefficients)),
         }
 
+    def on_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Called after the forward of a module."""
+        self.watch(output)
+
     def watch(self, output: Any) -> None:
         """Put a hook on every tensor of a module's output that will get a gradient."""
         if not self.enabled or not torch.is_grad_enabled():
             return
-        for tensor in _tensors(output):
+        for _, tensor in tensors_of(output):
             if not tensor.requires_grad or self._is_watched(tensor):
                 continue
             # The hook must not hold the output: a graph that holds itself is never freed.
@@ -81,12 +85,14 @@ class GradOutputHandle:
             return None
         with torch.no_grad():
             changed, coefficient = self._kernel(grad, self.grad_scale)
+            wide = wide_dtype(grad.device)
             if not isinstance(coefficient, Tensor):
-                coefficient = torch.full((), coefficient, dtype=torch.float64, device=grad.device)
-            self._coefficients.append(coefficient.detach().to(torch.float64))
+                coefficient = torch.full((), coefficient, dtype=wide, device=grad.device)
+            self._coefficients.append(coefficient.detach().to(wide))
             # Nobody may ask for the report: what is kept stays small.
             if len(self._coefficients) >= 4096:
-                self._coefficients[:] = [torch.stack(self._coefficients).min()]
+                device = home(self._coefficients)
+                self._coefficients[:] = [torch.stack([moved(c, device) for c in self._coefficients]).min()]
         return changed
 
     def _is_watched(self, tensor: Tensor) -> bool:
@@ -128,29 +134,9 @@ def at_grad_output(model: nn.Module, patterns: str | Sequence[str], kernel: Grad
         raise UnknownPathError(", ".join(patterns), names, model_name=type(model).__name__, kind="module")
     handle = GradOutputHandle(kernel, paths)
     for path in paths:
-        handle._hooks.append(modules[path].register_forward_hook(_Watcher(handle)))
+        # Kept: who wants the change for good may drop the handle.
+        handle._hooks.append(WeakHook.of(handle.on_forward, keeps_owner=True).hang(modules[path].register_forward_hook))
     return handle
-
-
-class _Inert:
-    """What a watcher becomes in a copied or unpickled model: it does nothing."""
-
-    def __call__(self, *args: Any) -> None:
-        return None
-
-
-class _Watcher:
-    def __init__(self, handle: GradOutputHandle) -> None:
-        self._handle = handle
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._handle.watch(output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
-        return _Inert()
-
-    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
-        return _Inert, ()
 
 
 def _change_with(reference: weakref.ref[GradOutputHandle]) -> Callable[[Tensor], Tensor | None]:
@@ -159,18 +145,3 @@ def _change_with(reference: weakref.ref[GradOutputHandle]) -> Callable[[Tensor],
         return None if handle is None else handle.change(grad)
 
     return change
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor of nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for item in dataclasses.fields(value):
-            yield from _tensors(getattr(value, item.name))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..torchside import WeakHook
 from ._checks import check_count, check_number
 
 __all__ = ["LearningRates"]
@@ -62,8 +63,8 @@ class LearningRates:
         if self._handles:
             return
         for optimizer in self._optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before))
-            self._handles.append(optimizer.register_step_post_hook(self._after))
+            self._handles.append(WeakHook.of(self._before).hang(optimizer.register_step_pre_hook))
+            self._handles.append(WeakHook.of(self._after).hang(optimizer.register_step_post_hook))
 
     def close(self) -> None:
         """Take the hooks off and put the optimizers' own rates back; may be called again."""
@@ -89,9 +90,10 @@ class LearningRates:
         factor = self._factor(self._position(optimizer))
         if factor == 1.0:
             return
-        self._own[id(optimizer)] = [_copied(group["lr"]) for group in optimizer.param_groups]
+        self._own[id(optimizer)] = [_copied(group.get("lr")) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            _set(group, group["lr"] * factor)
+            if isinstance(group.get("lr"), (int, float, Tensor)):
+                _set(group, group["lr"] * factor)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._put_back(optimizer)
@@ -111,7 +113,8 @@ class LearningRates:
         own = self._own.pop(id(optimizer), None)
         if own is not None:
             for group, rate in zip(optimizer.param_groups, own, strict=False):
-                _set(group, rate)
+                if isinstance(rate, (int, float, Tensor)):
+                    _set(group, rate)
 
     def _position(self, optimizer: Optimizer) -> int:
         return next(k for k, known in enumerate(self._optimizers) if known is optimizer)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..protocols import Context
+from ..torchside import moved, whole_of
 from ._base import BaseTreatment, chosen, read_trigger
 from ._checks import check_count, check_number, check_patterns
 from ._tensors import as_dtensor, local_part
@@ -75,7 +76,8 @@ class Noise(BaseTreatment):
             # Seeded anew at each step: what is kept is one number, and pieces of one tensor get draws of their own.
             generator = torch.Generator(device=device)
             generator.manual_seed(_mixed(self.seed, draws, *place))
-            add_noise_(tensors, scale, generator=generator)
+            here = moved(scale, device) if isinstance(scale, Tensor) else scale
+            add_noise_(tensors, here, generator=generator)
         part.touch()
         return {"applied": trigger if isinstance(trigger, Tensor) else 1.0, "std": std}
 
@@ -91,7 +93,9 @@ def _by_place(grads: Sequence[Tensor]) -> dict[tuple[torch.device, tuple[int, ..
     places: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
     for grad in grads:
         place: tuple[int, ...] = ()
-        sharded = as_dtensor(grad)
+        sharded, whole = as_dtensor(grad), whole_of(grad)
+        if whole is not None:
+            place = (whole.group.rank(),)
         if sharded is not None:
             coordinate = sharded.device_mesh.get_coordinate() or ()
             pairs = zip(sharded.placements, coordinate, strict=False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
-import warnings
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 from urllib.request import Request, urlopen
 
-from ..errors import ConfigError, GradwatchWarning
+from .._address import checked_address, host_of, request_parts
+from .._warn import one_line, warn
+from ..errors import ConfigError
 from ..records import Incident
 
 __all__ = ["Webhook", "resolve_target", "send"]
@@ -27,11 +28,12 @@ class Webhook:
     """
 
     def __init__(self, url: str, *, timeout: float = 10.0) -> None:
-        self.url = url
+        self.url = checked_address(url, where="Webhook")
         self.timeout = timeout
+        self._has_complained = False
 
     def __repr__(self) -> str:
-        return f"Webhook({self.url!r})"
+        return f"Webhook to {host_of(self.url)}"
 
     def __call__(self, incident: Incident) -> threading.Thread:
         body = json.dumps({"text": str(incident), "incident": incident.to_json()}).encode()
@@ -40,12 +42,15 @@ class Webhook:
         return thread
 
     def _post(self, body: bytes) -> None:
-        request = Request(self.url, data=body, headers={"Content-Type": "application/json"}, method="POST")
+        address, headers = request_parts(self.url)
+        request = Request(address, data=body, headers=headers, method="POST")
         try:
             with urlopen(request, timeout=self.timeout):
                 pass
         except (OSError, ValueError) as error:
-            _warn(f"Notify: {self.url} could not be told: {error}")
+            if not self._has_complained:
+                self._has_complained = True
+                warn(f"Notify: {host_of(self.url)} could not be told: {one_line(error)}. Said once.")
 
 
 def send(target: Callable[[Incident], Any], incident: Incident) -> None:
@@ -53,7 +58,7 @@ def send(target: Callable[[Incident], Any], incident: Incident) -> None:
     try:
         target(incident)
     except Exception as error:
-        _warn(f"Notify: {target!r} raised {type(error).__name__}: {error}")
+        warn(f"Notify: {one_line(repr(target))} raised {one_line(error)}")
 
 
 def resolve_target(target: Any, *, door: str = "Notify", name: str = "target") -> Callable[[Incident], Any]:
@@ -69,7 +74,7 @@ def resolve_target(target: Any, *, door: str = "Notify", name: str = "target") -
     if callable(target):
         return target
     if isinstance(target, str) and target.startswith(("http://", "https://")):
-        return Webhook(target)
+        return Webhook(checked_address(target, where=f"{door}: `{name}`"))
     if isinstance(target, str) and ":" in target:
         module, _, function_name = target.partition(":")
         try:
@@ -79,12 +84,3 @@ def resolve_target(target: Any, *, door: str = "Notify", name: str = "target") -
         if callable(function):
             return function
     raise ConfigError(f"{door}: `{name}` must be a callable, an http(s) address or 'module:function'. Got {target!r}.")
-
-
-def _warn(message: str) -> None:
-    try:
-        warnings.warn(message, GradwatchWarning, stacklevel=3)
-    except GradwatchWarning:
-        # Warnings are errors here: in a thread of its own nobody could catch it.
-        if threading.current_thread().name != "gradwatch-notify":
-            raise

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..torchside import StandIn, real_of
+
 __all__ = ["MOMENTS", "SECOND_MOMENTS", "second_moment", "states_of"]
 
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
@@ -24,8 +26,9 @@ def states_of(optimizers: Sequence[Any], parameter: Tensor) -> Iterator[dict[str
     for optimizer in optimizers:
         states = getattr(optimizer, "optimizer", optimizer).state
         # Asking a defaultdict by key would write in it.
-        if parameter in states:
-            yield states[parameter]
+        held = real_of(parameter)
+        if held in states:
+            yield states[held] if held is parameter else _part_of(states[held], parameter)
 
 
 def second_moment(optimizers: Sequence[Any], parameter: Tensor) -> Tensor | None:
@@ -36,3 +39,10 @@ def second_moment(optimizers: Sequence[Any], parameter: Tensor) -> Tensor | None
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 return value
     return None
+
+
+def _part_of(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """Return the part of a state that is about one parameter, sharing its memory."""
+    if not isinstance(parameter, StandIn):
+        return state
+    return {name: parameter.part_of(value) for name, value in state.items()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..protocols import Context
+from ..torchside import moved, wide_dtype
 from ._base import BaseTreatment, chosen
 from ._checks import check_count, check_number, check_patterns
 from ._clip import clip_to_
@@ -74,7 +75,8 @@ class QuantileClip(BaseTreatment):
         if history is None:
             history = torch.full((self.window,), torch.nan, dtype=torch.float64)
         count = self._memory.get("count", torch.zeros((), dtype=torch.int64))
-        limit, history, count = quantile_limit(norm, history.to(norm.device), count.to(norm.device), self.q)
+        history = moved(history, norm.device, wide_dtype(norm.device))
+        limit, history, count = quantile_limit(norm, history, moved(count, norm.device), self.q)
         self._memory.update(history=history, count=count)
         return clip_to_(part, context, limit)
 

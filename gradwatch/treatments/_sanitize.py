@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..protocols import Context
+from ..torchside import is_host, moved
 from ._base import BaseTreatment, chosen, read_trigger, where_triggered
 from ._checks import check_patterns
-from ._tensors import on_values_
+from ._tensors import on_values_, summed
 
 if TYPE_CHECKING:
     from ..stats import Gradients
@@ -39,7 +40,7 @@ def sanitize_(grads: Sequence[Tensor], *, applies: bool | Tensor = True) -> Tens
         on_values_(grad, clean_)
     if not counts:
         return torch.zeros((), dtype=torch.int64)
-    return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+    return summed(counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +66,14 @@ class Sanitize(BaseTreatment):
         part = chosen(grads, self.paths)
         if not len(part):
             return None
-        hidden = self._memory.get("hidden", torch.zeros((), dtype=torch.int64)).to(part.global_norm.device)
+        hidden = moved(self._memory.get("hidden", torch.zeros((), dtype=torch.int64)), part.device)
         trigger = read_trigger(context)
         # A finite norm proves that every element is.
-        is_clean = part.norms.device.type == "cpu" and bool(torch.isfinite(part.global_norm))
+        is_clean = is_host(part.norms.device) and bool(torch.isfinite(part.global_norm))
         if trigger is False or is_clean:
             return {"applied": 0.0, "count": 0.0, "hidden": hidden}
         tensors = part.grads
-        if part.norms.device.type == "cpu":
+        if is_host(part.norms.device):
             tensors = [t for t, ok in zip(tensors, torch.isfinite(part.norms).tolist(), strict=True) if not ok]
         count = sanitize_(tensors, applies=trigger)
         part.touch()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -10,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import GradwatchWarning
+from .._warn import warn
 from ..protocols import Context
 from ..stats import tensor_norms
+from ..torchside import wide_dtype
 from ._base import BaseTreatment, chosen, read_trigger, where_triggered
 from ._checks import check_choice, check_number, check_patterns
 from ._grad_output import GradOutputHandle, at_grad_output
@@ -71,8 +71,10 @@ class Scale(BaseTreatment):
         check_patterns(self, "paths", self.paths)
         check_choice(self, "at", self.at, ("grad", "grad_output"))
 
-    def install(self, model: nn.Module) -> GradOutputHandle:
+    def install(self, model: nn.Module) -> GradOutputHandle | None:
         """Scale error signals of the model's modules inside backward, until the handle is removed."""
+        if self.at != "grad_output":
+            return None
         handle = at_grad_output(model, self.paths, lambda grad, _: (grad * self.factor, self.factor))
         self._memory["handle"] = handle
         return handle
@@ -85,7 +87,7 @@ class Scale(BaseTreatment):
         part = chosen(grads, self.paths)
         if not len(part):
             return None
-        ones = torch.ones((), dtype=torch.float64, device=part.device)
+        ones = torch.ones((), dtype=wide_dtype(part.device), device=part.device)
         coefficient = where_triggered(read_trigger(context), ones * self.factor, 1.0)
         part.mul_(coefficient)
         return {"coefficient": coefficient, "applied": coefficient != 1}
@@ -97,11 +99,10 @@ class Scale(BaseTreatment):
         names = sorted({type(o).__name__ for o in context.optimizers if is_scale_free(o)})
         if names:
             self._memory["warned"] = True
-            warnings.warn(
+            warn(
                 f"Scale({self.factor:g}): {names[0]} divides each gradient by its own running size, so a constant "
                 "factor cancels and changes next to nothing. To train some parameters faster or slower give them a "
                 "learning rate of their own.",
-                GradwatchWarning,
                 stacklevel=2,
             )
 

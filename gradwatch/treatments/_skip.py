@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..protocols import Context, Request
+from ..protocols import Context
 from ..records import select_paths
+from ..requests import StopTraining
+from ..torchside import is_host
 from ._base import BaseTreatment, chosen, read_trigger
 from ._checks import check_count, check_patterns
 
@@ -55,7 +57,10 @@ class SkipStep(BaseTreatment):
 
     def settle(self, values: Mapping[str, float], context: Context) -> Mapping[str, float]:
         """Count a step whose report has come to the host later; return what is to be added to the report."""
-        return {} if "consecutive" in values else self._count(bool(values.get("applied", 0.0)), context)
+        if "consecutive" in values:
+            return {}
+        counted = self._count(bool(values.get("applied", 0.0)), context)
+        return {name: value for name, value in counted.items() if name != "applied"}
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._memory)
@@ -70,7 +75,10 @@ class SkipStep(BaseTreatment):
         if not len(part):
             return False
         flag = ~torch.isfinite(part.global_norm)
-        return bool(flag) if context.can_read or flag.device.type == "cpu" else flag
+        if isinstance(context.trigger, Tensor):
+            # A loss scaler drops an overflowing step by itself: no fault, and nothing to count.
+            flag = flag & context.trigger.to(flag.device)
+        return bool(flag) if context.can_read or is_host(flag.device) else flag
 
     def _count(self, is_skipped: bool, context: Context) -> dict[str, float]:
         memory = self._memory
@@ -83,7 +91,7 @@ class SkipStep(BaseTreatment):
         else:
             memory["consecutive"] = 0
         if is_skipped and self.max_consecutive is not None and memory["consecutive"] >= self.max_consecutive:
-            context.request(Request(kind="stop", reason=self._stop_reason(context)))
+            context.request(StopTraining(reason=self._stop_reason(context)))
         return {
             "applied": float(is_skipped),
             "consecutive": float(memory["consecutive"]),
@@ -127,7 +135,7 @@ class SkipParameter(BaseTreatment):
         if trigger is False or not len(grads):
             return {"applied": 0.0, "skipped": 0.0}
         bad = ~torch.isfinite(grads.norms)
-        can_read = context.can_read or bad.device.type == "cpu"
+        can_read = context.can_read or is_host(bad.device)
         if isinstance(trigger, Tensor) or not can_read:
             flag = trigger if context.rule else bad.any()
             context.veto(flag, reason="single parameters can't be skipped without waiting for the verdict")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import GradwatchWarning
+from .._warn import warn
 from ..protocols import Context
+from ..torchside import is_host, moved
 from ._base import BaseTreatment, chosen, read_trigger, where_triggered
 from ._checks import check_number, check_patterns
 from ._optimizer_state import second_moment
-from ._tensors import Scratch, chunks, local_part
+from ._tensors import Scratch, chunks, local_part, summed
 
 if TYPE_CHECKING:
     from ..stats import Gradients
@@ -46,7 +46,7 @@ def spike_clip_(
     scratch = Scratch()
     for grad, second in zip(grads, second_moments, strict=True):
         values, moments = local_part(grad), local_part(second)
-        on_cpu = values.device.type == "cpu"
+        on_cpu = is_host(values.device)
         if on_cpu and values.stride() == moments.stride():
             parts = list(zip(chunks(values), chunks(moments), strict=True))
         else:
@@ -56,7 +56,7 @@ def spike_clip_(
                 counts.append(_clip_(value, moment, threshold, limit_scale))
     if not counts:
         return torch.zeros((), dtype=torch.int64)
-    return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+    return summed(counts)
 
 
 def _may_have_spike(values: Tensor, moments: Tensor, threshold: float, scale: float, scratch: Scratch) -> bool:
@@ -70,6 +70,7 @@ def _may_have_spike(values: Tensor, moments: Tensor, threshold: float, scale: fl
 
 def _clip_(values: Tensor, moments: Tensor, threshold: float, scale: float | Tensor) -> Tensor:
     wide = _wide(values)
+    scale = moved(scale, values.device) if isinstance(scale, Tensor) else scale
     limits = moments.to(wide).mul(threshold).sqrt_()
     limits = torch.where(limits > 0, limits * scale, torch.inf).to(wide)
     outside = values.abs() > limits
@@ -116,10 +117,10 @@ class SpikeClip(BaseTreatment):
         whole = part.global_norm
         scale = where_triggered(trigger, torch.ones_like(whole) * part.grad_scale, torch.inf)
         scale = torch.where(torch.isfinite(whole), scale, torch.inf)
-        if scale.device.type == "cpu" and bool(torch.isinf(scale)):
+        if is_host(scale.device) and bool(torch.isinf(scale)):
             return {"applied": 0.0, "clipped_share": 0.0}
         clipped = spike_clip_([g for g, _ in pairs], [v for _, v in pairs], self.threshold, limit_scale=scale)
-        if clipped.device.type != "cpu" or int(clipped):
+        if not is_host(clipped.device) or int(clipped):
             part.touch()
         return {"applied": clipped > 0, "clipped_share": clipped / sum(g.numel() for g, _ in pairs)}
 
@@ -131,9 +132,8 @@ class SpikeClip(BaseTreatment):
             return
         self._memory["warned"] = True
         names = ", ".join(sorted({type(o).__name__ for o in optimizers}))
-        warnings.warn(
+        warn(
             f"SpikeClip: {names} keeps no second moment of gradients in its state, so nothing is clipped. "
             "ZClip works with every optimizer.",
-            GradwatchWarning,
             stacklevel=2,
         )

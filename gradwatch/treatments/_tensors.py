@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import GradwatchError
-from ..stats._scaling import scale_
+from ..stats._scaling import scale_, times
+from ..torchside import home, local_of, moved, writable
 
-__all__ = ["Scratch", "as_dtensor", "chunks", "local_part", "on_values_", "scale_"]
+__all__ = ["Scratch", "as_dtensor", "chunks", "local_part", "on_values_", "scale_", "summed", "times"]
 
 
 _CHUNK = 1 << 17
@@ -39,6 +40,12 @@ def chunks(values: Tensor) -> Sequence[Tensor]:
     return values.view(-1).split(_CHUNK)
 
 
+def summed(counts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of 0-dim tensors that may lie on several devices."""
+    device = home(counts)
+    return torch.stack([moved(count, device) for count in counts]).sum()
+
+
 @torch.no_grad()
 def on_values_(tensor: Tensor, change_: Callable[[Tensor], None]) -> None:
     """Let `change_` work in place on the values that a tensor holds here: its local shard, its explicit entries."""
@@ -48,7 +55,7 @@ def on_values_(tensor: Tensor, change_: Callable[[Tensor], None]) -> None:
         if not tensor.is_coalesced():
             tensor.copy_(whole)
         return
-    change_(local_part(tensor))
+    change_(writable(local_part(tensor)))
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -59,7 +66,7 @@ def local_part(tensor: Tensor) -> Tensor:
     """
     sharded = as_dtensor(tensor)
     if sharded is None:
-        return tensor
+        return local_of(tensor)
     if any(placement.is_partial() for placement in sharded.placements):
         raise GradwatchError(
             f"A gradient of shape {tuple(sharded.shape)} is not summed over ranks yet ({sharded.placements}): "

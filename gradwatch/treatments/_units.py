@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import GradwatchError
-from ._base import clean_path
+from ..torchside import clean_path, parameters_of, shape_of, whole_of, wide_dtype
 from ._tensors import as_dtensor, local_part
 
 __all__ = [
@@ -56,22 +57,28 @@ def unit_layouts(model: nn.Module) -> dict[str, UnitLayout]:
 def head_paths(model: nn.Module) -> frozenset[str]:
     """Return the paths of the parameters of the last layer: the last module that owns a trainable weight of two or
     more dimensions. A weight tied to an earlier one counts under its first name."""
-    canonical = {id(parameter): clean_path(path) for path, parameter in model.named_parameters()}
+    canonical = {id(owned.param): owned.path for owned in parameters_of(model)}
+    own: dict[int, list[Tensor]] = {}
+    for owned in parameters_of(model):
+        own.setdefault(id(owned.owner), []).append(owned.param)
     head: frozenset[str] = frozenset()
     for module in model.modules():
-        own = [p for p in module._parameters.values() if p is not None]
-        if any(p.requires_grad and p.ndim >= 2 for p in own):
-            head = frozenset(canonical[id(p)] for p in own if id(p) in canonical)
+        shared = [p for p in module._parameters.values() if p is not None and id(p) in canonical]
+        held = {id(p): p for p in (*own.get(id(module), ()), *shared)}
+        if any(p.requires_grad and len(shape_of(p)) >= 2 for p in held.values()):
+            head = frozenset(canonical[key] for key in held)
     return head
 
 
 def unit_view(tensor: Tensor, layout: UnitLayout) -> tuple[Tensor, tuple[int, ...]]:
-    """Return a view of the local part, and the dimensions of it that lie inside a unit.
+    """Return a view of the local part, and the dimensions of it that lie inside a unit: of a run of elements, none.
 
     Raises:
         GradwatchError: ranks hold pieces of a grouped transposed convolution, whose groups can't be told apart.
     """
     local = local_part(tensor)
+    if whole_of(tensor) is not None:
+        return local, ()
     if layout.groups == 1:
         return local, tuple(d for d in range(local.ndim) if d != layout.axis)
     if local.shape != tensor.shape:
@@ -89,6 +96,8 @@ def unit_norms(tensor: Tensor, layout: UnitLayout = FIRST_AXIS) -> Tensor:
 
     At least float32, in a shape that broadcasts against `unit_view`. Reads nothing back.
     """
+    if whole_of(tensor) is not None:
+        return _over_units(tensor, layout, local_part(tensor).to(wide_dtype(tensor.device)).square()).sqrt_()
     if layout is FIRST_AXIS and as_dtensor(tensor) is None:
         return torch.linalg.vector_norm(tensor, dim=_INSIDE[tensor.ndim], keepdim=True, dtype=_wide(tensor.dtype))
     view, inside = unit_view(tensor, layout)
@@ -96,7 +105,7 @@ def unit_norms(tensor: Tensor, layout: UnitLayout = FIRST_AXIS) -> Tensor:
     groups = _groups_inside(tensor, layout)
     if not groups:
         return norms
-    squares = norms.to(torch.float64).square_()
+    squares = norms.to(wide_dtype(norms.device)).square_()
     for group in groups:
         dist.all_reduce(squares, group=group)
     return squares.sqrt_().to(norms.dtype)
@@ -105,6 +114,8 @@ def unit_norms(tensor: Tensor, layout: UnitLayout = FIRST_AXIS) -> Tensor:
 @torch.no_grad()
 def unit_sums(tensor: Tensor, layout: UnitLayout = FIRST_AXIS) -> Tensor:
     """Return the sum of each output unit's elements, as `unit_norms` does norms."""
+    if whole_of(tensor) is not None:
+        return _over_units(tensor, layout, local_part(tensor).to(wide_dtype(tensor.device)))
     view, inside = unit_view(tensor, layout)
     sums = view.sum(dim=inside, keepdim=True, dtype=_wide(view.dtype))
     for group in _groups_inside(tensor, layout):
@@ -114,7 +125,25 @@ def unit_sums(tensor: Tensor, layout: UnitLayout = FIRST_AXIS) -> Tensor:
 
 def num_unit_elements(tensor: Tensor, layout: UnitLayout = FIRST_AXIS) -> int:
     """Return the number of elements of each output unit, of the whole tensor."""
-    return tensor.numel() // max(tensor.shape[layout.axis] * layout.groups, 1)
+    shape = shape_of(tensor)
+    return math.prod(shape) // max(shape[layout.axis] * layout.groups, 1)
+
+
+def _over_units(piece: Tensor, layout: UnitLayout, values: Tensor) -> Tensor:
+    """Return, for each element of a piece, the sum of the values of its unit, on whichever ranks they lie.
+
+    In the wide type: a unit's squares may leave that of the gradient.
+    """
+    whole = whole_of(piece)
+    assert whole is not None
+    elements = torch.arange(whole.start, whole.start + len(values), device=values.device)
+    units = whole.places(elements, layout.axis)
+    if layout.groups > 1:
+        units += whole.places(elements, 0) // (whole.shape[0] // layout.groups) * whole.shape[layout.axis]
+    sums = torch.zeros(whole.shape[layout.axis] * layout.groups, dtype=values.dtype, device=values.device)
+    sums.index_add_(0, units, values)
+    dist.all_reduce(sums, group=whole.group)
+    return sums.index_select(0, units)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

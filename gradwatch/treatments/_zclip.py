@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..protocols import Context
+from ..torchside import moved, wide_dtype
 from ._base import BaseTreatment, chosen, read_trigger, where_triggered
 from ._checks import check_count, check_number, check_patterns
 from ._clip import norm_coefficient
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ZClip", "zclip", "zclip_memory"]
 
-# Squares of larger norms leave float64.
-_LARGEST_NORM = 1e150
+# Squares of larger norms leave the range.
+_LARGEST_NORM = {torch.float64: 1e150, torch.float32: 1e18}
 
 
 def zclip_memory(device: torch.device | str = "cpu") -> Tensor:
-    """Return the memory before the first step: float64 (3,), steps counted, mean and variance of the norm."""
-    return torch.zeros(3, dtype=torch.float64, device=device)
+    """Return the memory before the first step: (3,), steps counted, mean and variance of the norm."""
+    return torch.zeros(3, dtype=wide_dtype(torch.device(device)), device=device)
 
 
 @torch.no_grad()
@@ -48,9 +49,9 @@ def zclip(
         alpha: of the moving averages; their memory is about 1 / (1 - alpha) steps.
         warmup: steps that are averaged alike, and not clipped.
     """
-    norm = norm.to(torch.float64)
+    norm = norm.to(memory.dtype)
     count, mean, variance = memory.unbind()
-    usable = norm < _LARGEST_NORM
+    usable = norm < _LARGEST_NORM[norm.dtype]
     is_warm = count < warmup
     score = (norm - mean) / (variance.sqrt() + 1e-6 * mean)
     limit = mean + z * z * variance.sqrt() / score
@@ -100,8 +101,8 @@ class ZClip(BaseTreatment):
         part = chosen(grads, self.paths)
         if not len(part):
             return None
-        norm = part.global_norm.to(torch.float64)
-        memory = self._memory.get("norm", zclip_memory()).to(norm.device)
+        norm = part.global_norm
+        memory = moved(self._memory.get("norm", zclip_memory()), norm.device, norm.dtype)
         fixed = self._warmup_coefficient(norm, memory)
         coefficient, limit, self._memory["norm"] = zclip(
             norm * fixed, memory, z=self.z, alpha=self.alpha, warmup=self.warmup

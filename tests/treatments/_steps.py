@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradwatch.protocols import Request
+from gradwatch.requests import Request
 from gradwatch.stats import Gradients
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from gradwatch.errors import ConfigError, GradwatchWarning
 from gradwatch.records import Incident
+from gradwatch.requests import LowerLearningRates, SaveCheckpoint
 from gradwatch.treatments import Checkpoint, LearningRates, LowerLearningRate, Notify, Stop, send
 
 from ._steps import Step
@@ -27,14 +28,15 @@ def request_of(action):
 
 def test_lower_learning_rate_says_by_how_much_and_how_long() -> None:
     request = request_of(LowerLearningRate(0.1, 50))
-    assert request.kind == "lower_learning_rate"
-    assert request.values == {"factor": 0.1, "steps": 50, "rule": "exploding"}
+    assert isinstance(request, LowerLearningRates)
+    assert (request.factor, request.steps, request.name) == (0.1, 50, "exploding")
     assert request.reason.startswith("learning rate x 0.1 for 50 steps: [critical] step 7: exploding")
 
 
 def test_checkpoint_names_the_file_after_rule_and_step() -> None:
     request = request_of(Checkpoint())
-    assert (request.kind, request.values) == ("checkpoint", {"filename": "gradwatch-exploding-7"})
+    assert isinstance(request, SaveCheckpoint)
+    assert request.filename == "gradwatch-exploding-7"
 
 
 def test_stop_gives_the_incident_as_reason_or_what_it_was_told() -> None:
@@ -46,12 +48,12 @@ def test_notify_hands_over_the_function_and_the_incident() -> None:
     told = []
     request = request_of(Notify(told.append))
     assert told == []
-    send(request.values["target"], request.values["incident"])
+    send(request.target, request.incident)
     assert told == [INCIDENT]
 
 
 def test_notify_finds_functions_by_name() -> None:
-    assert request_of(Notify("json:dumps")).values["target"] is json.dumps
+    assert request_of(Notify("json:dumps")).target is json.dumps
 
 
 def test_a_notification_that_fails_is_a_warning() -> None:
@@ -94,6 +96,13 @@ def test_settings_that_cannot_be(build, message: str) -> None:
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("name", ["c:x", "x\0y", "../x", "x/../y", "/x", "\\x", "x\\..\\y"])
+def test_a_checkpoint_stays_in_its_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match="leads elsewhere"):
+        Checkpoint(name)
+    assert request_of(Checkpoint("x/y..z")).filename == "x/y..z"
+
+
 def test_a_webhook_posts_the_incident_as_json() -> None:
     bodies = []
 
@@ -110,7 +119,7 @@ def test_a_webhook_posts_the_incident_as_json() -> None:
         thread = threading.Thread(target=server.handle_request)
         thread.start()
         action = Notify(f"http://127.0.0.1:{server.server_port}/hook")
-        request_of(action).values["target"](INCIDENT).join(10)
+        request_of(action).target(INCIDENT).join(10)
         thread.join(10)
     body = json.loads(bodies[0])
     assert body["text"] == str(INCIDENT)

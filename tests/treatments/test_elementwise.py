@@ -165,7 +165,9 @@ def test_spike_clip_says_so_where_there_is_no_second_moment() -> None:
 
 def test_spike_clip_waits_in_silence_for_adams_first_step() -> None:
     param = nn.Parameter(torch.zeros(1))
-    SpikeClip().apply_(gradients([1.0]), Step(optimizers=(torch.optim.Adam([param]),)))
+    grads = gradients([1.0])
+    SpikeClip().apply_(grads, Step(optimizers=(torch.optim.Adam([param]),)))
+    assert grads.tensors[0].tolist() == [1.0]
 
 
 def test_centralize_by_hand() -> None:
@@ -182,6 +184,12 @@ def test_centralized_units_have_mean_zero_on_the_right_axis() -> None:
     treatment.apply_(with_random_gradients(model), Step())
     torch.testing.assert_close(model[0].weight.grad.mean((0, 2)), torch.zeros(6))
     torch.testing.assert_close(model[1].weight.grad.mean((1, 2, 3)), torch.zeros(3))
+
+
+def test_a_layer_of_one_unit_is_centralized_like_any_other() -> None:
+    grads = [torch.tensor([[1.0, 3.0, 8.0]])]
+    centralize_(grads)
+    assert grads[0].tolist() == [[-3.0, -1.0, 4.0]]
 
 
 def test_centralize_twice_is_centralize_once() -> None:
@@ -223,7 +231,9 @@ def test_noise_is_the_same_on_every_rank_and_another_at_every_step() -> None:
 
 
 def test_noise_kernel_reads_nothing_back() -> None:
-    add_noise_([torch.zeros(3, device="meta")], torch.ones((), device="meta"))
+    grads = [torch.zeros(3, device="meta")]
+    add_noise_(grads, torch.ones((), device="meta"))
+    assert grads[0].is_meta
 
 
 def test_sanitize_counts_what_it_hides() -> None:
@@ -236,6 +246,14 @@ def test_sanitize_counts_what_it_hides() -> None:
     assert float(report["hidden"]) == 3
     assert float(grads.global_norm) == pytest.approx(math.sqrt(5))
     assert int(sanitize_([])) == 0
+
+
+def test_finite_gradients_whose_norm_overflows_hide_nothing() -> None:
+    grads = gradients(torch.tensor([1.5e308, 1.5e308], dtype=torch.float64))
+    assert float(grads.global_norm) == math.inf
+    report = Sanitize().apply_(grads, Step())
+    assert (float(report["count"]), bool(report["applied"])) == (0.0, False)
+    assert grads.grads[0].tolist() == [1.5e308, 1.5e308]
 
 
 def test_normalize_gives_the_norm_asked_for() -> None:

@@ -52,6 +52,21 @@ def test_clip_cuts_the_error_signal_to_the_norm() -> None:
     assert treatment.apply_(Gradients.collect([]), Step()) == {"applied": 0.0, "signals": 0.0}
 
 
+def test_a_signal_within_its_limit_is_told_as_not_changed() -> None:
+    model = chain()
+    treatment = ClipByNorm(3.0, at="grad_output", paths=["0", "2"])
+    treatment.install(model)
+    # The signals are 4 and 1: one of them is cut.
+    assert backward(model)[0] == 3.0
+    report = treatment.apply_(Gradients.collect([]), Step())
+    assert (bool(report["applied"]), float(report["clipped_share"]), report["signals"]) == (True, 0.5, 2.0)
+    with torch.no_grad():
+        model[2].weight.fill_(1.0)
+    backward(model)  # 2 and 1: none
+    report = treatment.apply_(Gradients.collect([]), Step())
+    assert (bool(report["applied"]), float(report["clipped_share"]), report["signals"]) == (False, 0.0, 2.0)
+
+
 def test_limits_hold_for_the_unscaled_signal() -> None:
     model = chain()
     handle = ClipByNorm(3.0, at="grad_output", paths="0").install(model)

@@ -43,6 +43,7 @@ ACTION_SETTINGS = {
     "checkpoint": {"filename": "{rule}-{step}"},
     "lower_learning_rate": {"factor": 0.5, "steps": 100},
     "notify": {"target": "https://example.org/hook"},
+    "rollback": {"steps": 100},
     "stop": {},
 }
 MINE = [pytest.param(name, id=name) for name in SETTINGS]
@@ -185,6 +186,7 @@ def test_nothing_is_read_back_from_a_device(name: str) -> None:
             grads = Gradients.collect([(f"p{i}", p) for i, p in enumerate(params)])
             context = Step(step=step, rule=rule, trigger=fires, limit=1.0, can_read=False)
             treatment.apply_(grads, context)
+    assert all(p.grad is not None and p.grad.is_meta for p in params)
 
 
 @pytest.mark.parametrize("name", MINE)
@@ -206,6 +208,20 @@ def test_no_gradients_at_all_are_no_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MINE)
+def test_the_norms_afterwards_are_those_of_the_gradients_as_they_are(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    treatment = make(name)
+    for step in range(4):
+        tensors = [torch.randn(3, 4, generator=generator) + 2, torch.randn(6, generator=generator) * 1e3]
+        grads = gradients(*tensors)
+        assert len(grads.norms) == 2  # measured before
+        treatment.apply_(grads, Step(step=step, limit=0.1))
+        expected = [float(torch.linalg.vector_norm(g.double())) for g in grads.tensors]
+        assert grads.norms.tolist() == pytest.approx(expected, rel=1e-5)
+        assert float(grads.global_norm) == pytest.approx(math.hypot(*expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MINE)
 def test_a_treatment_survives_pickle_and_deepcopy(name: str) -> None:
     treatment = make(name)
     run(treatment, [1.0, 1.1])
@@ -223,6 +239,17 @@ def test_mixed_types_and_sparse_gradients_are_treated(name: str) -> None:
         grads = gradients(*tensors, params=params)
         treatment.apply_(grads, Step(step=step, limit=0.1))
     assert torch.isfinite(grads.global_norm)
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_norms_fit_the_gradients_after_a_treatment_of_ours(name) -> None:
+    treatment = make(name)
+    for step in range(4):
+        grads = gradients(torch.randn(4, 3, generator=torch.Generator().manual_seed(step)) * 10**step, [1.0, -2.0])
+        _ = grads.norms
+        treatment.apply_(grads, Step(step=step, limit=2.0))
+        true = torch.stack([g.double().norm() for g in grads.grads]) if len(grads) else torch.zeros(0).double()
+        torch.testing.assert_close(grads.norms, true, rtol=1e-5, atol=1e-12)
 
 
 def test_the_order_of_a_step() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +30,8 @@ class SurgeryController:
     """Surgery and conflict diagnosis of one model during one run.
 
     The engine sets `step`, hands over the task losses (`begin`, or `split` inside `collecting(controller)`), announces
-    the backward (`before_backward`), and cleans up after it (`after_backward`). Between the two exactly one ordinary
+    the backward (`before_backward`), and cleans up after it (`after_backward`). Where nobody announces it, the sum of
+    the losses does so itself as backward enters it. Between the two exactly one ordinary
     backward runs, in which each task loss multiplies its incoming gradient by its weight; a weight of 1 leaves no hook.
 
     Args:
@@ -63,6 +66,7 @@ class SurgeryController:
         self._prober = self._cheap
         self._pending: dict[str, Tensor] = {}
         self._direct = False
+        self._is_prepared = False
         self._grad_scale = 1.0
         self._checked: set[tuple[str, ...]] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -97,8 +101,12 @@ class SurgeryController:
             raise ConfigError("combine='direct' needs all task losses of a step in one split(...) call.")
         check_losses({**self._pending, **losses})
         self._pending.update(losses)
+        self._is_prepared = False
         if not (self._due and self._surgery and self._surgery.combine == "direct"):
-            return plain_sum(losses)
+            total = plain_sum(losses)
+            if total.requires_grad:
+                total.register_hook(_Begins(self))
+            return total
         self._direct = True
         self._check_separate(losses)
         own = dict(losses)
@@ -114,6 +122,7 @@ class SurgeryController:
                 accumulated micro-batches. Norms are reported, and weights computed, without it.
         """
         self._release()
+        self._is_prepared = True
         self._grad_scale = grad_scale
         if self._direct or len(self._pending) < 2 or not (self._due or self._diagnosed):
             return
@@ -128,6 +137,17 @@ class SurgeryController:
         assert self._surgery is not None
         weigh = weigh_losses if self._surgery.heads == "weighted" else weigh_entries
         self._handles = weigh(list(losses.values()), decision.weights.tolist())
+
+    def begins(self, incoming: Tensor) -> None:
+        """Called in backward as it enters the sum of the losses, where no trainer has announced it.
+
+        Args:
+            incoming: the sum's gradient: what the loss was multiplied by on its way.
+        """
+        if self._is_prepared or self.probing or not self._pending:
+            return
+        scale = abs(float(incoming))  # a host read, as the Gramian is one
+        self.before_backward(grad_scale=scale if 0 < scale < math.inf else 1.0)
 
     def after_backward(self) -> None:
         """Take every hook off and let the losses go."""
@@ -227,6 +247,21 @@ class SurgeryController:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+class _Begins:
+    """The hook on the sum of task losses. It holds nothing: the graph holds it."""
+
+    __slots__ = ("owner",)
+    __torch_unserializable__ = True
+
+    def __init__(self, owner: SurgeryController) -> None:
+        self.owner = weakref.ref(owner)
+
+    def __call__(self, grad: Tensor) -> None:
+        owner = self.owner()
+        if owner is not None:
+            owner.begins(grad)
 
 
 def _seeds(losses: Mapping[str, Tensor], loss: Tensor | None, grad_scale: float) -> list[Tensor]:

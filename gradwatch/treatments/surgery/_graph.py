@@ -78,7 +78,7 @@ def task_entries(losses: Sequence[Tensor]) -> list[dict[Any, list[int]] | None]:
 
 
 def has_reentrant_checkpoint(losses: Sequence[Tensor]) -> bool:
-    """Return whether a reentrantly checkpointed block lies in the graph, whose parameters it doesn't show (S6)."""
+    """Return whether a reentrantly checkpointed block lies in the graph, whose parameters it doesn't show."""
     return any(node.name() == "CheckpointFunctionBackward" for node in _walk([_edge(loss)[0] for loss in losses]))
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ...errors import ConfigError
-from ...protocols import Context, Request
+from ...protocols import Action, Context
 from ...records import Incident
+from ...requests import SwitchSurgery
 from ._weights import resolve_method
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _COMBINE = ("backward", "direct")
 _HEADS = ("weighted", "plain")
 
 
-class Surgery:
+class Surgery(Action):
     """Settings of gradient surgery between the tasks of one batch.
 
     The tasks' gradients with respect to shared parameters give a k x k Gramian, a method turns it into k weights, and
@@ -101,7 +102,7 @@ class Surgery:
 
     def act(self, incident: Incident, context: Context) -> None:
         """Ask the engine to switch this surgery on."""
-        context.request(Request(kind="surgery", reason=incident.rule, values={"surgery": self}))
+        context.request(SwitchSurgery(reason=incident.rule, surgery=self))
 
     def controller(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> SurgeryController:
         """Return what does this surgery during one run, for the (path, parameter) pairs of a model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import reduce
 from operator import add
@@ -58,4 +58,5 @@ def collecting(collector: Collector) -> Iterator[None]:
     try:
         yield
     finally:
-        _collector.reset(token)
+        with suppress(ValueError):  # left in another context, whose own value stands
+            _collector.reset(token)
