@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from ._compare import Comparison, LayerDifference, compare
+from ._health import Health
 from ._log import Log, read_log
 from ._recorded import Recorded
 from ._replay import Replay, replay
 from ._run import Run, find_runs, read_run
+from ._verdict import verdict
 
 __all__ = [
     "Comparison",
+    "Health",
     "LayerDifference",
     "Log",
     "Recorded",
@@ -20,4 +23,5 @@ __all__ = [
     "read_log",
     "read_run",
     "replay",
+    "verdict",
 ]

@@ -35,6 +35,7 @@ class Comparison:
         only_a, only_b: incidents of a rule and first path that the other run does not have.
         settings: options, versions and the model's name where they differ -> (in a, in b).
         only_paths_a, only_paths_b: paths that the other run does not have.
+        verdict_a, verdict_b: on each, in a sentence.
     """
 
     numbers: Mapping[str, tuple[float, float]]
@@ -45,10 +46,13 @@ class Comparison:
     settings: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     only_paths_a: list[str] = field(default_factory=list)
     only_paths_b: list[str] = field(default_factory=list)
+    verdict_a: str = ""
+    verdict_b: str = ""
 
     def __str__(self) -> str:
         lines = [f"{'':24}{'a':>14}{'b':>14}"]
         lines += [f"{name:24}{a:>14.6g}{b:>14.6g}" for name, (a, b) in self.numbers.items()]
+        lines += [f"{which}: {told}" for which, told in (("a", self.verdict_a), ("b", self.verdict_b)) if told]
         step = self.first_difference
         lines += ["", "never differ" if step is None else f"first differ at step {step}"]
         lines += [f"{name}: {a!r} | {b!r}" for name, (a, b) in self.settings.items()]
@@ -72,6 +76,8 @@ def compare(a: Recorded, b: Recorded, *, max_layers: int = 50) -> Comparison:
         settings=_settings(a.meta, b.meta),
         only_paths_a=sorted(paths_a - paths_b),
         only_paths_b=sorted(paths_b - paths_a),
+        verdict_a=a.verdict().headline,
+        verdict_b=b.verdict().headline,
     )
 
 

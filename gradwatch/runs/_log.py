@@ -13,7 +13,7 @@ from ..errors import RunFormatError, UnknownNameError, suggest
 from ..records import Index, StepRecord
 from ..sinks.blocks import Block, encode
 from ._events import event_run, read_events
-from ._folder import Live
+from ._live import Live
 from ._recorded import Recorded
 from ._tags import Roles, assign
 
@@ -43,6 +43,10 @@ class Log(Recorded):
 
     def __repr__(self) -> str:
         return f"Log({str(self.path)!r}, {len(self)} records)"
+
+    @property
+    def _ending(self) -> tuple[str, str]:
+        return "unknown", "another program wrote this log, which does not say how the run ended"
 
     @property
     def complete(self) -> bool:
@@ -187,6 +191,7 @@ def _record(
         has_loss="loss" in at,
         lr=at.get("lr", float("nan")),
         global_norm=norm,
+        has_gradient="global_norm" in at or "grad_norm" in taken,
         global_norm_after=at.get("global_norm_after", norm),
         columns=taken,
         masks=masks,

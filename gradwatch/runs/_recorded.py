@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnknownNameError
-from ..records import Bools, Floats, Incident, Index, StepRecord
+from ..records import ENDED_WELL, Bools, Floats, Incident, Index, RuleCoverage, StepRecord, Verdict, judge_run
 from ..sinks import blocks
-from ._folder import Live
+from ._health import Health
+from ._live import Live
 
 __all__ = ["SINGLE", "Recorded"]
 
@@ -49,6 +50,29 @@ class Recorded:
         return []
 
     @property
+    def coverage(self) -> list[RuleCoverage] | None:
+        """What each rule judged while it ran; None where that is not on record."""
+        return None
+
+    def verdict(self) -> Verdict:
+        """Return whether all was well, or why that can't be said."""
+        ended, how = self._ending
+        return judge_run(incidents=self.incidents, coverage=self.coverage, num_steps=len(self), ended=ended, how=how)
+
+    @property
+    def _ending(self) -> tuple[str, str]:
+        """How it ended: in the words of `judge_run`, and in a sentence's."""
+        health = getattr(self, "health", None)
+        if health is None:
+            return (ENDED_WELL, "") if self.complete else ("unknown", "it has no end on record")
+        if health.state == "unknown":
+            return "unknown", "another program wrote this log, which does not say how the run ended"
+        return str(health.state), str(health)
+
+    def _repr_html_(self) -> str:
+        return self.verdict()._repr_html_()
+
+    @property
     def summary(self) -> str:
         """The words said at the end; "" where there are none."""
         return ""
@@ -57,6 +81,11 @@ class Recorded:
     def complete(self) -> bool:
         """The run came to its end, and rules that judge a whole run have spoken."""
         return True
+
+    @property
+    def health(self) -> Health:
+        """How it ended, and whether all of it is there; `"unknown"` of what another program wrote."""
+        return Health("unknown", "a log of another program, which does not say how it ended")
 
     @property
     def index(self) -> Index:
@@ -107,8 +136,49 @@ class Recorded:
         """Return which entries of `matrix(column)` are measurements, shape (T, n)."""
         return self._matrix(column)[2]
 
+    def parts(self, column: str) -> Iterator[tuple[NDArray[np.int64], Floats, Bools]]:
+        """Yield what `matrix` and `measured` return, a part of the run at a time: steps, values, what was measured.
+
+        Raises:
+            UnknownNameError: the run has no such column.
+        """
+        if column not in self.columns:
+            raise UnknownNameError("column", column, self.columns, where=self._where)
+        newest = self.index
+        for live in self._live_blocks():
+            index = self._index_of(live.block)
+            rows, values = blocks.column(live.block, column, len(index))
+            measured = blocks.measured(live.block, column, len(index))
+            kept = live.rows[rows]
+            steps, values, measured = live.block.steps[rows][kept], values[kept], measured[kept]
+            if index is not newest:
+                values, measured = _aligned(values, measured, index, newest)
+            yield steps, values, measured
+
+    def limits(self) -> tuple[NDArray[np.int64], Floats]:
+        """Return the steps at which a rule or treatment stated a limit for the global norm, and the smallest there."""
+        smallest: dict[int, float] = {}
+        stated = [self.scalar(name) for name in self.scalars if name == "limit" or name.startswith("limit/")]
+        for steps, values in stated:
+            for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+                smallest[step] = min(value, smallest.get(step, np.inf))
+        for live in self._live_blocks():
+            steps = live.block.steps.tolist()
+            for place, _, _, _, _, _, values in live.block.header["treatments"]:
+                for value in (float(values[key]) for key in ("limit", "max_norm") if key in values):
+                    if live.rows[place] and np.isfinite(value):
+                        smallest[steps[place]] = min(value, smallest.get(steps[place], np.inf))
+        when = sorted(step for step, value in smallest.items() if np.isfinite(value))
+        return np.array(when, np.int64), np.array([smallest[step] for step in when], np.float64)
+
+    @property
+    def has_histograms(self) -> bool:
+        """At least one histogram was made."""
+        return any(live.block.header["histogram_paths"] for live in self._live_blocks())
+
     def scalar(self, name: str) -> tuple[NDArray[np.int64], Floats]:
-        """Return the steps and values of a scalar: one of `scalars`. Where a loss was never given, there is none.
+        """Return the steps and values of a scalar: one of `scalars`. Where a loss was not given,
+        or no gradient was seen, there is none.
 
         Raises:
             UnknownNameError: the run has no such scalar.
@@ -147,19 +217,8 @@ class Recorded:
         return str(self.meta.get("name", "run"))
 
     def _matrix(self, column: str) -> tuple[NDArray[np.int64], Floats, Bools]:
-        if column not in self.columns:
-            raise UnknownNameError("column", column, self.columns, where=self._where)
-        newest, parts = self.index, []
-        for live in self._live_blocks():
-            index = self._index_of(live.block)
-            rows, values = blocks.column(live.block, column, len(index))
-            measured = blocks.measured(live.block, column, len(index))
-            kept = live.rows[rows]
-            steps, values, measured = live.block.steps[rows][kept], values[kept], measured[kept]
-            if index is not newest:
-                values, measured = _aligned(values, measured, index, newest)
-            parts.append((steps, values, measured))
-        n = len(newest)
+        parts = list(self.parts(column))
+        n = len(self.index)
         return (
             _joined([s for s, _, _ in parts], np.int64),
             _joined([v for _, v, _ in parts], np.float64, n),
@@ -173,6 +232,8 @@ def _single(block: blocks.Block, name: str) -> tuple[Bools, Floats]:
         return rows, (block.arrays["flags"] >> 1 & 1).astype(np.float64)
     if name == "loss":
         rows = (block.arrays["flags"] & 1).astype(np.bool_)
+    if name in ("global_norm", "global_norm_after"):
+        rows = (block.arrays["flags"] & 4) == 0
     return rows, block.arrays[name][rows].astype(np.float64)
 
 

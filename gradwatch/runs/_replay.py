@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..records import Finding, Incident, StepRecord
-from ..rules import RuleBook, RuleCoverage, RuleEngine
+from ..records import ENDED_WELL, Finding, Incident, StepRecord, Verdict, judge_run
+from ..rules import RuleBook, RuleCoverage, RuleEngine, RuleMemory
 from ._recorded import Recorded
 
 __all__ = ["Replay", "replay"]
@@ -31,6 +31,7 @@ class Replay:
         coverage: how often each rule was judged, and why not, by rule.
         num_records: records judged.
         notes: what should be known when reading it (a folder that was thinned).
+        ending: how the run ended, as `judge_run` takes it, and in words.
     """
 
     incidents: list[Incident] = field(default_factory=list)
@@ -38,6 +39,17 @@ class Replay:
     coverage: list[RuleCoverage] = field(default_factory=list)
     num_records: int = 0
     notes: list[str] = field(default_factory=list)
+    ending: tuple[str, str] = (ENDED_WELL, "")
+
+    def verdict(self) -> Verdict:
+        """Return whether all was well by these rules, or why that can't be said."""
+        ended, how = self.ending
+        return judge_run(
+            incidents=self.incidents, coverage=self.coverage, num_steps=self.num_records, ended=ended, how=how
+        )
+
+    def _repr_html_(self) -> str:
+        return self.verdict()._repr_html_()
 
     def __iter__(self) -> Iterator[Incident]:
         return iter(self.incidents)
@@ -66,13 +78,14 @@ class Replay:
         return said + [f"only in the replay: {incident}" for incident in mine.values()]
 
 
-def replay(run: Recorded, book: Any, *, on_error: str = "warn") -> Replay:
+def replay(run: Recorded, book: Any, *, on_error: str = "warn", allow_code: bool = False) -> Replay:
     """Judge a run, or a log of another program, by rules; with the rules it ran under, it says what was said live.
 
     Args:
         run: from `read_run` or `read_log`.
         book: a RuleBook, or what `gradwatch.load_rules` takes: a preset's name, a file, a list of rules.
         on_error: "warn": a rule that raises gives one warning and is disabled; "raise": it raises.
+        allow_code: rules that are named as `module:Class` may be imported; see `gradwatch.load_rules`.
 
     Raises:
         ConfigError: there are no such rules.
@@ -80,9 +93,10 @@ def replay(run: Recorded, book: Any, *, on_error: str = "warn") -> Replay:
     if not isinstance(book, RuleBook):
         from ..book import load_rules
 
-        book = load_rules(book)
+        book = load_rules(book, allow_code=allow_code)
     engines: dict[int, RuleEngine] = {}
-    result, waiting = Replay(), list(run.annotations)
+    result, waiting = Replay(ending=run._ending), list(run.annotations)
+    returns = _Returns(waiting)
     last_step = -1
     for record in run.records():
         # Optimizers that step on their own (a GAN's) are judged apart, as they were live.
@@ -91,12 +105,14 @@ def replay(run: Recorded, book: Any, *, on_error: str = "warn") -> Replay:
             engines[number] = RuleEngine(book, on_error=on_error, new_id=lambda: _count(engines))
         while waiting and waiting[0]["after_step"] < record.step:
             _annotate(engines, waiting.pop(0))
+        returns.meet(record.step, engines)
         _judge(engines[number], record, result)
         last_step = max(last_step, record.step)
     closing: dict[str, float] = {}
     for told in run.annotations:
         if told["after_step"] >= last_step:
             closing = told.get("closing", closing)
+    returns.meet(last_step + 1, engines)
     for engine in engines.values():
         if run.complete:
             engine.finish(last_step, closing)
@@ -109,6 +125,27 @@ def replay(run: Recorded, book: Any, *, on_error: str = "warn") -> Replay:
     return result
 
 
+class _Returns:
+    """Where the training was taken back: what rules remember went back with it."""
+
+    def __init__(self, annotations: Sequence[dict[str, Any]]) -> None:
+        self._told = [told["rolled_back"] for told in annotations if "rolled_back" in told]
+        self._targets = sorted({told["to"] for told in self._told})
+        self._memories: dict[int, dict[int, RuleMemory]] = {}
+
+    def meet(self, step: int, engines: dict[int, RuleEngine]) -> None:
+        """Say that this step is judged next."""
+        while self._told and self._told[0]["from"] < step:
+            told = self._told.pop(0)
+            memories = self._memories.get(told["to"], {})
+            for number, engine in engines.items():
+                engine.note(told.get("rule", ""), ("rollback",), {})
+                engine.go_back(memories.get(number), told["from"])
+        while self._targets and self._targets[0] <= step:
+            memory = {number: engine.memory() for number, engine in engines.items()}
+            self._memories[self._targets.pop(0)] = memory
+
+
 def _count(engines: dict[int, RuleEngine]) -> int:
     return sum(engine.num_incidents for engine in engines.values())
 
@@ -117,7 +154,7 @@ def _judge(engine: RuleEngine, record: StepRecord, result: Replay) -> None:
     early = engine.judge(record, "early")
     for report in record.treatments:
         if report.rule and report.applied:
-            engine.note_treatments(report.rule, (report.name,))
+            engine.note_treatments(report.rule, (report.name,), record.step)
     late = engine.judge(record, "late")
     result.num_records += 1
     room = MAX_FINDINGS - len(result.findings)
@@ -127,6 +164,8 @@ def _judge(engine: RuleEngine, record: StepRecord, result: Replay) -> None:
 
 
 def _annotate(engines: dict[int, RuleEngine], told: dict[str, Any]) -> None:
+    if "rolled_back" in told:
+        return
     if "closing" in told:  # of a session that ended before this one began
         return
     for engine in engines.values():

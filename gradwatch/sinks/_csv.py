@@ -19,6 +19,16 @@ __all__ = ["CsvSink"]
 HEADER = ("step", "time", "lr", *SCALARS)
 
 
+def inert_cell(cell: object) -> object:
+    """Return a cell that no spreadsheet takes for a formula; numbers stay numbers."""
+    if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        try:
+            float(cell)
+        except ValueError:
+            return "'" + cell
+    return cell
+
+
 class CsvSink(ScalarSink):
     """Appends one row a log step. The columns are always the same, so that the file is never rewritten.
 
@@ -59,7 +69,7 @@ class CsvSink(ScalarSink):
 
     def _append(self, row: Sequence[object]) -> None:
         line = StringIO()
-        csv.writer(line, lineterminator="\n").writerow(row)
+        csv.writer(line, lineterminator="\n").writerow([inert_cell(cell) for cell in row])
         with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(line.getvalue())
 

@@ -40,6 +40,8 @@ FIELDS = (
     "num_treated",
     "clipped_share",
     "window",
+    "num_seen",
+    "global_norm_applied",
 )
 """What the headline tensor holds."""
 
@@ -83,16 +85,20 @@ class Headline:
         """Return what is known of the window, newest record last. What was not measured is absent; nan is nan."""
         last = window[-1]
         self.count += len(window)
-        norms = np.array([r.global_norm for r in window])
-        values = {
-            "global_norm": last.global_norm,
-            "global_norm_after": last.global_norm_after,
-            # nan goes through: the maximum of a window with a nan in it is nan.
-            "global_norm_max": float(np.max(norms)),
-            "global_norm_min": float(np.min(norms)),
-            "lr": last.lr,
-            "window": float(len(window)),
-        }
+        values = {"lr": last.lr, "window": float(len(window))}
+        seen = [r for r in window if r.has_gradient]
+        values["num_seen"] = float(len(seen))
+        if seen:
+            norms = np.array([r.global_norm for r in seen])
+            values |= {
+                "global_norm": seen[-1].global_norm,
+                "global_norm_after": seen[-1].global_norm_after,
+                # nan goes through: the maximum of a window with a nan in it is nan.
+                "global_norm_max": float(np.max(norms)),
+                "global_norm_min": float(np.min(norms)),
+            }
+            applied = seen[-1].global_norm_applied
+            values |= {} if applied is None else {"global_norm_applied": applied}
         losses = [r.loss for r in window if r.has_loss]
         if losses:
             values |= {"loss": losses[-1], "loss_max": float(np.max(losses))}

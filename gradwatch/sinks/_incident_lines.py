@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..records import Incident
-from ._plain import dumps
+from ._lines import Lines
+from ._plain import sealed
 
 __all__ = ["IncidentKey", "IncidentLines", "incident_key"]
 
@@ -18,7 +19,7 @@ def incident_key(incident: Incident) -> IncidentKey:
     return incident.id, incident.name or incident.rule, incident.first_step
 
 
-class IncidentLines:
+class IncidentLines(Lines):
     """Appends incidents to a file of JSON lines.
 
     One that merely goes on (`last_step`, `count`, `value`, further paths) is written with the next flush, so that an
@@ -26,36 +27,33 @@ class IncidentLines:
     """
 
     def __init__(self, path: Path, *, session: int) -> None:
-        self.path = path
+        super().__init__(path)
         self.session = session
         self._said: dict[IncidentKey, Incident] = {}
         self._held: dict[IncidentKey, Incident] = {}
-        # A line that SIGKILL cut short must not swallow the next one.
-        if path.exists() and (said := path.read_bytes()) and not said.endswith(b"\n"):
-            with path.open("ab") as file:
-                file.write(b"\n")
 
-    def add(self, incident: Incident) -> None:
+    def note(self, incident: Incident) -> bool:
+        """Take what is said of an incident; return whether it is news that should be written at once."""
         key = incident_key(incident)
         before = self._said.get(key)
         self._held.pop(key, None)
         if before is not None and self._essence(before) == self._essence(incident):
             if incident != before:
                 self._held[key] = incident
-            return
-        self._write([incident])
+            return False
+        self._say(incident)
+        return True
 
-    def flush(self) -> None:
-        held, self._held = list(self._held.values()), {}
-        self._write(held)
+    def release(self) -> None:
+        """Let those go out, too, that merely went on."""
+        for key, incident in list(self._held.items()):
+            self._say(incident)
+            self._held.pop(key, None)
 
-    def _write(self, incidents: list[Incident]) -> None:
-        if not incidents:
-            return
-        lines = "".join(dumps({**i.to_json(), "session": self.session}) + "\n" for i in incidents)
-        with self.path.open("ab", buffering=0) as file:
-            file.write(lines.encode())
-        self._said.update({incident_key(i): i for i in incidents})
+    def _say(self, incident: Incident) -> None:
+        # Last what makes it said: Ctrl-C in between must not make it so.
+        self.add(sealed({**incident.to_json(), "session": self.session}))
+        self._said[incident_key(incident)] = incident
 
     @staticmethod
     def _essence(incident: Incident) -> Incident:

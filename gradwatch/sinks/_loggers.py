@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..errors import GradwatchWarning
+from .._warn import one_line, warn
 from ..protocols import Sink
 from ._duck import DuckSink
 from ._mlflow import MlflowSink
@@ -31,7 +30,7 @@ def sinks_for_loggers(loggers: Iterable[Any], *, name: str = "gradwatch", **tens
         try:
             sink = _sink(logger, name, tensorboard)
         except Exception as error:
-            _say(f"{type(logger).__name__} can't be written to: {type(error).__name__}: {error}")
+            _say(f"{type(logger).__name__} can't be written to: {one_line(error)}")
             continue
         if sink is None:
             _say(f"{type(logger).__name__} is no logger that gradwatch knows; it needs `log_metrics` or `log_metric`.")
@@ -67,4 +66,4 @@ _MAKERS: dict[str, Callable[[Any, str, dict[str, Any]], Sink]] = {
 
 
 def _say(what: str) -> None:
-    warnings.warn(f"{what} The run goes on without it.", GradwatchWarning, stacklevel=3)
+    warn(f"{what} The run goes on without it.", stacklevel=3)

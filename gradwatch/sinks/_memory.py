@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Sequence
 
 from ..errors import ConfigError
-from ..protocols import RunMeta
+from ..protocols import RunMeta, Sink
 from ..records import Incident, StepRecord
 from ._incident_lines import IncidentKey, incident_key
 
 __all__ = ["MemorySink"]
 
 
-class MemorySink:
+class MemorySink(Sink):
     """A sink that keeps what it is given: for tests and notebooks.
 
     Args:
@@ -29,6 +29,7 @@ class MemorySink:
     """
 
     every = 1
+    never_hangs = True
 
     def __init__(self, *, max_records: int | None = None) -> None:
         if max_records is not None and not max_records > 0:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
+from time import time
 from typing import Any
 
 from ..errors import ConfigError
@@ -37,6 +37,6 @@ class MlflowSink(ScalarSink):
     def _log(self, values: Mapping[str, float], record: StepRecord, window: Sequence[StepRecord]) -> None:
         from mlflow.entities import Metric
 
-        milliseconds = int((record.time or time.time()) * 1000)
+        milliseconds = int((record.time or time()) * 1000)
         metrics = [Metric(self._key(k), v, milliseconds, record.step) for k, v in values.items()]
         self.client.log_batch(self.run_id, metrics=metrics)

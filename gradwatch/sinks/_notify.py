@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import Full, Queue
+from time import monotonic
 from typing import Any
-from urllib.parse import urlsplit
 
+from .._address import checked_address, host_of, request_parts
+from .._warn import one_line, warn
 from ..errors import ConfigError, GradwatchError
-from ..protocols import RunMeta
+from ..protocols import RunMeta, Sink
 from ..records import SEVERITIES, Incident, StepRecord
 from ._incident_lines import IncidentKey, incident_key
 from ._plain import dumps
@@ -22,7 +23,7 @@ from ._plain import dumps
 __all__ = ["NotifySink"]
 
 
-class NotifySink:
+class NotifySink(Sink):
     """Tells a Python callable or a webhook of each incident that begins, from a thread of its own.
 
     The training only ever puts an incident into a bounded queue. What comes too fast, or while the target hangs, is
@@ -54,8 +55,10 @@ class NotifySink:
         timeout: float = 5.0,
         queue_size: int = 100,
     ) -> None:
-        if not callable(target) and urlsplit(str(target)).scheme not in ("http", "https"):
-            raise ConfigError(f"NotifySink tells a callable or an http(s) URL. Got {target!r}.")
+        if not callable(target):
+            if not str(target).startswith(("http:", "https:")):
+                raise ConfigError(f"NotifySink tells a callable or an http(s) URL. Got {target!r}.")
+            checked_address(str(target), where="NotifySink")
         if severity not in SEVERITIES:
             raise ConfigError(f"NotifySink: `severity` must be one of {', '.join(SEVERITIES)}. Got {severity!r}.")
         for name, value in (("max_per_minute", max_per_minute), ("timeout", timeout), ("queue_size", queue_size)):
@@ -78,6 +81,7 @@ class NotifySink:
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self._failures = 0
+        self._hangs = self._has_complained = False
         self._error: Exception | None = None
         self._last: Exception | None = None
 
@@ -104,7 +108,7 @@ class NotifySink:
         self._told.add(news)
         if incident.resolved and not self._settings["resolved"]:
             return
-        now = time.monotonic()
+        now = monotonic()
         while self._recent and now - self._recent[0] > 60:
             self._recent.popleft()
         if len(self._recent) >= self._settings["max_per_minute"] or os.getpid() != self._pid:
@@ -133,17 +137,23 @@ class NotifySink:
             thread.join(self._settings["timeout"])
         except Full:
             pass  # it hangs: a daemon thread, which ends with the process
-        if self._failures and not self.sent:
-            # Too few incidents for three failures, but none was told.
-            self._error = self._error or self._last
+        if thread.is_alive():
+            self._hangs = True
+        # Too few incidents for three failures running, but one was not told.
+        self._error = self._error or (self._last if self._failures else None)
         self._complain()
 
     def _complain(self) -> None:
         error, self._error = self._error, None
-        if error is not None:
-            where = urlsplit(self.target).hostname if isinstance(self.target, str) else self.target
+        where = host_of(self.target) if isinstance(self.target, str) else _name(self.target)
+        if error is not None and not self._has_complained:
+            self._has_complained = True
             times = ("once", "twice", "three times running")[min(self._failures, 3) - 1]
-            raise GradwatchError(f"telling {where} of incidents failed {times}: {error!r}") from error
+            raise GradwatchError(f"telling {where} of incidents failed {times}: {one_line(error)}") from error
+        if self._hangs and not self._has_complained:
+            self._has_complained = True
+            seconds, waiting = self._settings["timeout"], max(self._queue.qsize() - 1, 0) + 1
+            warn(f"{where} was told of an incident and has not come back in {seconds:g} s; {waiting} were not told.")
 
     def _work(self) -> None:
         while True:
@@ -168,8 +178,13 @@ class NotifySink:
             self.target(incident)
             return
         words = {**incident.to_json(), "text": str(incident), "run": self._name, "dropped": dropped}
-        request = urllib.request.Request(
-            self.target, dumps(words).encode(), {"Content-Type": "application/json"}, method="POST"
-        )
+        address, headers = request_parts(self.target)
+        request = urllib.request.Request(address, dumps(words).encode(), headers, method="POST")
         with urllib.request.urlopen(request, timeout=self._settings["timeout"]):
             pass
+
+
+def _name(target: Callable[[Incident], Any]) -> str:
+    """Return what a callable is called, in a few characters."""
+    name = one_line(getattr(target, "__qualname__", None) or repr(target))
+    return name if len(name) <= 60 else "..." + name[-57:]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..protocols import RunMeta
+from ..protocols import RunMeta, Sink
 from ..records import Incident, StepRecord
 from ._headline import SCALARS, Headline, whole_window
 
 __all__ = ["ScalarSink"]
 
 
-class ScalarSink:
+class ScalarSink(Sink):
     """Reduces each logging window to the headline: at most twelve numbers, whatever the model.
 
     Args:

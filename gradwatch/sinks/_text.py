@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from .._text import printable
 from ..records import SEVERITIES, Incident
 from ._headline import Headline
 
@@ -13,12 +14,14 @@ __all__ = ["closing_words", "escape", "fenced", "incident_line"]
 
 def escape(words: str) -> str:
     """Return the words with what markdown or HTML would take for its own made harmless."""
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", words.replace("\n", " "))
+    flat = printable(" ".join(words.split()), keep="")
+    inert = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]()#|!~])", r"\\\1", inert)
 
 
 def fenced(words: str) -> str:
     """Return the words as a block of code, which shows columns under each other and interprets nothing."""
-    return "```\n" + words.replace("```", "'''") + "\n```"
+    return "```\n" + printable(words).replace("```", "'''") + "\n```"
 
 
 def incident_line(incident: Incident) -> str:
@@ -52,9 +55,9 @@ def closing_words(headline: Headline, incidents: Sequence[Incident], step: int) 
             i.severity,
             escape(i.name or i.rule),
             where,
-            f"{i.value:.3g}",
+            f"{i.value:.3g}" + (f" in {escape(i.worst_elsewhere)}" if i.worst_elsewhere else ""),
             f"{i.limit:.3g}",
-            escape(", ".join(i.treatments)),
+            escape(", ".join(i.done)),
             state,
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from ..errors import ConfigError
@@ -79,7 +80,7 @@ class WandbSink(ScalarSink):
         from wandb import Histogram
 
         found = {}
-        for path, counts in list(record.histograms.items())[: self.max_histograms]:
+        for path, counts in islice(record.histograms.items(), self.max_histograms):
             edges, filled = counts.log10_buckets()
             if len(filled):
                 histogram = Histogram(np_histogram=(filled.tolist(), edges.tolist()))

@@ -5,18 +5,19 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from gradwatch.errors import ConfigError, GradwatchError, RunFormatError
+from gradwatch.errors import ConfigError, GradwatchError, GradwatchWarning, RunFormatError
 from gradwatch.protocols import RunMeta
 from gradwatch.records import Histogram, Incident
 from gradwatch.runs import read_run
-from gradwatch.sinks import RunFolder
+from gradwatch.sinks import RunFolder, blocks
 
-from .made import INDEX, mixed_index, record, runs_of_records, same
+from .made import mixed_index, record, runs_of_records, same
 
 
 def written(path, records, *, meta=None, incidents=(), **options):
@@ -51,16 +52,17 @@ def test_meta_says_what_the_run_is(tmp_path):
     meta = RunMeta(name="gw", model="GPT", started=5.0, versions={"torch": "2"}, options={"every": 1, "x": {3, 1}})
     found = written(tmp_path, [record(0)], meta=meta).meta
     assert found["sessions"][0].pop("finished") > 0
+    assert found.pop("crc") > 0
     assert found == {
         "format": "gradwatch-run",
-        "schema": 1,
+        "schema": 2,
         "name": "gw",
         "model": "GPT",
         "started": 5.0,
         "versions": {"torch": "2"},
         "options": {"every": 1, "x": [1, 3]},
         "limit_mb": 512.0,
-        "sessions": [{"number": 1, "start_step": 0, "started": 5.0}],
+        "sessions": [{"number": 1, "start_step": 0, "started": 5.0, "records": 1, "lines": [0, 0]}],
     }
 
 
@@ -73,32 +75,45 @@ def test_index_is_written_again_only_when_the_paths_change(tmp_path):
     assert run.index.paths == other.paths
 
 
-def test_flush_makes_records_readable_while_the_run_goes_on(tmp_path):
+def test_every_record_is_readable_as_soon_as_it_was_written(tmp_path):
     folder = RunFolder(tmp_path, flush_seconds=1e9)
     folder.open(RunMeta())
     for t in range(3):
         folder.write(record(t))
     run = read_run(tmp_path)
-    before = len(run)
-    folder.flush()
-    assert before < 3
+    assert [r.step for r in run.records()] == [0, 1, 2]
+    assert not list(tmp_path.glob("records*"))
+    assert run.health.state == "running"
+    folder.write(record(3))
     assert run.refresh()
-    assert len(run) == 3
+    assert len(run) == 4
+    folder.flush()
     assert not run.refresh()
+    assert [len(b) for _, b in blocks.scan(next(tmp_path.glob("records*")).read_bytes())] == [4]
     folder.close()
+    assert not list(tmp_path.glob("journal*"))
 
 
-def test_many_records_are_flushed_by_number_and_by_size(tmp_path):
-    folder = RunFolder(tmp_path / "a", flush_records=4, flush_seconds=1e9)
+def blocks_written(folder, count):
     folder.open(RunMeta())
-    for t in range(10):
+    for t in range(count):
         folder.write(record(t))
-    assert len(read_run(tmp_path / "a")) == 9  # the first one at once, then every four
-    folder = RunFolder(tmp_path / "b", flush_mb=1e-4, flush_seconds=1e9)
-    folder.open(RunMeta())
-    for t in range(10):
-        folder.write(record(t))
-    assert len(read_run(tmp_path / "b")) >= 8
+        wait_until(lambda: not folder._recorder._is_due)
+    folder.close()
+    (file,) = folder.path.glob("records*")
+    return [len(block) for _, block in blocks.scan(file.read_bytes())]
+
+
+def wait_until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_blocks_are_written_by_number_and_by_size(tmp_path):
+    assert blocks_written(RunFolder(tmp_path / "a", flush_records=4, flush_seconds=1e9), 10) == [4, 4, 2]
+    assert blocks_written(RunFolder(tmp_path / "b", flush_mb=1e-4, flush_seconds=1e9), 3) == [1, 1, 1]
 
 
 def test_incident_comes_back_with_everything_and_in_its_last_state(tmp_path):
@@ -203,12 +218,12 @@ def test_folder_of_something_else_is_not_touched(tmp_path):
 
 
 def test_folder_of_a_higher_schema_is_not_continued(tmp_path):
-    (tmp_path / "meta.json").write_text('{"format": "gradwatch-run", "schema": 2}')
-    with pytest.raises(RunFormatError, match="schema 2; this gradwatch continues 'gradwatch-run' up to schema 1"):
+    (tmp_path / "meta.json").write_text('{"format": "gradwatch-run", "schema": 3}')
+    with pytest.raises(RunFormatError, match="schema 3; this gradwatch continues 'gradwatch-run' up to schema 2"):
         RunFolder(tmp_path).open(RunMeta())
 
 
-@pytest.mark.parametrize("option", ["limit_mb", "flush_records", "flush_seconds", "flush_mb"])
+@pytest.mark.parametrize("option", ["limit_mb", "flush_records", "flush_seconds", "flush_mb", "buffer_mb"])
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
 def test_setting_that_can_not_be_is_refused(option, value):
     with pytest.raises(ConfigError, match=f"`{option}` must be above 0. Got {value}"):
@@ -303,19 +318,21 @@ def run_child(*arguments, check=True, program=CHILD):
 
 
 @pytest.mark.slow
-def test_sigkill_loses_at_most_what_was_not_flushed(tmp_path):
+def test_sigkill_loses_nothing(tmp_path):
     assert run_child(tmp_path, 55, "kill", check=False).returncode == -signal.SIGKILL
     run = read_run(tmp_path)
-    assert [r.step for r in run.records()] == list(range(51))
+    assert [r.step for r in run.records()] == list(range(55))
     assert [i.rule for i in run.incidents] == ["dead"]
-    assert run.meta["sessions"][0]["finished"] is None
-    assert len(written(tmp_path, [record(51)], meta=RunMeta(start_step=51))) == 52
+    assert run.health.state == "lost"
+    assert len(written(tmp_path, [record(55)], meta=RunMeta(start_step=55))) == 56
 
 
 @pytest.mark.slow
-def test_interpreter_that_ends_without_close_loses_nothing(tmp_path):
+def test_interpreter_that_ends_without_close_loses_nothing_and_says_so(tmp_path):
     run_child(tmp_path, 55, "end")
-    assert len(read_run(tmp_path)) == 55
+    run = read_run(tmp_path)
+    assert len(run) == 55
+    assert run.health.words == "not closed: the program ended in training step 55"
 
 
 @pytest.mark.slow
@@ -345,15 +362,25 @@ FULL = textwrap.dedent("""
             sinks.push(record(t, index, norm=0.1))
         sinks.close()
     assert len(memory.records) == 100
-    assert len(caught) == 1, [str(w.message) for w in caught]
-    print(caught[0].category.__name__, caught[0].message)
+    for w in caught:
+        print(w.category.__name__, w.message)
 """)
 
 
 @pytest.mark.slow
-def test_full_disk_is_one_warning_and_what_was_written_stays_readable(tmp_path):
+def test_disk_that_stays_full_is_told_and_what_was_written_stays_readable(tmp_path):
     done = run_child(tmp_path, program=FULL)
-    assert done.stdout.startswith("GradwatchWarning RunFolder failed while writing: OSError: [Errno 27]")
-    assert [r.step for r in read_run(tmp_path).records()] == list(range(11))
-    assert read_run(tmp_path).index.paths == mixed_index(400, 0).paths
-    assert INDEX
+    first, last = done.stdout.splitlines()
+    assert first.startswith("GradwatchWarning")
+    assert "recording stopped at step" in first
+    assert "file too large. The training goes on; records are held in memory" in first
+    assert "failed: file too large;" in last
+    run = read_run(tmp_path)
+    with pytest.warns(GradwatchWarning, match=r"recording stopped after step \d+: file too large; \d+ records missing"):
+        steps = run.steps().tolist()
+    assert steps == list(range(len(steps)))
+    assert len(steps) >= 10
+    assert run.index.paths == mixed_index(400, 0).paths
+    assert run.health.state == "recording failed"
+    assert run.health.num_missing == 100 - len(steps)
+    assert "file too large" in str(run.health)

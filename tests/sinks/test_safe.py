@@ -1,6 +1,7 @@
 import gc
 import subprocess
 import sys
+import threading
 import weakref
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from gradwatch.errors import ConfigError, GradwatchWarning
 from gradwatch.protocols import RunMeta, Sink
 from gradwatch.records import Incident
-from gradwatch.sinks import MemorySink, RunFolder, SafeSinks
+from gradwatch.sinks import MemorySink, RunFolder, SafeSinks, _trouble
+from gradwatch.sinks._lane import MAX_WAITING
 
 from .made import record
 
@@ -23,6 +25,16 @@ CALLS = {
 }
 
 
+DOING = {
+    "open": "opening",
+    "write": "writing",
+    "incident": "writing an incident",
+    "summary": "writing the summary",
+    "flush": "flushing",
+    "close": "closing",
+}
+
+
 def call_all(sinks, *names):
     for name in names:
         CALLS[name](sinks)
@@ -30,6 +42,8 @@ def call_all(sinks, *names):
 
 class Failing(MemorySink):
     """Raises in one method."""
+
+    never_hangs = False
 
     def __init__(self, where):
         super().__init__()
@@ -59,15 +73,20 @@ class Failing(MemorySink):
         self._maybe("close")
 
 
-@pytest.mark.parametrize("where", ["open", "write", "incident", "summary", "flush", "close"])
-def test_sink_that_fails_is_one_warning_and_the_others_go_on(where):
+@pytest.mark.parametrize(
+    ("where", "missed"), [("open", 2), ("write", 2), ("incident", 1), ("summary", 1), ("flush", 0), ("close", 0)]
+)
+def test_sink_that_fails_is_one_warning_and_one_of_what_it_missed_and_the_others_go_on(where, missed, monkeypatch):
+    monkeypatch.setattr(_trouble, "monotonic", lambda: 0.0)  # no pause ends
     bad, good = Failing(where), MemorySink()
     sinks = SafeSinks([bad, good], log_every=1)
     with pytest.warns(GradwatchWarning) as caught:
         call_all(sinks, "open", "push", "incident", "summary", "push", "flush", "close")
-    assert len(caught) == 1
-    assert "Failing failed while" in str(caught[0].message)
-    assert "OSError: [Errno 28] No space left on device. It gets nothing more" in str(caught[0].message)
+    full = "OSError: [Errno 28] No space left on device"
+    assert f"Failing failed while {DOING[where]}: {full}. It " in str(caught[0].message)
+    assert [str(w.message) for w in caught[1:]] == (
+        [f"Failing failed to the end: {full}; {missed} records were not handed to it."] if missed else []
+    )
     assert len(good.records) == 2
     assert (good.text, len(good.incidents), good.closed) == ("words", 1, True)
     assert sinks.sinks == (good,)
@@ -151,9 +170,7 @@ def test_forgotten_sinks_can_be_collected():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(
-            ([3],), "3 is not a sink: it needs the methods open, write, incident, flush and close.", id="no-sink"
-        ),
+        pytest.param(([3],), "a sink has the methods open, write, incident, flush and close. Got 3.", id="no-sink"),
         pytest.param(([], 0), "SafeSinks: `log_every` must be at least 1. Got 0.", id="log-every"),
         pytest.param(
             ([], 1, "ignore"), "SafeSinks: `on_error` must be 'warn' or 'raise'. Got 'ignore'.", id="on-error"
@@ -206,3 +223,85 @@ def test_annotations_and_reports_go_to_the_sinks_that_keep_them(tmp_path):
     sinks.report(tmp_path)
     assert keeper.told == {"text": "data switch", "silence": 5}
     assert keeper.kept == tmp_path
+
+
+class Blocked(MemorySink):
+    """Blocks in `write` until it is let go."""
+
+    never_hangs = False
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.threads = threading.Event(), set()
+
+    def write(self, record, window=()):
+        self.threads.add(threading.current_thread())
+        self.gate.wait()
+        super().write(record, window)
+
+
+def push_all(sinks, count, *, incidents=False):
+    for step in range(count):
+        sinks.push(record(step))
+        if incidents:
+            sinks.incident(Incident(rule="dead", first_step=step, last_step=step))
+
+
+def test_sink_that_blocks_holds_nobody_and_is_handed_everything_when_it_goes_on():
+    blocked, other = Blocked(), MemorySink()
+    sinks = SafeSinks([blocked, other], log_every=1)
+    sinks.open(RunMeta())
+    with pytest.warns(GradwatchWarning, match="Blocked takes its time while writing") as caught:
+        push_all(sinks, 2000, incidents=True)
+    assert len(caught) == 1
+    assert (blocked.steps, other.steps) == ([], list(range(2000)))
+    blocked.gate.set()
+    sinks.close()
+    assert blocked.steps == list(range(2000))
+    assert len(blocked.incidents) == 2000
+    assert blocked.closed
+    assert threading.current_thread() not in blocked.threads
+
+
+def test_what_does_not_fit_into_the_queue_of_a_sink_that_blocks_is_counted_and_told():
+    blocked = Blocked()
+    sinks = SafeSinks([blocked], log_every=1)
+    sinks.open(RunMeta())
+    with pytest.warns(GradwatchWarning, match="takes its time"):
+        push_all(sinks, MAX_WAITING + 100)
+    blocked.gate.set()
+    with pytest.warns(GradwatchWarning, match="Blocked was too slow: 100 records were never handed to it, and 0 calls"):
+        sinks.close()
+    assert blocked.steps == list(range(MAX_WAITING))
+
+
+def test_error_of_a_call_that_nobody_waited_for_is_told_and_the_sink_left_out():
+    class Late(Blocked):
+        def write(self, record, window=()):
+            super().write(record, window)
+            raise OSError("gone")
+
+    late = Late()
+    sinks = SafeSinks([late], log_every=1)
+    with pytest.warns(GradwatchWarning, match="Late takes its time"):
+        sinks.push(record(0))
+    late.gate.set()
+    with pytest.warns(GradwatchWarning, match="Late failed while writing: OSError: gone"):
+        sinks.close()
+    assert sinks.sinks == ()
+
+
+def test_a_sinks_thread_ends_with_it():
+    def threads():
+        return [t for t in threading.enumerate() if t.name == "gradwatch-sink"]
+
+    slow = Slow()
+    slow.never_hangs = False
+    before = len(threads())
+    sinks = SafeSinks([slow], log_every=1)
+    sinks.push(record(0))
+    assert len(threads()) == before + 1
+    sinks.close()
+    for thread in threads()[before:]:
+        thread.join(10)
+    assert len(threads()) == before

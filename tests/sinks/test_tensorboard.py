@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -255,7 +256,7 @@ def test_text_dashboard_tells_incidents_and_a_summary_with_hostile_names_inert(t
     for tag in ("gradwatch/incident_log", "gradwatch/summary"):
         (said,) = (v.item().decode() for v in log.tensors(tag).values())
         assert log.events.SummaryMetadata(tag).plugin_data.plugin_name == "text"
-        assert r"\<script\>alert(1)\</script\>\|\*" in said
+        assert r"&lt;script&gt;alert\(1\)&lt;/script&gt;\|\*" in said
         assert "Clip." in said
     assert "1 steps up to step 0" in said
 
@@ -456,6 +457,39 @@ def test_a_writer_closed_after_one_run_is_written_on_in_the_next(tmp_path):
         sink.close()
         writer.close()
     assert [step for step, _ in Log(tmp_path).scalars("gradwatch/global_norm")] == [0, 1]
+
+
+def test_steps_that_a_resumed_run_writes_again_replace_those_of_the_run_before(tmp_path):
+    for start, size in ((0, 1.0), (5, 2.0)):
+        with SummaryWriter(str(tmp_path)) as writer:
+            sink = TensorBoardSink(writer)
+            sink.open(RunMeta(start_step=start))
+            for step in range(start, 10):
+                sink.write(record(step, global_norm=size, histograms={"blocks.0.weight": histogram(n3=step + 1)}))
+            sink.close()
+    expected = [(step, 1.0 if step < 5 else 2.0) for step in range(10)]
+    assert Log(tmp_path).scalars("gradwatch/global_norm") == expected
+    # The reader of TensorBoard's own pages: all is a tensor to it.
+    pages = plugin_event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+    pages.Reload()
+    ours = [tag for tag in pages.Tags()["tensors"] if tag.startswith("gradwatch")]
+    assert {"gradwatch/global_norm", "gradwatch/_headline", "gradwatch/_histograms"} <= set(ours)
+    for tag in ours:
+        steps = [event.step for event in pages.Tensors(tag)]
+        assert steps == sorted(set(steps)), tag
+
+
+def test_resumed_run_takes_nothing_away_from_tags_that_count_otherwise(tmp_path):
+    for start in (0, 5):
+        with SummaryWriter(str(tmp_path)) as writer:
+            for epoch in range(40, 43):
+                writer.add_scalar("accuracy", 0.5, epoch + start)
+            sink = TensorBoardSink(writer)
+            sink.open(RunMeta(start_step=start))
+            for step in range(start, 10):
+                sink.write(record(step))
+            sink.close()
+    assert [step for step, _ in Log(tmp_path).scalars("accuracy")] == [40, 41, 42, 45, 46, 47]
 
 
 def test_writer_stays_open_and_its_users_own_tags_stay_whole(tmp_path):

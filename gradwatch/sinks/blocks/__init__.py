@@ -6,8 +6,27 @@ except for the payload bits of a nan.
 
 from __future__ import annotations
 
-from ._block import Block, scan, segment_files
-from ._decode import column, histograms, measured, records, scalar, thin
-from ._encode import encode
+from ._block import FOLDER_SCHEMA, Block, journal_files, segment_files
+from ._check import is_sound
+from ._decode import bare, column, histograms, measured, records, scalar, thin
+from ._encode import encode, superseded
+from ._scan import Damage, scan
 
-__all__ = ["Block", "column", "encode", "histograms", "measured", "records", "scalar", "scan", "segment_files", "thin"]
+__all__ = [
+    "FOLDER_SCHEMA",
+    "Block",
+    "Damage",
+    "bare",
+    "column",
+    "encode",
+    "histograms",
+    "is_sound",
+    "journal_files",
+    "measured",
+    "records",
+    "scalar",
+    "scan",
+    "segment_files",
+    "superseded",
+    "thin",
+]

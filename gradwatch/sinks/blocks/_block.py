@@ -1,11 +1,11 @@
-"""The frame of a block: a header in JSON and named arrays, with a checksum."""
+"""The frame of a block: a header in JSON and named arrays, with checksums; and files of such blocks."""
 
 from __future__ import annotations
 
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import RunFormatError
-from ...records import SCHEMA_VERSION
 from .._plain import dumps
 
-__all__ = ["Block", "pack_bits", "scan", "segment_files", "unpack_bits"]
+__all__ = [
+    "FOLDER_SCHEMA",
+    "FRAME",
+    "MAGIC",
+    "Block",
+    "framed",
+    "journal_files",
+    "pack_bits",
+    "places_of",
+    "segment_files",
+    "unpack_bits",
+]
 
-MAGIC = b"GWB1"
-FRAME = struct.Struct("<4sIQI")
+FOLDER_SCHEMA = 2
+"""Of run folders. 1 had frames without a checksum and a step range of their own, and no journal."""
+
+MAGIC = b"GWB2"
+FRAME = struct.Struct("<4sIQIqqII")
+"""Magic, lengths of header and payload, number of records, first and last step, CRC-32 of header and payload, and of
+the frame up to there."""
+
+DTYPES = frozenset({"<i8", "<f8", "<f4", "<i4", "<u2", "|u1"})
 
 
 def pack_bits(bits: Any) -> NDArray[np.uint8]:
@@ -29,6 +46,28 @@ def pack_bits(bits: Any) -> NDArray[np.uint8]:
 
 def unpack_bits(packed: NDArray[np.uint8], count: int) -> NDArray[np.bool_]:
     return np.unpackbits(packed, axis=-1, count=count).astype(np.bool_)
+
+
+def framed(header: bytes, payload: bytes, count: int, first: int, last: int) -> bytes:
+    """Return header and payload behind their frame."""
+    checksum = zlib.crc32(payload, zlib.crc32(header))
+    frame = FRAME.pack(MAGIC, len(header), len(payload), count, first, last, checksum, 0)[:-4]
+    return b"".join((frame, struct.pack("<I", zlib.crc32(frame)), header, payload))
+
+
+def places_of(arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, list[Any]], list[bytes]]:
+    """Return where each array stands in the payload (dtype, shape, offset), and the payload's parts."""
+    places: dict[str, list[Any]] = {}
+    parts: list[bytes] = []
+    offset = 0
+    for name, array in arrays.items():
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        data = array.tobytes()
+        padding = -len(data) % 8
+        places[name] = [array.dtype.str, list(array.shape), offset]
+        parts += [data, b"\0" * padding]
+        offset += len(data) + padding
+    return places, parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,67 +89,56 @@ class Block:
     def steps(self) -> NDArray[np.int64]:
         return self.arrays["step"]
 
+    @property
+    def numbers(self) -> NDArray[np.int64] | None:
+        """Each record's number in its session; None in folders that did not count."""
+        return self.arrays.get("number")
+
     def to_bytes(self) -> bytes:
         """Return the block as it is written to a file."""
-        places: dict[str, list[Any]] = {}
-        parts: list[bytes] = []
-        offset = 0
-        for name, array in self.arrays.items():
-            array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-            data = array.tobytes()
-            padding = -len(data) % 8
-            places[name] = [array.dtype.str, list(array.shape), offset]
-            parts += [data, b"\0" * padding]
-            offset += len(data) + padding
-        header = dumps({"schema": SCHEMA_VERSION, **self.header, "arrays": places}).encode()
-        payload = b"".join(parts)
-        checksum = zlib.crc32(payload, zlib.crc32(header))
-        return FRAME.pack(MAGIC, len(header), len(payload), checksum) + header + payload
+        places, parts = places_of(self.arrays)
+        header = dumps({"schema": FOLDER_SCHEMA, **self.header, "arrays": places}).encode()
+        steps = self.steps
+        first, last = (int(steps.min()), int(steps.max())) if len(steps) else (0, 0)
+        return framed(header, b"".join(parts), len(self), first, last)
 
     @classmethod
     def from_bytes(cls, header: bytes, payload: memoryview, *, where: str) -> Block:
+        """Return the block of a frame.
+
+        Raises:
+            RunFormatError: it is of a higher schema.
+            ValueError, TypeError, KeyError, AttributeError: it is no block, whatever its checksum says.
+        """
         fields = json.loads(header)
         schema = fields.pop("schema", None)
-        if not isinstance(schema, int) or schema > SCHEMA_VERSION:
+        if isinstance(schema, int) and schema > FOLDER_SCHEMA:
             raise RunFormatError(
-                f"{where}: a block has schema {schema}; this gradwatch reads up to {SCHEMA_VERSION}. Update gradwatch."
+                f"{where}: a block has schema {schema}; this gradwatch reads up to {FOLDER_SCHEMA}. Update gradwatch."
             )
         arrays = {}
         for name, (dtype, shape, offset) in fields.pop("arrays").items():
+            if dtype not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in [*shape, offset]):
+                raise ValueError(f"array {name!r} is of no kind that is written")
             count = int(np.prod(shape, dtype=np.int64))
             arrays[name] = np.frombuffer(payload, np.dtype(dtype), count, offset).reshape(shape)
         return cls(fields, arrays)
 
 
-def scan(data: bytes, *, where: str = "block file") -> Iterator[tuple[int, Block | None]]:
-    """Yield `(end, block)` for every whole block; None for one whose checksum differs, and for a rest that is no block.
-
-    Stops without a word at a last block that is cut short, as SIGKILL or a full disk leaves it.
-
-    Raises:
-        RunFormatError: a block is of a higher schema.
-    """
-    view, start = memoryview(data), 0
-    while len(data) - start >= FRAME.size:
-        magic, header_length, payload_length, checksum = FRAME.unpack_from(data, start)
-        if magic != MAGIC:
-            yield len(data), None
-            return
-        body = start + FRAME.size
-        end = body + header_length + payload_length
-        if end > len(data):
-            return
-        header, payload = view[body : body + header_length], view[body + header_length : end]
-        intact = zlib.crc32(payload, zlib.crc32(header)) == checksum
-        yield end, Block.from_bytes(bytes(header), payload, where=where) if intact else None
-        start = end
-
-
 def segment_files(folder: Path) -> list[tuple[int, int, Path]]:
     """Return `(session, number, path)` of every record file, in the order they were written."""
+    return _numbered(folder, "records-*-*.gwr")
+
+
+def journal_files(folder: Path) -> list[tuple[int, int, Path]]:
+    """Return `(session, number, path)` of every journal, in the order they were written."""
+    return _numbered(folder, "journal-*-*.gwj")
+
+
+def _numbered(folder: Path, pattern: str) -> list[tuple[int, int, Path]]:
     found = []
-    for path in folder.glob("records-*-*.gwr"):
+    for path in folder.glob(pattern):
         parts = path.stem.split("-")
-        if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit():
+        if len(parts) == 3 and all(p.isascii() and p.isdigit() for p in parts[1:]):
             found.append((int(parts[1]), int(parts[2]), path))
     return sorted(found)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...records import NUM_BINS, Bools, Floats, Histogram, Index, StepRecord, TreatmentReport
+from ...records import NUM_BINS, Bools, Floats, HistogramTable, Index, StepRecord, TreatmentReport
 from ._block import Block, pack_bits, unpack_bits
 
-__all__ = ["column", "histograms", "measured", "records", "scalar", "thin"]
+__all__ = ["bare", "column", "histograms", "measured", "records", "scalar", "thin"]
 
 
 def scalar(block: Block, name: str) -> tuple[Bools, Floats]:
@@ -72,18 +76,17 @@ def measured(block: Block, name: str, length: int) -> Bools:
     return known
 
 
-def histograms(block: Block) -> list[tuple[int, str, NDArray[np.int64]]]:
-    """Return `(record, path, counts (512,))` of every histogram."""
+def histograms(block: Block) -> Iterator[tuple[int, str, NDArray[np.int64]]]:
+    """Yield `(record, path, counts (512,))` of every histogram."""
     paths, arrays = block.header["histogram_paths"], block.arrays
     if "h.record" not in arrays:
-        return []
-    start, found = arrays["h.start"], []
+        return
+    start = arrays["h.start"]
     for i, (record, path) in enumerate(zip(arrays["h.record"].tolist(), arrays["h.path"].tolist(), strict=True)):
         counts = np.zeros(NUM_BINS, np.int64)
         part = slice(int(start[i]), int(start[i + 1]))
         counts[arrays["h.bin"][part]] = arrays["h.count"][part]
-        found.append((record, paths[path], counts))
-    return found
+        yield record, paths[path], counts
 
 
 def records(block: Block, index: Index) -> list[StepRecord]:
@@ -102,8 +105,12 @@ def records(block: Block, index: Index) -> list[StepRecord]:
         ):
             for i, row in zip(np.flatnonzero(present).tolist(), stored, strict=True):
                 rows[i][key][name] = row
-    for i, path, counts in histograms(block):
-        rows[i]["histograms"][path] = Histogram(counts)
+    for first, last, unseen in block.header.get("unseen", ()):
+        for i in range(first, last + 1):
+            rows[i]["unseen"] = {str(k): str(v) for k, v in unseen.items()}
+    for i, entries in groupby(histograms(block), key=itemgetter(0)):
+        found = {path: counts for _, path, counts in entries}
+        rows[i]["histograms"] = HistogramTable(list(found), np.stack(list(found.values())))
     for i, name, rule, before, after, applied, values in block.header["treatments"]:
         rows[i]["treatments"].append(
             TreatmentReport(
@@ -125,6 +132,7 @@ def records(block: Block, index: Index) -> list[StepRecord]:
             index=index,
             has_loss=bool(flags[i] & 1),
             skipped=bool(flags[i] & 2),
+            has_gradient=not flags[i] & 4,
             treatments=tuple(row.pop("treatments")),
             **{name: values[i] for name, values in plain.items()},
             **row,
@@ -133,20 +141,30 @@ def records(block: Block, index: Index) -> list[StepRecord]:
     ]
 
 
-def thin(block: Block, seen: dict[str, int]) -> Block:
+def bare(block: Block) -> Block:
+    """Return the block without what runs over paths, for one whose index is gone."""
+    arrays = {name: array for name, array in block.arrays.items() if not re.match(r"c\d+\.|h\.", name)}
+    return Block({**block.header, "columns": [], "histogram_paths": []}, arrays)
+
+
+def thin(block: Block, seen: dict[str, int], telling: Bools | None = None) -> Block:
     """Return the block without every second row of each column and every second set of histograms.
 
     Args:
         block: that was read.
         seen: rows of each column met so far, brought up to date: the count runs on from block to block, so that
             blocks of a single record are thinned too.
+        telling: records whose rows are kept, shape (T,); they count for nothing.
     """
+    spared = np.zeros(len(block), np.bool_) if telling is None else telling
     arrays, count = dict(block.arrays), len(block)
     for i, name in enumerate(block.header["columns"]):
         prefix = f"c{i}."
         rows = unpack_bits(arrays[prefix + "rows"], count)
-        keep = (seen.get(name, 0) + np.arange(int(rows.sum()))) % 2 == 0
-        seen[name] = seen.get(name, 0) + len(keep)
+        keep = spared[rows].copy()
+        others = seen.get(name, 0) + np.arange(int((~keep).sum()))
+        keep[~keep] = others % 2 == 0
+        seen[name] = seen.get(name, 0) + len(others)
         kept = np.zeros(count, np.bool_)
         kept[np.flatnonzero(rows)[keep]] = True
         arrays[prefix + "rows"] = pack_bits(kept)

@@ -8,27 +8,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...records import Bools, Floats, StepRecord
+from ...records import Bools, Floats, HistogramTable, StepRecord
 from ._block import Block, pack_bits
 
-__all__ = ["encode"]
+__all__ = ["FLOATS", "INTEGERS", "encode", "superseded"]
 
 INTEGERS = ("step", "epoch", "batch_idx", "num_samples")
 FLOATS = ("time", "loss", "lr", "global_norm", "global_norm_after")
 
 
-def encode(records: Sequence[StepRecord], *, index: int = 0) -> Block:
-    """Return records of one index as a block; `index` is the number of the index file."""
+def encode(
+    records: Sequence[StepRecord], *, index: int = 0, numbers: Sequence[int] = (), thinned: int = 0, gap: Any = None
+) -> Block:
+    """Return records of one index as a block.
+
+    Args:
+        records: one at least.
+        index: the number of the index file.
+        numbers: of the records, counted in their session; none where nobody counts.
+        thinned: whether some of the records were thinned before.
+        gap: what is to be told of records that are missing before these.
+    """
     arrays: dict[str, NDArray[Any]] = {}
+    if numbers:
+        arrays["number"] = np.array(numbers, "<i8")
     for name in INTEGERS:
         arrays[name] = np.array([getattr(r, name) for r in records], "<i8")
     for name in FLOATS:
         arrays[name] = np.array([getattr(r, name) for r in records], "<f8")
-    arrays["flags"] = np.array([r.has_loss + 2 * r.skipped for r in records], np.uint8)
+    arrays["flags"] = np.array([r.has_loss + 2 * r.skipped + 4 * (not r.has_gradient) for r in records], np.uint8)
     header: dict[str, Any] = {
         "index": index,
         "count": len(records),
-        "thinned": 0,
+        "thinned": thinned,
         "scalars": _encode_scalars(records, arrays),
         "columns": _encode_columns(records, arrays),
         "treatments": [
@@ -38,7 +50,29 @@ def encode(records: Sequence[StepRecord], *, index: int = 0) -> Block:
         ],
         "histogram_paths": _encode_histograms(records, arrays),
     }
+    unseen = [[i, dict(r.unseen)] for i, r in enumerate(records) if r.unseen]
+    if unseen:
+        header["unseen"] = _runs_of_equals(unseen)
+    if gap is not None:
+        header["gap"] = gap
     return Block(header, arrays)
+
+
+def superseded(first: int, last: int) -> Block:
+    """Return a block of no record, which stands for those of these numbers: a later session has written their steps."""
+    block = encode([], numbers=[])
+    return Block({**block.header, "superseded": [first, last]}, block.arrays)
+
+
+def _runs_of_equals(rows: list[list[Any]]) -> list[list[Any]]:
+    """Return [first, last, mapping] for each run of records that leave the same unseen for the same reasons."""
+    runs: list[list[Any]] = []
+    for i, unseen in rows:
+        if runs and runs[-1][1] == i - 1 and runs[-1][2] == unseen:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i, unseen])
+    return runs
 
 
 def _floats(values: Any) -> dict[str, float]:
@@ -102,12 +136,12 @@ def _encode_histograms(records: Sequence[StepRecord], arrays: dict[str, NDArray[
     if not paths:
         return paths
     places = {p: i for i, p in enumerate(paths)}
-    owners = [(i, places[p], h.counts) for i, r in enumerate(records) for p, h in r.histograms.items()]
-    counts = np.array([c for _, _, c in owners], np.int64)
-    entry, bins = np.nonzero(counts)
-    arrays["h.record"] = np.array([i for i, _, _ in owners], "<i4")
-    arrays["h.path"] = np.array([p for _, p, _ in owners], "<i4")
-    arrays["h.start"] = np.searchsorted(entry, np.arange(len(owners) + 1)).astype("<i8")
-    arrays["h.bin"] = bins.astype("<u2")
-    arrays["h.count"] = counts[entry, bins]
+    tables = [HistogramTable.of(r.histograms) for r in records]
+    sizes = [len(table) for table in tables]
+    arrays["h.record"] = np.repeat(np.arange(len(tables), dtype="<i4"), sizes)
+    arrays["h.path"] = np.array([places[p] for table in tables for p in table], "<i4")
+    lengths = np.concatenate([np.diff(table.starts) for table in tables])
+    arrays["h.start"] = np.concatenate([[0], lengths.cumsum()]).astype("<i8")
+    arrays["h.bin"] = np.concatenate([table.bins for table in tables]).astype("<u2")
+    arrays["h.count"] = np.concatenate([table.counts.astype("<i8") for table in tables])
     return paths

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from ...errors import ConfigError, GradwatchError
-from ...protocols import RunMeta
-from ...records import Buckets, Incident, StepRecord
+from ...protocols import RunMeta, Sink
+from ...records import Buckets, Incident, StepRecord, Verdict
 from .._headline import SCALARS, Headline, whole_window
 from .._incident_lines import IncidentKey, incident_key
 from .._text import closing_words, fenced, incident_line
 from ._layout import band_values, write_layout
+from ._restart import is_needed, restart
 from ._tensors import BUCKETS, PluginTensors
 from ._values import histogram, scalar, signed_buckets, text
 
@@ -31,7 +33,7 @@ class News:
     lines: list[str] = field(default_factory=list)
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """Writes through a `SummaryWriter` that is already open: one packed event a log step.
 
     `add_scalar` once per tag and `add_histogram` would cost twenty times as much. A writer that can't take packed
@@ -101,6 +103,17 @@ class TensorBoardSink:
             if self._closed():
                 # Lightning's logger closes its writer after each fit, and writes on through it in the next.
                 self.writer._get_file_writer()
+            self.resumed(meta.start_step)
+
+    def resumed(self, step: int) -> None:
+        """Say that steps from this one on are written again, where they stand in an earlier file of the folder."""
+        folder = getattr(self.writer, "log_dir", None)
+        if not (folder and step > 0 and hasattr(self.writer, "_get_file_writer")) or self._closed():
+            return
+        if is_needed(str(folder), self.name, step):
+            # TensorBoard's own pages take the first one of a log for its beginning, and forget nothing.
+            for _ in range(2):
+                self.writer._get_file_writer().add_event(restart(step))
 
     def write(self, record: StepRecord, window: Sequence[StepRecord] = ()) -> None:
         window = whole_window(record, window)
@@ -143,6 +156,12 @@ class TensorBoardSink:
             text = fenced(text)
         self._write_text(f"{self.name}/summary", f"{self._closing_words()}\n\n{text}")
 
+    def judged(self, verdict: Verdict, ended: str) -> None:
+        """Write what each rule judged, and how the run ended, for the tab."""
+        if self._headline.count:
+            told = {"coverage": [c.to_json() for c in verdict.coverage], "num_steps": verdict.num_steps, "ended": ended}
+            self._add([self._tensors.judged(told)], self._step, 0.0, {})
+
     def flush(self) -> None:
         if self._unsaid.incidents:
             self._step = max(self._step, self._unsaid.step)
@@ -184,7 +203,7 @@ class TensorBoardSink:
                 self._add([value], record.step, record.time, {})
 
     def _write_histograms(self, record: StepRecord) -> None:
-        buckets = Buckets.of(list(record.histograms.values()), BUCKETS)
+        buckets = Buckets.of(record.histograms.values(), BUCKETS)
         values = [self._tensors.histograms(record, buckets)]
         if record.step - self._last_histograms >= self.histograms_apart:
             self._last_histograms = record.step
@@ -192,7 +211,7 @@ class TensorBoardSink:
         self._add(values, record.step, record.time, {})
 
     def _stock_histograms(self, record: StepRecord, buckets: Buckets) -> Iterator[Any]:
-        for row, (path, counts) in enumerate(list(record.histograms.items())[: self.max_histograms]):
+        for row, (path, counts) in enumerate(islice(record.histograms.items(), self.max_histograms)):
             edges, filled = buckets[row] if self.histogram_scale == "log10" else signed_buckets(counts, BUCKETS)
             if len(filled):
                 yield histogram(f"{self.name}_histograms/{path}", edges, filled)

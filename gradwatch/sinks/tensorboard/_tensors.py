@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...protocols import RunMeta
-from ...records import SCHEMA_VERSION, Bools, Buckets, Floats, Incident, Index, StepRecord
+from ...records import SCHEMA_VERSION, Bools, Buckets, Floats, Incident, Index, StepRecord, column_of, own_columns
 from .._headline import FIELDS, newest
 from .._plain import dumps, plain
 from ._values import encode_missing, strings, tensor
@@ -17,8 +18,6 @@ __all__ = ["BUCKETS", "PluginTensors"]
 
 BUCKETS = 40
 MAX_PATHS = 256
-SIGNED = {"output_mean"}
-"""Columns whose largest value over a window says nothing."""
 
 
 class PluginTensors:
@@ -47,7 +46,10 @@ class PluginTensors:
 
     def meta(self, meta: RunMeta) -> Any:
         fields = ("name", "model", "started", "start_step", "versions", "options")
-        return self._json("meta", {"schema": SCHEMA_VERSION, **{f: getattr(meta, f) for f in fields}})
+        # Where there is a run folder, the tab reads that: it holds every step.
+        folder = "" if meta.run_dir is None else str(Path(meta.run_dir).resolve())
+        told = {"schema": SCHEMA_VERSION, "run_dir": folder}
+        return self._json("meta", told | {f: getattr(meta, f) for f in fields})
 
     def index(self, index: Index) -> Any | None:
         """Return the index, or None where it is the one written last."""
@@ -79,6 +81,9 @@ class PluginTensors:
         tag = f"{self.name}/_incidents"
         return strings(tag, [dumps(_short(i)) for i in incidents], self._content(tag, "incidents"))
 
+    def judged(self, told: dict[str, Any]) -> Any:
+        return self._json("judged", told)
+
     def statistics(self, window: Sequence[StepRecord]) -> list[Any]:
         """Return the newest measurement of every column, and the largest where there were several."""
         index = window[-1].index
@@ -95,7 +100,8 @@ class PluginTensors:
         if rows is None:
             return []
         values = [self._column(column, "last", encode_missing(last.columns[column], last.measured(column))[rows])]
-        if len(records) > 1 and column not in SIGNED:
+        known = column_of(column)
+        if len(records) > 1 and not (known and known.signed):
             measured = np.array([r.measured(column) for r in records])
             largest = _largest(np.array([r.columns[column] for r in records]), measured)
             values.append(self._column(column, "max", encode_missing(largest, np.asarray(measured.any(axis=0)))[rows]))
@@ -104,7 +110,11 @@ class PluginTensors:
     def _column(self, column: str, window: str, array: Any) -> Any:
         tag = f"{self.name}/{column}" + ("_max" if window == "max" else "")
         over = self._over[column]
-        return tensor(tag, array, self._content(tag, "statistic", statistic=column, over=over, window=window))
+        more: dict[str, Any] = {"statistic": column, "over": over, "window": window}
+        own = next((c for c in own_columns() if c.name == column), None)
+        if own is not None:
+            more["about"] = own.to_json()
+        return tensor(tag, array, self._content(tag, "statistic", **more))
 
     def _rows(self, column: str, record: StepRecord) -> Bools | None:
         """Return which paths the series runs over: fixed when it begins; None where nothing was ever measured."""
@@ -136,5 +146,5 @@ def _largest(values: Floats, measured: Bools) -> Floats:
 
 
 def _short(incident: Incident) -> dict[str, Any]:
-    data = incident.to_json()
+    data = {**incident.to_json(), "treatments": list(incident.done)}
     return plain({**data, "paths": data["paths"][:MAX_PATHS], "num_paths": len(incident.paths)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,25 +14,48 @@ from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, HistogramPro
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 
+from ..._text import printable
 from ...records import Bools, Floats, Histogram
 from .._plain import dumps
 
-__all__ = ["PLUGIN_NAME", "encode_missing", "histogram", "scalar", "signed_buckets", "strings", "tensor", "text"]
+__all__ = [
+    "PLUGIN_NAME",
+    "clean_tag",
+    "encode_missing",
+    "histogram",
+    "scalar",
+    "signed_buckets",
+    "strings",
+    "tensor",
+    "text",
+]
 
 PLUGIN_NAME = "gradwatch"
+MAX_TAG = 200
 LARGEST = float(np.finfo(np.float32).max)
+
+
+def clean_tag(tag: str) -> str:
+    """Return a tag that every reader takes: printable, and of bounded length. A changed one ends in a digest."""
+    if tag.isascii() and tag.isprintable() and len(tag) <= MAX_TAG:
+        return tag
+    clean = printable(tag, keep="")
+    if clean == tag and len(tag) <= MAX_TAG:
+        return tag
+    digest = hashlib.sha256(tag.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{clean[:MAX_TAG]}-{digest}"
 
 
 def scalar(tag: str, value: float) -> Any:
     """Return a scalar. The field is a float32: a finite value beyond it becomes the largest one, and not infinity."""
     if np.isfinite(value):
         value = min(max(value, -LARGEST), LARGEST)
-    return Summary.Value(tag=tag, simple_value=value)
+    return Summary.Value(tag=clean_tag(tag), simple_value=value)
 
 
 def text(tag: str, markdown: str) -> Any:
     metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"), data_class=DATA_CLASS_TENSOR)
-    return Summary.Value(tag=tag, metadata=metadata, tensor=_string_proto([markdown]))
+    return Summary.Value(tag=clean_tag(tag), metadata=metadata, tensor=_string_proto([markdown]))
 
 
 def histogram(tag: str, edges: Floats, counts: NDArray[np.int64]) -> Any:
@@ -50,7 +74,7 @@ def histogram(tag: str, edges: Floats, counts: NDArray[np.int64]) -> Any:
             *(bytes([7 << 3 | 2]), length, bucket.astype("<f8").tobytes()),
         ]
     )
-    return Summary.Value(tag=tag, histo=HistogramProto.FromString(wire))
+    return Summary.Value(tag=clean_tag(tag), histo=HistogramProto.FromString(wire))
 
 
 def _varint(number: int) -> bytes:
@@ -67,12 +91,12 @@ def tensor(tag: str, array: NDArray[Any], content: Mapping[str, Any] | None) -> 
         tensor_shape=_shape(array.shape),
         tensor_content=np.ascontiguousarray(array, "<f4" if single else "<f8").tobytes(),
     )
-    return Summary.Value(tag=tag, metadata=_metadata(content), tensor=proto)
+    return Summary.Value(tag=clean_tag(tag), metadata=_metadata(content), tensor=proto)
 
 
 def strings(tag: str, texts: str | Sequence[str], content: Mapping[str, Any] | None) -> Any:
     """Return a plugin tensor of strings: a scalar, or a vector."""
-    return Summary.Value(tag=tag, metadata=_metadata(content), tensor=_string_proto(texts))
+    return Summary.Value(tag=clean_tag(tag), metadata=_metadata(content), tensor=_string_proto(texts))
 
 
 def encode_missing(values: Floats, measured: Bools) -> NDArray[Any]:
@@ -123,6 +147,6 @@ def _string_proto(texts: str | Sequence[str]) -> Any:
     values = [texts] if isinstance(texts, str) else list(texts)
     return TensorProto(
         dtype=types_pb2.DT_STRING,
-        string_val=[t.encode() for t in values],
+        string_val=[t.encode(errors="replace") for t in values],
         tensor_shape=_shape([] if single else [len(values)]),
     )

@@ -1,0 +1,71 @@
+"""How a run folder ended, and whether all of it is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["STATES", "Health", "health_of"]
+
+STATES = ("complete", "interrupted", "crashed", "recording failed", "running", "lost", "unknown")
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a recording says of itself.
+
+    Attributes:
+        state: `"complete"` (a clean end, and all of it is on record), `"interrupted"`, `"crashed"`,
+            `"recording failed"` (the training went on, the disk did not), `"running"` (its writer lives),
+            `"lost"` (it has no end: killed, or the machine stopped), `"unknown"` (of logs of other programs).
+        words: the same in a few words: `crashed (ValueError in training step 120)`.
+        num_missing: records that were counted and are not there.
+        gaps: what is missing where and why, a sentence each.
+    """
+
+    state: str
+    words: str
+    num_missing: int = 0
+    gaps: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "; ".join([self.words, *self.gaps])
+
+
+def health_of(
+    session: Mapping[str, Any], *, is_written: bool, num_missing: int = 0, gaps: Sequence[str] = ()
+) -> Health:
+    """Return the health of a folder from what its last session says in meta.json.
+
+    Args:
+        session: the last one.
+        is_written: a writer that lives holds the folder.
+        num_missing, gaps: what is missing of it.
+    """
+    state, words = _end(session, is_written)
+    if state == "complete" and num_missing:
+        state, words = "recording failed", "recording failed, the training came to its end"
+    return Health(state, words, num_missing, tuple(gaps))
+
+
+def _end(session: Mapping[str, Any], is_written: bool) -> tuple[str, str]:
+    why, step = str(session.get("ended") or ""), session.get("ended_at")
+    at = f" in training step {step}" if isinstance(step, int) and step >= 0 else ""
+    if session.get("failed"):
+        return "recording failed", f"recording failed ({session['failed']})"
+    if why.startswith("crashed"):
+        kind = re.match(r"crashed: ([\w.]+)", why)
+        return "crashed", f"crashed ({kind[1] if kind else 'an exception'}{at})"
+    if why == "interrupted":
+        return "interrupted", f"interrupted{at}"
+    if why:
+        return "interrupted", f"{why}{at}"
+    if session.get("complete") and session.get("finished") is not None:
+        return "complete", "complete"
+    if session.get("finished") is not None:
+        return "interrupted", f"closed before its end{at}"
+    if is_written:
+        return "running", "running"
+    return "lost", "ended without a word: killed, or the machine stopped"

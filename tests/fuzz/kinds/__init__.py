@@ -1,0 +1,1 @@
+"""Kinds of files to damage, one module each; found by themselves."""
