@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ._ridge import exponent_row, ridge
-from ._wire import MISSING, Matrix, Steps, pool
+from ._ridge import exponent_row, magnitudes, ridge
+from ._wire import MISSING, Matrix, Steps, pool, sizes
 
-__all__ = ["MISSING", "STATIC", "Matrix", "Steps", "exponent_row", "pool", "ridge"]
+__all__ = ["MISSING", "STATIC", "Matrix", "Steps", "exponent_row", "magnitudes", "pool", "ridge", "sizes"]
 
 STATIC = Path(__file__).parent / "static"
 """Scripts and style sheets."""

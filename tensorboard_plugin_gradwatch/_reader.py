@@ -6,29 +6,25 @@ A matrix has a row per step and a column per path (of one kind, in the order of 
 from __future__ import annotations
 
 import json
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._catalogue import Series, Source
-from ._wire import MISSING, Matrix, Steps
+from ._shown import Table, Unreadable, over
+from ._wire import MISSING, Steps
 
 __all__ = [
-    "Cache",
     "Point",
-    "Table",
-    "Unreadable",
-    "over",
     "read_headline",
     "read_index",
     "read_json",
     "read_scalars",
     "read_statistic",
+    "standing",
 ]
 
 SIGNED = frozenset({"output_mean"})
@@ -36,11 +32,7 @@ SIGNED = frozenset({"output_mean"})
 
 
 MEASURED_AS_NAN = frozenset({"global_norm", "global_norm_after", "global_norm_max"})
-"""Headline fields whose nan is a measurement."""
-
-
-class Unreadable(Exception):  # noqa: N818 - an answer to show, not a fault of the program
-    """A series that can't be read: the message is for the person before the tab."""
+"""Headline fields whose nan is a measurement, but where the window has no gradient."""
 
 
 class Point(NamedTuple):
@@ -50,47 +42,16 @@ class Point(NamedTuple):
     value: NDArray[Any]
 
 
-class Table(NamedTuple):
-    """A matrix over steps, its column names, and what had to be left out.
-
-    `MISSING` marks what was not measured.
-    """
-
-    steps: Steps
-    matrix: Matrix
-    names: tuple[str, ...] = ()
-    left_out: int = 0
-
-
 Read = Callable[[Series], Sequence[Point]]
 
 
-class Cache:
-    """Keeps what was decoded as long as its series have not grown, up to a number of bytes."""
-
-    def __init__(self, limit_bytes: int = 256 << 20) -> None:
-        self._limit = limit_bytes
-        self._held: OrderedDict[tuple[Any, ...], tuple[tuple[Any, ...], Any, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[Any, ...], stamp: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """Return what was made for this key and stamp, making it now where it is new."""
-        with self._lock:
-            held = self._held.get(key)
-            if held is not None and held[0] == stamp:
-                self._held.move_to_end(key)
-                return held[1]
-        made = make()
-        with self._lock:
-            self._held[key] = (stamp, made, _size(made))
-            self._held.move_to_end(key)
-            while len(self._held) > 1 and sum(h[2] for h in self._held.values()) > self._limit:
-                self._held.popitem(last=False)
-        return made
-
-
-def _size(value: Any) -> int:
-    return value.matrix.nbytes + value.steps.nbytes if isinstance(value, Table) else 1 << 16
+def standing(points: Sequence[Point]) -> list[Point]:
+    """Return the points, in order of their steps, without those that a resumed run wrote anew."""
+    kept: list[Point] = []
+    for point in reversed(points):
+        if not kept or point.step < kept[-1].step:
+            kept.append(point)
+    return kept[::-1]
 
 
 def read_json(read: Read, series: Series | None) -> list[tuple[int, Any]]:
@@ -133,13 +94,10 @@ def _is_index(index: Any) -> bool:
     return all(isinstance(part, list) for part in lists) and len({len(part) for part in lists if part is not None}) == 1
 
 
-def over(index: Mapping[str, Any], kind: str) -> list[str]:
-    """Return the paths that a statistic over `"parameter"`, `"module"` or `"all"` has a row for."""
-    return [p for p, k in zip(index["paths"], index["kinds"], strict=True) if kind in ("all", k)]
-
-
 def read_statistic(read: Read, source: Source, statistic: str) -> Table:
     """Return a statistic over the newest index, in float32; the largest of each logging window where it is known.
+
+    Such a row stands for the steps since the row before it, a newest value for its own step alone.
 
     Raises:
         Unreadable: the run has no such statistic.
@@ -150,6 +108,7 @@ def read_statistic(read: Read, source: Source, statistic: str) -> Table:
     indexes = read_index(read, source)
     begins = [step for step, _ in indexes]
     rows: dict[int, tuple[int, NDArray[Any]]] = {}
+    largest: set[int] = set()
     left_out, kind = 0, "parameter"
     for window in ("last", "max"):  # the maximum last: it replaces the newest value where it has the step
         series = windows.get(window)
@@ -161,6 +120,7 @@ def read_statistic(read: Read, source: Source, statistic: str) -> Table:
             at = max(0, bisect_right(begins, step) - 1)
             if value.size == sizes[at] and value.dtype.kind == "f":
                 rows[step] = at, value.ravel()
+                largest |= {step} if window == "max" else set()
             else:
                 left_out += 1
     names = tuple(over(indexes[-1][1], kind))
@@ -174,7 +134,30 @@ def read_statistic(read: Read, source: Source, statistic: str) -> Table:
         matrix[np.ix_(places, there)] = values[:, [old[names[j]] for j in there]]
     if statistic in SIGNED:
         matrix = np.where(matrix == MISSING, matrix, np.abs(matrix))
-    return Table(np.asarray(steps, np.float64), matrix, names, left_out)
+    ends = np.asarray(steps, np.float64)
+    return Table(_begins(read, source, ends, largest), matrix, names, left_out, ends)
+
+
+def _begins(read: Read, source: Source, ends: Steps, largest: set[int]) -> Steps:
+    """Return the first step that each row stands for.
+
+    Args:
+        read: a series.
+        source: that all is of.
+        ends: the step at which each row was written.
+        largest: those at which a maximum was written.
+    """
+    if not largest:
+        return ends
+    headline = read_headline(read, source)
+    windows = headline.matrix[:, headline.names.index("window")] if "window" in headline.names else np.zeros(0)
+    length = dict(zip(headline.steps.tolist(), windows.tolist(), strict=False))
+    begins = ends.copy()
+    for i, step in enumerate(ends.tolist()):
+        if step in largest:
+            before = ends[i - 1] if i else step - max(1.0, length.get(step, 1.0))
+            begins[i] = before + 1
+    return begins
 
 
 def _decode(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -198,9 +181,11 @@ def read_headline(read: Read, source: Source) -> Table:
     points = read(series) if series is not None else ()
     fitting = [p for p in points if p.value.size == len(fields)]
     values = np.array([p.value.ravel() for p in fitting], np.float64).reshape(len(fitting), len(fields))
+    unseen = values[:, fields.index("num_seen")] == 0 if "num_seen" in fields else np.zeros(len(values), np.bool_)
     for j, name in enumerate(fields):
-        if name not in MEASURED_AS_NAN:  # elsewhere nan says: not measured
-            values[np.isnan(values[:, j]), j] = MISSING
+        # Elsewhere nan says: not measured.
+        absent = np.isnan(values[:, j]) & (unseen if name in MEASURED_AS_NAN else True)
+        values[absent, j] = MISSING
     steps = np.array([p.step for p in fitting], np.float64)
     return Table(steps, _narrow(values), tuple(fields), len(points) - len(fitting))
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._wire import Matrix, Steps
 
-__all__ = ["LOG10_2", "RIDGES", "exponent_row", "ridge"]
+__all__ = ["LOG10_2", "RIDGES", "HistogramRow", "exponent_row", "magnitudes", "ridge"]
 
 LOG10_2 = float(np.log10(2.0))
 RIDGES = 60
+
+HistogramRow: TypeAlias = "tuple[int, float, float, int, NDArray[Any]]"
+"""Step, zeros, non-finite, first exponent and counts by exponent of one histogram."""
 
 
 def exponent_row(left: float, width: float, counts: NDArray[Any]) -> tuple[int, NDArray[np.float64]]:
@@ -27,9 +30,14 @@ def exponent_row(left: float, width: float, counts: NDArray[Any]) -> tuple[int, 
     return round(left / LOG10_2), np.repeat(np.asarray(counts, np.float64) / merged, merged)
 
 
-def ridge(
-    rows: Iterable[tuple[int, float, float, int, NDArray[Any]]], most: int = RIDGES
-) -> tuple[Steps, Matrix, dict[str, Any]]:
+def magnitudes(counts: NDArray[np.int64]) -> tuple[float, float, int, NDArray[np.float64]]:
+    """Return zeros, non-finite, first exponent and counts by exponent of 512 signed bins."""
+    both = counts[:256] + counts[256:]
+    exponent, spread = exponent_row(-126 * LOG10_2, LOG10_2, both[1:255])
+    return float(both[0]), float(both[255]), exponent, spread
+
+
+def ridge(rows: Iterable[HistogramRow], most: int = RIDGES) -> tuple[Steps, Matrix, dict[str, Any]]:
     """Return steps, a matrix (zeros, non-finite, then counts by exponent) and the header that explains it.
 
     Args:

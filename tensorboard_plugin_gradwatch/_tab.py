@@ -16,10 +16,14 @@ from tensorboard.data import provider
 from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response
 
+from ._cache import Cache
 from ._catalogue import Series, Source, catalogue
-from ._reader import Cache, Point, Table, Unreadable, read_headline, read_index, read_json, read_scalars, read_statistic
-from ._ridge import exponent_row, ridge
-from ._wire import pack, pool
+from ._events import EventRun
+from ._folders import FolderRun, Folders
+from ._reader import Point, standing
+from ._ridge import ridge
+from ._shown import Levels, Shown, Table, Unreadable
+from ._wire import pack
 from .plugin import PLUGIN_NAME, SAMPLES
 
 __all__ = ["STATIC", "GradwatchTab"]
@@ -27,6 +31,7 @@ __all__ = ["STATIC", "GradwatchTab"]
 STATIC = Path(__file__).parent / "static"
 TYPES = {".js": "text/javascript", ".css": "text/css"}
 COLUMNS = 1200
+MOST_COLUMNS = 100_000
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +55,10 @@ def _route(answer: Callable[[GradwatchTab, Request], Response]) -> Callable[...,
 
 
 class GradwatchTab(base_plugin.TBPlugin):
-    """Reads what gradwatch wrote, through the data provider alone."""
+    """Reads what gradwatch wrote: run folders below the log directory, and event files through the data provider.
+
+    A run that has both is read from its folder, which holds every step.
+    """
 
     plugin_name = PLUGIN_NAME
 
@@ -58,11 +66,13 @@ class GradwatchTab(base_plugin.TBPlugin):
         self._provider = context.data_provider
         hints = getattr(context, "sampling_hints", None) or {}
         self._samples = int(hints.get(PLUGIN_NAME) or SAMPLES)
+        self._folders = Folders(_root(context))
         self._cache = Cache()
         self._files = {p.relative_to(STATIC).as_posix(): p for p in STATIC.rglob("*") if p.suffix in TYPES}
 
     def is_active(self) -> bool:
-        return False  # TensorBoard itself looks whether there are data under the plugin's name.
+        # TensorBoard itself looks whether there are event files with data under the plugin's name.
+        return any(True for _ in self._folders)
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
         return base_plugin.FrontendMetadata(es_module_path="/static/index.js", tab_name="GradWatch")
@@ -82,100 +92,56 @@ class GradwatchTab(base_plugin.TBPlugin):
     @_route
     def _runs(self, request: Request) -> Response:
         """All runs, by id, with what can't be shown and why."""
-        runs = [
-            {"id": s.id, "run": s.run, "name": s.name, "message": s.message, "last_time": s.stamp[1]}
-            for s in self._sources(request).values()
-        ]
-        return _json({"runs": runs})
+        shown = self._shown(request).values()
+        return _json({"runs": [{"id": s.id, "message": s.message, "last_time": s.last_time} for s in shown]})
 
     @_route
     def _run(self, request: Request) -> Response:
         """One run: its paths, and which statistics it has."""
-        source, read = self._chosen(request)
-        index = read_index(read, source)[-1][1]
-        statistics = {
-            name: {"over": str(next(iter(windows.values())).content.get("over", "parameter"))}
-            for name, windows in source.statistics.items()
-        }
-        meta = [m for _, m in read_json(read, source.by_kind.get("meta")) if isinstance(m, dict)]
-        return _json(
-            {
-                "id": source.id,
-                "index": index,
-                "statistics": statistics,
-                "meta": meta[-1] if meta else {},
-                "has_histograms": "histograms" in source.by_kind,
-                "stamp": source.stamp,
-                "notes": source.notes,
-            }
-        )
+        return _json(self._chosen(request).about())
 
     @_route
     def _matrix(self, request: Request) -> Response:
         """One statistic over paths and steps, pooled; or one row of it (`path`)."""
-        source, read = self._chosen(request)
-        name = request.args.get("statistic", "")
-        windows = source.statistics.get(name, {})
-        stamp = tuple(s.stamp for s in [*windows.values(), *filter(None, [source.by_kind.get("index")])])
-        table: Table = self._cache.get((source.id, name), stamp, lambda: read_statistic(read, source, name))
-        steps, matrix = table.steps, table.matrix
-        path = request.args.get("path")
-        if path is not None:
-            if path not in table.names:
-                raise Unreadable(f"{source.id} has no {name!r} of {path!r}.")
-            matrix = matrix[:, [table.names.index(path)]]
-        inside = (steps >= _number(request, "from", -np.inf)) & (steps <= _number(request, "to", np.inf))
-        steps, matrix = (steps, matrix) if inside.all() else (steps[inside], matrix[inside])
-        last = steps[-1] if len(steps) else 0.0
-        measured = len(steps)
-        steps, matrix = pool(steps, matrix, int(_number(request, "columns", COLUMNS)))
-        return _bytes(pack(steps, matrix, {"last": last, "measured": measured, "left_out": table.left_out}))
+        shown, name = self._chosen(request), request.args.get("statistic", "")
+        return self._view(request, shown, ("matrix", name), lambda: shown.statistic(name))
 
     @_route
     def _headline(self, request: Request) -> Response:
         """The global norm, the limit and the other headline numbers over steps."""
-        return self._table(request, "headline", read_headline)
+        shown = self._chosen(request)
+        return self._view(request, shown, ("headline",), shown.headline)
 
     @_route
     def _scalars(self, request: Request) -> Response:
         """Every other scalar over steps."""
-        return self._table(request, "scalars", read_scalars)
+        shown = self._chosen(request)
+        return self._view(request, shown, ("scalars",), shown.scalars)
 
-    def _table(self, request: Request, kind: str, make: Callable[..., Table]) -> Response:
-        source, read = self._chosen(request)
-        series = source.by_kind.get(kind)
-        stamp = series.stamp if series is not None else ()
-        table: Table = self._cache.get((source.id, "/", kind), stamp, lambda: make(read, source))
-        header = {"names": list(table.names), "left_out": table.left_out}
-        return _bytes(pack(table.steps, table.matrix, header))
+    def _view(self, request: Request, shown: Shown, what: tuple[str, ...], make: Callable[[], Table]) -> Response:
+        levels: Levels = self._cache.get((shown.id, *what), shown.stamp(*what), lambda: Levels(make()))
+        table, path, column = levels.table, request.args.get("path"), None
+        if path is not None:
+            if path not in table.names:
+                raise Unreadable(f"{shown.id} has no {what[-1]!r} of {path!r}.")
+            column = table.names.index(path)
+        low, high = _number(request, "from", -np.inf), _number(request, "to", np.inf)
+        view = levels.view(low, high, _columns(request), column)
+        header: dict[str, Any] = {"measured": view.measured, "left_out": table.left_out}
+        if what[0] != "matrix":
+            header["names"] = list(table.names)
+        return _bytes(pack(view.steps, view.matrix, header, view.ends))
 
     @_route
     def _incidents(self, request: Request) -> Response:
-        """Incidents as they stand now, in order of their first step."""
-        source, read = self._chosen(request)
-        newest: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for _, incident in read_json(read, source.by_kind.get("incidents")):
-            if isinstance(incident, dict) and "rule" in incident:
-                key = (incident.get("id"), incident.get("name") or incident["rule"], incident.get("first_step"))
-                newest[key] = incident
-        return _json({"incidents": sorted(newest.values(), key=lambda i: (i.get("first_step") or 0, i.get("id") or 0))})
+        """Incidents as they stand now, each behind what it follows from, and the verdict."""
+        incidents, verdict = self._chosen(request).incidents()
+        return _json({"incidents": incidents, "verdict": verdict.to_json()})
 
     @_route
     def _histograms(self, request: Request) -> Response:
         """Histograms of one parameter's gradient over time."""
-        source, read = self._chosen(request)
-        path, series = request.args.get("path", ""), source.by_kind.get("histograms")
-        indexes = read_index(read, source)
-        rows = []
-        for point in read(series) if series is not None else ():
-            index = [index for step, index in indexes if step <= point.step] or [indexes[0][1]]
-            if path not in index[-1]["paths"] or np.ndim(point.value) != 2 or point.value.shape[1] < 6:
-                continue
-            place = index[-1]["paths"].index(path)
-            for row in point.value[point.value[:, 0] == place]:
-                first, counts = exponent_row(float(row[3]), float(row[4]), row[5:])
-                rows.append((point.step, float(row[1]), float(row[2]), first, counts))
-        steps, matrix, header = ridge(rows)
+        steps, matrix, header = ridge(self._chosen(request).histograms(request.args.get("path", "")))
         return _bytes(pack(steps, matrix, header))
 
     @_route
@@ -186,37 +152,63 @@ class GradwatchTab(base_plugin.TBPlugin):
             return _json({"message": "There is no such file."}, status=404)
         return Response(file.read_bytes(), content_type=TYPES[file.suffix] + "; charset=utf-8", headers=_HEADERS)
 
-    def _sources(self, request: Request) -> dict[str, Source]:
+    def _shown(self, request: Request) -> dict[str, Shown]:
+        """Return the runs by id: a folder where there is one, else event files."""
         context, experiment = plugin_util.context(request.environ), plugin_util.experiment_id(request.environ)
-        return catalogue(self._provider.list_tensors(context, experiment_id=experiment, plugin_name=PLUGIN_NAME) or {})
+        listed = self._provider.list_tensors(context, experiment_id=experiment, plugin_name=PLUGIN_NAME) or {}
+        found: dict[str, Shown] = {}
+        for source in catalogue(listed).values():
+            run = EventRun(source, functools.partial(self._read, context, experiment))
+            found[run.id] = self._folder_of(source, run) or run
+        named = {shown.path for shown in found.values() if isinstance(shown, FolderRun)}
+        for folder in self._folders:
+            if folder.path not in named:
+                if isinstance(found.get(folder.id), FolderRun):  # an earlier fit's, beside it
+                    folder.id = f"{folder.id}/{folder.path.name}"
+                found[folder.id] = folder
+        return dict(sorted(found.items()))
 
-    def _chosen(self, request: Request) -> tuple[Source, Callable[[Series], list[Point]]]:
-        """Return the source the request names, and a function that reads one of its series."""
-        context, experiment = plugin_util.context(request.environ), plugin_util.experiment_id(request.environ)
-        wanted, sources = request.args.get("run", ""), self._sources(request)
-        if wanted not in sources:
-            raise Unreadable(
-                f"There is no run {wanted!r} with gradwatch data. There are {', '.join(sources) or 'none'}."
+    def _folder_of(self, source: Source, run: EventRun) -> FolderRun | None:
+        """Return the folder that a run's event files name, where it is that run's."""
+        meta = self._cache.get((source.id, "folder"), run.stamp("meta"), run.meta)
+        path, started = meta.get("run_dir"), meta.get("started")
+        if not isinstance(path, str) or not path:
+            return None
+        return self._folders.named(Path(path), run=source.run, name=source.name, started=started)
+
+    def _chosen(self, request: Request) -> Shown:
+        """Return the run that the request names."""
+        wanted, shown = request.args.get("run", ""), self._shown(request)
+        if wanted not in shown:
+            raise Unreadable(f"There is no run {wanted!r} with gradwatch data. There are {', '.join(shown) or 'none'}.")
+        if shown[wanted].message:
+            raise Unreadable(shown[wanted].message)
+        chosen = shown[wanted]
+        if isinstance(chosen, FolderRun):
+            self._folders.used(chosen)
+        return chosen
+
+    def _read(self, context: Any, experiment: str, series: Series) -> list[Point]:
+        try:
+            found = self._provider.read_tensors(
+                context,
+                experiment_id=experiment,
+                plugin_name=PLUGIN_NAME,
+                downsample=self._samples,
+                run_tag_filter=provider.RunTagFilter(runs=[series.run], tags=[series.tag]),
             )
-        if sources[wanted].message:
-            raise Unreadable(sources[wanted].message)
+        except (ValueError, TypeError) as problem:  # a tensor shorter than its shape says
+            raise Unreadable(f"{series.tag} of {series.run} is damaged: {problem}") from problem
+        points = (found or {}).get(series.run, {}).get(series.tag, ())
+        return standing([Point(int(d.step), np.asarray(d.numpy)) for d in points])
 
-        def read(series: Series) -> list[Point]:
-            try:
-                found = self._provider.read_tensors(
-                    context,
-                    experiment_id=experiment,
-                    plugin_name=PLUGIN_NAME,
-                    downsample=self._samples,
-                    run_tag_filter=provider.RunTagFilter(runs=[series.run], tags=[series.tag]),
-                )
-            except (ValueError, TypeError) as problem:  # a tensor shorter than its shape says
-                raise Unreadable(f"{series.tag} of {series.run} is damaged: {problem}") from problem
-            return [
-                Point(int(d.step), np.asarray(d.numpy)) for d in (found or {}).get(series.run, {}).get(series.tag, ())
-            ]
 
-        return sources[wanted], read
+def _root(context: Any) -> Path | None:
+    """Return the log directory; None where TensorBoard reads elsewhere than on this machine's disk."""
+    given = getattr(context, "logdir", None) or getattr(getattr(context, "flags", None), "logdir", None)
+    if not given or "://" in str(given):
+        return None
+    return Path(given).expanduser().resolve()
 
 
 def _number(request: Request, name: str, otherwise: float) -> float:
@@ -225,6 +217,12 @@ def _number(request: Request, name: str, otherwise: float) -> float:
     except ValueError:
         return otherwise
     return otherwise if np.isnan(value) else value
+
+
+def _columns(request: Request) -> int:
+    """Return how many columns are asked for; 0: all. What is no such number is the usual one."""
+    asked = _number(request, "columns", COLUMNS)
+    return int(asked) if 0 <= asked <= MOST_COLUMNS else COLUMNS
 
 
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MISSING", "columns_of", "pack", "pool", "unpack"]
+__all__ = ["MISSING", "columns_of", "pack", "pool", "sizes", "unpack"]
 
 MISSING = -np.inf
 """In a matrix here: not measured. Loses against everything in a maximum, as nan wins."""
@@ -39,8 +39,32 @@ def pool(steps: Steps, matrix_TN: Matrix, columns: int) -> tuple[Steps, Matrix]:
     return steps[first], np.maximum.reduceat(matrix_TN, first, axis=0)
 
 
-def pack(steps: Steps, matrix_TN: Matrix, header: Mapping[str, Any]) -> bytes:
-    """Return float64 length of the header, the header as JSON, float64 steps, float32 matrix, step by step."""
+def sizes(values_TN: NDArray[Any], measured_TN: NDArray[np.bool_]) -> Matrix:
+    """Return magnitudes in float32: finite stays finite, non-zero stays so; `MISSING` where nothing was measured."""
+    limits, exact_TN = np.finfo(np.float32), np.abs(values_TN)
+    with np.errstate(over="ignore", under="ignore"):
+        sizes_TN = exact_TN.astype(np.float32)
+    odd = ~((sizes_TN > 0) & (sizes_TN < np.inf))
+    if odd.any():
+        exact = exact_TN[odd]
+        positive = np.isfinite(exact) & (exact > 0)
+        narrowed = np.clip(exact, float(limits.smallest_subnormal), float(limits.max))
+        sizes_TN[odd] = np.where(positive, narrowed, exact).astype(np.float32)
+    if not measured_TN.all():
+        sizes_TN[~measured_TN] = MISSING
+    return sizes_TN
+
+
+def pack(steps: Steps, matrix_TN: Matrix, header: Mapping[str, Any], ends: Steps | None = None) -> bytes:
+    """Return float64 length of the header, the header as JSON, float64 steps, float64 last steps, float32 matrix, row
+    by row.
+
+    Args:
+        steps: first step that a row stands for.
+        matrix_TN: rows in time.
+        header: more to say of it.
+        ends: last step that a row stands for; None: its first.
+    """
     shape = {"steps": matrix_TN.shape[0], "rows": matrix_TN.shape[1]}
     head = json.dumps({**header, **shape}, allow_nan=False).encode()
     head += b" " * (-len(head) % 8)
@@ -49,15 +73,17 @@ def pack(steps: Steps, matrix_TN: Matrix, header: Mapping[str, Any]) -> bytes:
             np.float64(len(head)).tobytes(),
             head,
             np.ascontiguousarray(steps, "<f8").tobytes(),
+            np.ascontiguousarray(steps if ends is None else ends, "<f8").tobytes(),
             np.ascontiguousarray(matrix_TN, "<f4").tobytes(),
         )
     )
 
 
 def unpack(body: bytes) -> tuple[dict[str, Any], Steps, Matrix]:
-    """Return header, steps and matrix of what `pack` made."""
+    """Return header, steps and matrix of what `pack` made; the last steps are the header's `ends`."""
     length = int(np.frombuffer(body, "<f8", 1)[0])
     header = json.loads(body[8 : 8 + length])
     steps = np.frombuffer(body, "<f8", header["steps"], 8 + length)
-    matrix = np.frombuffer(body, "<f4", offset=8 + length + steps.nbytes)
-    return header, steps, matrix.reshape(header["steps"], header["rows"])
+    ends = np.frombuffer(body, "<f8", header["steps"], 8 + length + steps.nbytes)
+    matrix = np.frombuffer(body, "<f4", offset=8 + length + 2 * steps.nbytes)
+    return {**header, "ends": ends}, steps, matrix.reshape(header["steps"], header["rows"])

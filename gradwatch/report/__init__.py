@@ -7,7 +7,7 @@ from ._html import to_html
 from ._json import to_json
 from ._markdown import to_markdown
 from ._png import write_png
-from ._summary import Story, Summary, summarise
+from ._summary import Story, Summary, summarise, verdict_of
 from ._words import EXPLANATIONS
 from ._write import FORMATS, report_text, write_report, write_session
 
@@ -24,6 +24,7 @@ __all__ = [
     "to_html",
     "to_json",
     "to_markdown",
+    "verdict_of",
     "write_png",
     "write_report",
     "write_session",

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorboard_plugin_gradwatch import MISSING, pool
+from tensorboard_plugin_gradwatch import pool, sizes
 
 from ..protocols import RunMeta
-from ..records import Floats, Incident, Index, StepRecord, TreatmentReport, iter_scalars
+from ..records import Floats, Incident, Index, StepRecord, TreatmentReport, Verdict, iter_scalars
 from ..runs import Run
 
 __all__ = ["COLUMNS", "ReportData", "Table", "TreatmentCount"]
@@ -79,6 +79,7 @@ class ReportData:
         notes: what could not be seen, in sentences.
         overhead_seconds: spent by gradwatch; nan where not measured.
         total_seconds: of the run, between the first and the last record.
+        verdict: on the run; None: nobody has told what its rules judged.
     """
 
     name: str = "run"
@@ -96,6 +97,7 @@ class ReportData:
     notes: Sequence[str] = ()
     overhead_seconds: float = math.nan
     total_seconds: float = math.nan
+    verdict: Verdict | None = None
 
     @classmethod
     def from_run(cls, run: Run, *, notes: Sequence[str] = (), overhead_seconds: float = math.nan) -> ReportData:
@@ -133,6 +135,7 @@ class ReportData:
             notes=tuple(notes),
             overhead_seconds=_overhead(scalars, overhead_seconds),
             total_seconds=float(times[-1] - times[0]) if len(times) > 1 else math.nan,
+            verdict=run.verdict(),
         )
 
     @classmethod
@@ -192,10 +195,7 @@ def _name(run: Run) -> str:
 
 def table_of(steps: NDArray[Any], values_TN: Floats, measured_TN: NDArray[np.bool_]) -> Table:
     """Return a pooled table of sizes in float32: finite stays finite, non-zero stays so."""
-    limits, sizes = np.finfo(np.float32), np.abs(values_TN)
-    finite = np.isfinite(sizes) & (sizes > 0)
-    sizes = np.where(finite, np.clip(sizes, float(limits.smallest_subnormal), float(limits.max)), sizes)
-    matrix = np.where(measured_TN, sizes, MISSING).astype(np.float32)
+    matrix = sizes(values_TN, measured_TN)
     pooled_steps, pooled = pool(np.asarray(steps, np.float64), matrix, COLUMNS)
     return Table(pooled_steps, pooled, len(steps), float(steps[-1]) if len(steps) else 0.0)
 

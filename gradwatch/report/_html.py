@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape as escape_html
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from tensorboard_plugin_gradwatch import MISSING, STATIC, pool
 
-from ..records import MODULE, PARAMETER, Floats
+from .._text import printable
+from ..records import MODULE, PARAMETER, Column, Floats, Verdict, columns, own_columns, rank_incidents
 from ._bundle import bundle, styles
 from ._data import COLUMNS, ReportData, Table
 from ._quantise import encode_histograms, encode_tables, squeeze
@@ -29,9 +30,7 @@ LIMIT = 490_000
 MANY = 600
 """Parameters above which biases are left out of the pictures."""
 
-FIRST = ("grad_norm", "update_ratio", "grad_output_norm", "output_rms", "zero_fraction", "param_norm")
-DROPPED = frozenset({"input_nonfinite", "row_spread", "update_norm", "param_absmax"})
-CURVES = ("global_norm", "global_norm_after", "limit")
+CURVES = ("loss", "global_norm", "global_norm_after", "global_norm_applied", "limit")
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -81,6 +80,11 @@ def to_html(data: ReportData, *, limit: int = LIMIT) -> str:
     )
 
 
+def escape(text: object) -> str:
+    """Return text as HTML shows it: no markup, and nothing that a terminal or an encoder would stumble over."""
+    return escape_html(printable(text))
+
+
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
@@ -98,14 +102,18 @@ def _payload(data: ReportData, room: int) -> dict[str, Any]:
         "name": data.name,
         "index": squeeze(json.dumps(data.index.to_json()).encode()),
         "meta": {"model": str(data.meta.get("model", ""))},
-        "incidents": [{**i.to_json(), "labels": {}, "details": {}} for i in data.incidents],
+        "incidents": [
+            {**i.to_json(), "treatments": list(i.done), "labels": {}, "details": {}}
+            for i, _ in rank_incidents(data.incidents)
+        ],
         "scalars": _scalars(data),
     }
     room -= len(_inert(fixed)) + 4000
     told = list(dict.fromkeys(p for i in data.incidents for p in (i.first_path, *i.paths[:5])))
     histograms = encode_histograms(data.histograms, told, int(0.15 * room))
     room -= len(_inert(histograms))
-    names = [n for n in (*FIRST, *sorted(set(data.tables) - set(FIRST) - DROPPED)) if n in data.tables]
+    own = _own(data)
+    names = _shown(data, own)
     over = {name: _over(data, data.tables[name]) for name in names}
     rows = {name: _rows(data, over[name], told) for name in names}
     names = [name for name in names if len(rows[name])]
@@ -115,8 +123,25 @@ def _payload(data: ReportData, room: int) -> dict[str, Any]:
     for name in names:
         whole = _rows(data, over[name], None)
         tables[name]["over"] = over[name]
+        if name in own:
+            tables[name]["about"] = own[name].to_json()
         tables[name]["places"] = None if len(whole) == len(rows[name]) else np.searchsorted(whole, rows[name]).tolist()
     return {**fixed, "histograms": histograms, "tables": tables}
+
+
+def _own(data: ReportData) -> dict[str, Column]:
+    """Return what the run, or this process, says of columns that are not built in."""
+    options = data.meta.get("options")
+    written = options.get("columns", ()) if isinstance(options, Mapping) else ()
+    told = [Column.from_json(entry) for entry in written] if isinstance(written, (list, tuple)) else []
+    return {column.name: column for column in (*told, *own_columns()) if column is not None}
+
+
+def _shown(data: ReportData, own: Mapping[str, Column]) -> list[str]:
+    """Return the tables of a report: in the order of the table of columns, then others; none that it leaves out."""
+    told = {c.name: c for c in (*columns(PARAMETER, MODULE, own=False), *own.values())}
+    names = [*(n for n in told if n in data.tables), *sorted(set(data.tables) - told.keys())]
+    return [n for n in names if n not in told or told[n].in_report]
 
 
 def _over(data: ReportData, table: Table) -> str:
@@ -172,8 +197,26 @@ def _words(data: ReportData, summary: Summary) -> str:
         f'<p class="gw-headline">{escape(summary.headline)}</p>'
         f"{stories}"
         f'<ul class="gw-facts">{facts}</ul>'
+        f"{_coverage(summary.verdict)}"
         + (f'<h2>Not seen</h2><ul class="gw-facts">{notes}</ul>' if notes else "")
         + "</header>"
+    )
+
+
+def _coverage(verdict: Verdict) -> str:
+    """Return what each rule judged, with a strip over the run, as a table that opens; "" where that is not known."""
+    if not verdict.coverage:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(c.name)}</td><td><code>{escape(c.bars)}</code></td>"
+        f'<td class="gw-num">{c.judged:,}</td><td>{escape(c.need)}</td></tr>'
+        for c in verdict.coverage
+    )
+    heads = "".join(f"<th>{head}</th>" for head in ("rule", "judged over the run", "times", "what it would need"))
+    told = f"{len(verdict.judged)} of {len(verdict.coverage)} rules judged enough"
+    return (
+        f'<details class="gw-coverage"><summary>{told}</summary><div class="gw-scroll"><table class="gw-table">'
+        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></details>"
     )
 
 

@@ -25,6 +25,7 @@ def to_json(data: ReportData) -> str:
         "name": data.name,
         "state": summary.state,
         "headline": summary.headline,
+        "verdict": summary.verdict.to_json(),
         "facts": summary.facts,
         "stories": [
             {

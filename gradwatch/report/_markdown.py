@@ -6,6 +6,8 @@ import re
 
 import numpy as np
 
+from .._text import printable
+from ..records import Verdict
 from ._data import ReportData
 from ._layers import layer_rows
 from ._summary import Story, number, summarise
@@ -34,9 +36,18 @@ def to_markdown(data: ReportData, *, layers: int = 12) -> str:
             "|---|---|---|---|",
         ]
         lines += [f"| `{_code(r.path)}` | {number(r.median)} | {number(r.largest)} | {number(r.last)} |" for r in most]
+    lines += _coverage(summary.verdict)
     if summary.notes:
         lines += ["", "## Not seen", "", *(f"- {_safe(note)}" for note in summary.notes)]
     return "\n".join(lines) + "\n"
+
+
+def _coverage(verdict: Verdict) -> list[str]:
+    if not verdict.coverage:
+        return []
+    told = f"{len(verdict.judged)} of {len(verdict.coverage)} rules judged enough"
+    lines = ["", f"## {told}", "", "| rule | over the run | times | what it would need |", "|---|---|---|---|"]
+    return lines + [f"| `{_code(c.name)}` | `{c.bars}` | {c.judged} | {_safe(c.need)} |" for c in verdict.coverage]
 
 
 def _story(story: Story) -> list[str]:
@@ -56,14 +67,19 @@ def _story(story: Story) -> list[str]:
         for i in story.incidents[:20]:
             where = f"`{_code(i.first_path)}`" if i.first_path else "whole model"
             value = number(i.value) if not np.isnan(i.value) or i.rule == "non_finite" else ""
+            value += f" in `{_code(i.worst_elsewhere)}`" if value and i.worst_elsewhere else ""
             limit = "" if np.isnan(i.limit) else number(i.limit)
             lines.append(f"| {i.first_step} to {i.last_step} | {where} | {value} | {limit} |")
     return lines
 
 
 def _safe(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+    """Return text of which no reader of markdown makes more than text: no HTML, no link, no table, no escape."""
+    flat = printable(" ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]()|#!~])", r"\\\1", flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def _code(text: str) -> str:
-    return " ".join(text.split()).replace("`", "'").replace("|", "\\|")
+    """Return text to stand between backquotes; readers of markdown that know none find no HTML and no link in it."""
+    flat = printable(" ".join(text.split())).replace("`", "'").replace("|", "\\|")
+    return flat.replace("<", "‹").replace(">", "›").replace("](", "] (")

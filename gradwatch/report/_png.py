@@ -8,8 +8,10 @@ import numpy as np
 
 from tensorboard_plugin_gradwatch import MISSING
 
+from .._text import printable
 from ..errors import ConfigError, UnknownNameError
 from ._data import ReportData
+from ._summary import summarise
 
 __all__ = ["write_png"]
 
@@ -53,12 +55,24 @@ def write_png(data: ReportData, path: str | Path, *, statistic: str = "grad_norm
             spots = np.where(mask, 1.0, np.nan)
             axes.pcolormesh(edges, ys, spots, cmap=ListedColormap([color]), rasterized=True)
     every = max(1, len(rows) // 60)
-    axes.set_yticks(ys[:-1:every] + 0.5, [data.index.paths[r] for r in rows[::every]], fontsize=7)
+    axes.set_yticks(ys[:-1:every] + 0.5, [_plain(data.index.paths[r]) for r in rows[::every]], fontsize=7)
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)  # a dollar in a name is no formula
     axes.invert_yaxis()
     axes.set_xlabel("step")
-    axes.set_title(f"{data.name}: {statistic}", loc="left", fontsize=10)
+    axes.set_title(_title(data, statistic), loc="left", fontsize=10, parse_math=False)
     for incident in data.incidents:
         axes.axvline(
             incident.first_step, color="#e5002e" if incident.severity == "critical" else "#e07b00", lw=0.8, ls=":"
         )
     figure.savefig(path, format="png")
+
+
+def _title(data: ReportData, statistic: str) -> str:
+    headline = summarise(data).headline
+    told = headline if len(headline) <= 120 else headline[:117] + "..."
+    return _plain(f"{data.name}: {statistic}\n{told}")
+
+
+def _plain(text: str) -> str:
+    return printable(text if len(text) <= 300 else text[:297] + "...")

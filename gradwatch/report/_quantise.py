@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorboard_plugin_gradwatch import MISSING, exponent_row, pool, ridge
+from tensorboard_plugin_gradwatch import MISSING, magnitudes, pool, ridge
 
-from ..records import Floats
 from ._data import Table
 
 __all__ = ["decode_table", "encode_histograms", "encode_table", "encode_tables", "squeeze"]
@@ -128,7 +127,7 @@ def _pack_histograms(
     offset, width = 0, 0.0
     for path in paths:
         steps, counts = histograms[path]
-        rows = ((int(s), *_magnitudes(c)) for s, c in zip(steps, counts, strict=True))
+        rows = ((int(s), *magnitudes(c)) for s, c in zip(steps, counts, strict=True))
         when, matrix, header = ridge(rows, most)
         shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1.0)
         codes = np.ceil(255 * np.sqrt(shares)).astype("<u1")
@@ -136,10 +135,3 @@ def _pack_histograms(
         parts.append(np.ascontiguousarray(codes.T).tobytes())
         offset, width = offset + codes.size, header["width"]
     return {"paths": entries, "width": width, "data": squeeze(b"".join(parts))}
-
-
-def _magnitudes(counts: NDArray[np.int64]) -> tuple[float, float, int, Floats]:
-    """Return zeros, non-finite, first exponent and counts by exponent of 512 signed bins."""
-    both = counts[:256] + counts[256:]
-    exponent, spread = exponent_row(-126 * np.log10(2.0), float(np.log10(2.0)), both[1:255])
-    return float(both[0]), float(both[255]), exponent, spread

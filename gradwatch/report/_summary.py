@@ -6,15 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..records import SEVERITIES, Incident
+from ..records import HEALTHY, NOT_ENOUGH_SEEN, SEVERITIES, Incident, Verdict, judge_run, rank_incidents
 from ._data import ReportData
 from ._words import explain
 
-__all__ = ["Story", "Summary", "number", "summarise"]
-
-
-LAG = 256
-SYMPTOM = 4
+__all__ = ["Story", "Summary", "number", "summarise", "verdict_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +43,15 @@ class Story:
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """Attributes:
-    state: "healthy", "noted" (info alone), "warning" or "critical".
+    verdict: the words all doors share.
+    state: how it is shown: "healthy", "noted" (healthy, with something to know), "unseen", "warning" or "critical".
     headline: one sentence.
     facts: sentences about the run as a whole: length, treatments, cost.
     stories: the likely cause first.
     notes: what was not seen.
     """
 
+    verdict: Verdict
     state: str
     headline: str
     facts: tuple[str, ...]
@@ -64,24 +62,30 @@ class Summary:
 def summarise(data: ReportData) -> Summary:
     """Return the summary of a run.
 
-    Stories stand in the order in which they began; of those that began together the usual cause stands first. A symptom
-    (the loss, the output) stands behind a cause that is found up to `LAG` steps after it: rules for causes wait longer,
-    until they are sure that the loss does not improve. What is only worth knowing (`info`) comes last.
+    Stories stand in the order of causes that all doors share (`rank_incidents`). What is only worth knowing (`info`)
+    comes last.
     """
     groups: dict[str, list[Incident]] = {}
-    for incident in data.incidents:
+    for incident, _ in rank_incidents(data.incidents):
         groups.setdefault(incident.name or incident.rule, []).append(incident)
-    ordered = sorted(groups.values(), key=_order)
+    ordered = sorted(groups.values(), key=_is_note)
     stories = tuple(_story(group, _part(i, group)) for i, group in enumerate(ordered))
-    worst = max((_rank(s.severity) for s in stories), default=-1)
-    state = ("healthy", "noted", "warning", "critical")[worst + 1]
+    verdict = verdict_of(data)
     return Summary(
-        state=state,
-        headline=_headline(state, stories, data),
+        verdict=verdict,
+        state=_state(verdict, stories),
+        headline=_headline(verdict, stories),
         facts=tuple(_facts(data)),
         stories=stories,
         notes=tuple(data.notes),
     )
+
+
+def verdict_of(data: ReportData) -> Verdict:
+    """Return the verdict on the run; where nobody has told what its rules judged, that not enough was seen."""
+    if data.verdict is not None:
+        return data.verdict
+    return judge_run(incidents=data.incidents, coverage=None, num_steps=data.num_steps)
 
 
 def number(value: float) -> str:
@@ -95,26 +99,31 @@ def _rank(severity: str) -> int:
     return SEVERITIES.index(severity) if severity in SEVERITIES else 1
 
 
-def _order(group: Sequence[Incident]) -> tuple[bool, int, int, int]:
-    worst = max(_rank(i.severity) for i in group)
-    rank = explain(group[0].rule, group[0].name).rank
-    return worst == 0, min(i.first_step for i in group) + (LAG if rank >= SYMPTOM else 0), rank, -worst
+def _is_note(group: Sequence[Incident]) -> bool:
+    return max(_rank(i.severity) for i in group) == 0
 
 
 def _part(place: int, group: Sequence[Incident]) -> str:
-    if max(_rank(i.severity) for i in group) == 0:
+    if _is_note(group):
         return "note"
     return "first" if place == 0 else "after"
 
 
-def _headline(state: str, stories: Sequence[Story], data: ReportData) -> str:
-    if not data.num_steps and not stories:
-        return "Nothing was recorded: the run ended before its first step was measured."
-    if state == "healthy":
-        return f"Healthy: no rule fired in {data.num_steps:,} steps."
+def _state(verdict: Verdict, stories: Sequence[Story]) -> str:
+    if verdict.state == NOT_ENOUGH_SEEN:
+        return "unseen"
+    if verdict.state == HEALTHY:
+        return "noted" if stories else "healthy"
+    return "critical" if any(s.severity == "critical" for s in stories) else "warning"
+
+
+def _headline(verdict: Verdict, stories: Sequence[Story]) -> str:
+    only_notes = bool(stories) and all(s.part == "note" for s in stories)
+    if verdict.state == NOT_ENOUGH_SEEN or (verdict.state == HEALTHY and not only_notes):
+        return verdict.headline
     first = stories[0]
     title = first.title[0].lower() + first.title[1:]
-    if state == "noted":
+    if verdict.state == HEALTHY:
         return f"Healthy, with something to know: {title}."
     since = min(i.first_step for s in stories if s.part != "note" for i in s.incidents)
     return f"Not healthy since step {since:,}. The likely cause: {title}."
@@ -126,6 +135,8 @@ def _story(group: Sequence[Incident], part: str) -> Story:
     worst = max(incidents, key=lambda i: _rank(i.severity))
     said = explain(first.rule, first.name)
     treatments = dict.fromkeys(t for i in incidents for t in i.treatments)
+    words = dict.fromkeys(w for i in incidents for t, w in zip(i.treatments, i.done, strict=True) if w != t)
+    more = f": {_join(list(words))}" if words else ""
     return Story(
         rule=first.rule,
         name=first.name or first.rule,
@@ -135,7 +146,7 @@ def _story(group: Sequence[Incident], part: str) -> Story:
         place=_place(incidents),
         part=part,
         advice=first.advice,
-        treated=f"gradwatch ran {_join(list(treatments))} for it." if treatments else "",
+        treated=f"gradwatch ran {_join(list(treatments))} for it{more}." if treatments else "",
         incidents=incidents,
     )
 
@@ -156,9 +167,17 @@ def _place(incidents: Sequence[Incident]) -> str:
         when = f"From step {first.first_step:,} to step {first.last_step:,}"
     else:
         when = f"At step {first.first_step:,}"
-    seen = f": {first.message.rstrip('.')}" if first.message else ""
-    gone = all(i.resolved for i in incidents)
-    return f"{when}, {place}{seen}. {'It is over.' if gone else 'It was still so at the last step seen.'}"
+    seen = f": {first.seen.rstrip('.')}" if first.message else ""
+    return f"{when}, {place}{seen}. {_end(incidents)}"
+
+
+def _end(incidents: Sequence[Incident]) -> str:
+    if not all(i.resolved for i in incidents):
+        return "It was still so at the last step seen."
+    at, over = incidents[0].details.get("treated_at"), incidents[0].resolved_step
+    if len(incidents) == 1 and isinstance(at, int) and over is not None and incidents[0].treatments:
+        return f"It was treated at step {at:,}, and over at step {over:,}."
+    return "It is over."
 
 
 def _facts(data: ReportData) -> list[str]:

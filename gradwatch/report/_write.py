@@ -68,7 +68,8 @@ def write_session(session: Session, path: str | os.PathLike[str], format: str | 
     if data is None or not data.num_steps:
         data = ReportData.from_records(session.history, name=session.settings.name, notes=session.notes)
     model = {"model": type(session.model).__name__}
-    return write_report(replace(data, incidents=tuple(session.incidents), meta={**model, **data.meta}), path, format)
+    data = replace(data, incidents=tuple(session.incidents), verdict=session.verdict(), meta={**model, **data.meta})
+    return write_report(data, path, format)
 
 
 def report_text(run: Run | ReportData | str | os.PathLike[str], format: str = "md") -> str:  # noqa: A002

@@ -5,7 +5,7 @@ import {Detail, Tasks, emptyNote} from './detail.js';
 import {clear, el, keep, number, power} from './dom.js';
 import {incidentTable, verdict} from './incidents.js';
 import {bindKeys, keyHelp} from './keys.js';
-import {columnAt} from './matrix.js';
+import {columnAt, spanText} from './matrix.js';
 import {Panel} from './panel.js';
 import {rowOf} from './rows.js';
 import {foldedSet, foldedText} from './state.js';
@@ -14,7 +14,7 @@ import {describe, sortStatistics} from './statistics.js';
 export class App {
   /**
    * @param {HTMLElement} root where the page goes.
-   * @param {object} source `runs()`, `run(id)`, `matrix(id, statistic, {from, to, path})`, `headline(id)`,
+   * @param {object} source `runs()`, `run(id)`, `matrix(id, statistic, {from, to, path})`, `headline(id, {from, to})`,
    *   `scalars(id)`, `incidents(id)`, `histograms(id, path)`, each a promise.
    * @param {object} view {read(): state, write(state), dark(): boolean}.
    */
@@ -84,10 +84,10 @@ export class App {
       const known = names.includes(this.state.stat);
       const [matrix, headline, incidents] = await Promise.all([
         known ? this.source.matrix(id, this.state.stat, {from, to}).catch((p) => note(data, p)) : null,
-        this.source.headline(id).catch((p) => note(data, p)),
+        this.source.headline(id, {from, to}).catch((p) => note(data, p)),
         this.source.incidents(id).catch((p) => note(data, p)),
       ]);
-      Object.assign(data, {info, matrix, headline, incidents: incidents?.incidents || [], stamp: info.stamp});
+      Object.assign(data, {info, matrix, headline, incidents: incidents?.incidents || [], verdict: incidents?.verdict, stamp: info.stamp});
       if (known) data.over = info.statistics[this.state.stat].over;
       data.error = [data.error, ...(info.notes || [])].filter(Boolean).join(' ');
     } catch (problem) {
@@ -99,11 +99,11 @@ export class App {
   draw() {
     const {state, panels} = this, dark = this.view.dark();
     document.body.classList.toggle('gw-dark', dark);
-    const stat = (this.stat = describe(state.stat));
+    const about = Object.assign({}, ...panels.map((p) => p.data.info?.statistics || {}));
+    const stat = (this.stat = describe(state.stat, about[state.stat]?.about));
     this.runSelect.value = state.run;
     this.otherSelect.value = state.other;
-    const names = new Set(panels.flatMap((p) => Object.keys(p.data.info?.statistics || {})));
-    this.#options(this.statSelect, sortStatistics(names).map((n) => [n, describe(n).label]));
+    this.#options(this.statSelect, sortStatistics(Object.keys(about)).map((n) => [n, describe(n, about[n].about).label]));
     this.statSelect.value = state.stat;
     this.statSelect.title = stat.help;
     if (document.activeElement !== this.filter) this.filter.value = state.filter;
@@ -183,8 +183,8 @@ export class App {
   nextIncident(direction) {
     const all = this.entries();
     if (!all.length) return;
-    const at = all.findIndex((e) => e.incident === this.incident);
-    const next = all[(at + direction + all.length) % all.length] || all[0];
+    const at = all.findIndex((e) => isSame(e.incident, this.incident));
+    const next = at < 0 ? all[direction > 0 ? 0 : all.length - 1] : all[(at + direction + all.length) % all.length];
     this.goTo(next.incident, next.run);
   }
 
@@ -193,10 +193,9 @@ export class App {
     if (options.length) this.#chooseStatistic(options[(selectedIndex + direction + options.length) % options.length].value);
   }
 
-  /** Incidents of the runs on view, in order of their first step. */
+  /** Incidents of the runs on view, run by run, each behind what it follows from. */
   entries() {
-    return this.panels.flatMap((p) => p.data.incidents.map((incident) => ({incident, run: p.data.id})))
-      .sort((a, b) => a.incident.first_step - b.incident.first_step);
+    return this.panels.flatMap((p) => p.data.incidents.map((incident) => ({incident, run: p.data.id})));
   }
 
   /** Keep the layer where a parameter statistic gives way to a module one, and the reverse. */
@@ -211,13 +210,14 @@ export class App {
   }
 
   #said() {
-    const entries = this.entries(), said = verdict(entries.map((e) => e.incident), this.panels.every((p) => !p.data.error));
+    const entries = this.entries(), said = verdict(entries,
+      this.panels.map((p) => ({run: p.data.id, verdict: p.data.verdict})), this.panels.every((p) => !p.data.error));
     const unread = this.panels.length && this.panels.every((p) => !p.data.info);
     this.verdict.className = `gw-verdict ${unread ? 'gw-info' : said.className}`;
     clear(this.verdict, unread ? 'This run can’t be shown; the reason is below.' : said.text,
-      !unread && said.first ? el('button', {type: 'button', onclick: () => this.goTo(said.first)}, 'Show it') : null);
+      !unread && said.first ? el('button', {type: 'button', onclick: () => this.goTo(said.first.incident, said.first.run)}, 'Show it') : null);
     incidentTable(this.table, entries, {several: this.panels.length > 1,
-      chosen: entries.find((e) => e.incident === this.incident), onChoose: (e) => this.goTo(e.incident, e.run)});
+      chosen: entries.find((e) => isSame(e.incident, this.incident)), onChoose: (e) => this.goTo(e.incident, e.run)});
   }
 
   #showDetail(width) {
@@ -231,7 +231,7 @@ export class App {
     this.slider.max = String(matrix.count - 1);
     const at = this.state.step === '' ? matrix.count - 1 : columnAt(matrix.steps, this.state.step);
     this.slider.value = String(at);
-    this.stepText.textContent = `step ${matrix.steps[at]}`;
+    this.stepText.textContent = spanText(matrix, at);
   }
 
   #legend(range, dark, stat) {
@@ -303,4 +303,9 @@ function newest(runs) {
 function note(data, problem) {
   data.error = [data.error, problem.message].filter(Boolean).join(' ');
   return null;
+}
+
+/** One incident, read twice. */
+function isSame(a, b) {
+  return Boolean(a && b) && a.id === b.id && a.rule === b.rule && a.first_step === b.first_step;
 }

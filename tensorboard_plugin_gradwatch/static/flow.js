@@ -3,7 +3,7 @@
 import {el, clear, cssColor, elide, number, sizeCanvas, power} from './dom.js';
 import {NONFINITE, ZERO, css, levelOf, missingColor, rgbAt, LEVELS} from './colors.js';
 import {MARGIN} from './lines.js';
-import {columnAt, displayValues} from './matrix.js';
+import {columnAt, displayValues, spanText} from './matrix.js';
 
 export class Flow {
   /** @param {object} on `select(step, row)`. */
@@ -54,7 +54,7 @@ export class Flow {
     });
     g.fillStyle = cssColor('--gw-muted');
     g.textAlign = 'left';
-    g.fillText(`${stat.label} at step ${matrix.steps[at]}`, box.left, 12);
+    g.fillText(`${stat.label} at ${spanText(matrix, at)}`, box.left, 12);
     if (!named) g.fillText('input', box.left, height - 8);
     g.textAlign = 'right';
     if (!named) g.fillText('output', box.right, height - 8);

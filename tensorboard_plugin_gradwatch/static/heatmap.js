@@ -3,7 +3,7 @@
 import {el, clear, cssColor, number, sizeCanvas, ticks} from './dom.js';
 import {LEVELS, levelOf, palette} from './colors.js';
 import {MARGIN} from './lines.js';
-import {columnAt, displayValues, extent} from './matrix.js';
+import {columnAt, displayValues, extent, spanText} from './matrix.js';
 
 const AXIS = 18;
 const TICKS = 12;
@@ -229,12 +229,10 @@ export class Heatmap {
     const row = this.#rowAt(y);
     if (!row || !matrix.count) return void (this.tip.hidden = true);
     const i = columnAt(matrix.steps, this.stepAt(x));
-    const end = i + 1 < matrix.count ? matrix.steps[i + 1] - 1 : matrix.last;
     const value = this.series[layout.rows.indexOf(row)][i];
-    const pooled = matrix.measured > matrix.count && end > matrix.steps[i];
     const said = value === -Infinity ? 'not measured' : number(value);
     clear(this.tip, el('b', {}, row.path || '(root)'), el('br'),
-      `step ${matrix.steps[i]}${pooled ? `–${end}, largest` : ''}: ${stat.label} ${said}`);
+      `${spanText(matrix, i)}: ${stat.label} ${said}`);
     this.tip.hidden = false;
     const right = x > this.width / 2;
     this.tip.style.left = right ? '' : `${x + 14}px`;

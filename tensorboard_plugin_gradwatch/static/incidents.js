@@ -40,7 +40,7 @@ function line(entry, {several, chosen, onChoose}) {
     el('td', {className: 'gw-num'}, span(incident), el('small', {}, incident.resolved ? 'over' : 'still on')),
     el('td', {className: 'gw-rule'}, el('span', {className: 'gw-dot'}), incident.name || incident.rule),
     el('td', {className: 'gw-path', title: (incident.paths || []).join('\n')}, ...breakable(where), more > 0 ? el('small', {}, `and ${more} more`) : null),
-    el('td', {className: 'gw-num'}, limited(incident.value, incident.rule === 'non_finite')),
+    el('td', {className: 'gw-num'}, limited(incident.value, incident.rule === 'non_finite'), elsewhere(incident)),
     el('td', {className: 'gw-num'}, limited(incident.limit)),
     el('td', {}, (incident.treatments || []).join(', ') || '–'),
     el('td', {className: 'gw-advice'}, el('div', {}, incident.message ? el('b', {}, incident.message) : null,
@@ -56,23 +56,36 @@ function span(incident) {
   return b > a ? `${a}–${b}` : String(a);
 }
 
+/** Which path the value is of, where it is not the one it began in. */
+function elsewhere({worst_path: path, first_path: first, value}) {
+  if (path === undefined || path === null || path === first || !Number.isFinite(value)) return null;
+  return path ? el('small', {title: path}, ...breakable(path)) : el('small', {}, 'whole model');
+}
+
 /** NaN means that there is no such number, except where a rule looks for NaN. */
 function limited(value, meant = false) {
   const text = number(value);
   return (text === 'NaN' && !meant) || text === '' ? '–' : text;
 }
 
-const WORST = {critical: 0, warning: 1, info: 2};
+/** One line above the pictures: what is said of each run, and what to look at first. `told`: [{run, verdict}]. */
+export function verdict(entries, told, whole) {
+  const said = told.filter((t) => t.verdict);
+  if (!said.length) return {className: 'gw-info', text: whole ? 'Nothing can be said of this log.' : 'Parts of this log can’t be read.'};
+  const ill = said.filter((t) => t.verdict.tone === 'bad').length;
+  const unseen = said.filter((t) => t.verdict.tone === 'unseen').length;
+  const worst = entries.some((e) => e.incident.severity === 'critical') ? 'gw-critical' : 'gw-warning';
+  const text = said.map((t) => (said.length > 1 ? `${t.run}: ${t.verdict.headline}` : t.verdict.headline)).join(' ');
+  return {className: ill ? worst : unseen || !whole ? 'gw-info' : 'gw-good', first: leading(entries, said),
+    text: whole ? text : `${text} Parts of this log can’t be read.`};
+}
 
-/** One line above the pictures: how many, how bad, what came first. `whole`: everything could be read. */
-export function verdict(incidents, whole) {
-  if (!incidents.length && !whole) return {className: 'gw-info', text: 'No incident is on record, but parts of this log can’t be read.'};
-  if (!incidents.length) return {className: 'gw-healthy', text: 'Healthy: no rule has fired.'};
-  const count = (severity) => incidents.filter((i) => i.severity === severity).length;
-  const parts = ['critical', 'warning', 'info'].filter(count).map((s) => `${count(s)} ${s}`);
-  const first = [...incidents].sort((a, b) => a.first_step - b.first_step || WORST[a.severity] - WORST[b.severity])[0];
-  const plural = incidents.length === 1 ? 'incident' : 'incidents';
-  const worst = count('critical') ? 'gw-critical' : count('warning') ? 'gw-warning' : 'gw-info';
-  return {className: worst, first,
-    text: `${incidents.length} ${plural} (${parts.join(', ')}). First: ${first.name || first.rule} at step ${first.first_step} in ${first.first_path || 'the whole model'}.`};
+/** The incident that the first of the verdicts with one names. */
+function leading(entries, said) {
+  for (const {run, verdict: {first}} of said) {
+    const found = first && entries.find((e) => e.run === run && e.incident.rule === first[0] && e.incident.first_step === first[1]
+      && e.incident.id === first[2]);
+    if (found) return found;
+  }
+  return entries[0];
 }

@@ -2,33 +2,10 @@
 
 import {App} from './app.js';
 import {el} from './dom.js';
-import {decode} from './matrix.js';
+import {source, stylesheet} from './remote.js';
 import {format, parse} from './state.js';
 
 const PREFIX = 'p.gradwatch.';
-
-async function get(route, query = {}) {
-  const given = Object.entries(query).filter(([, value]) => value !== '' && value !== undefined);
-  const response = await fetch(`./${route}?${new URLSearchParams(given)}`);
-  if (!response.ok) {
-    const said = await response.json().catch(() => ({}));
-    throw new Error(said.message || `TensorBoard answered ${response.status}.`);
-  }
-  return response;
-}
-
-const json = async (route, query) => (await get(route, query)).json();
-const matrix = async (route, query) => decode(await (await get(route, query)).arrayBuffer());
-
-const source = {
-  runs: () => json('runs'),
-  run: (run) => json('run', {run}),
-  incidents: (run) => json('incidents', {run}),
-  headline: (run) => matrix('headline', {run}),
-  scalars: (run) => matrix('scalars', {run}),
-  matrix: (run, statistic, query) => matrix('matrix', {run, statistic, ...query}),
-  histograms: (run, path) => matrix('histograms', {run, path}),
-};
 
 /** The page around us, which is of the same origin; null where a host forbids it. */
 function host() {
@@ -61,10 +38,6 @@ function onReload(listener) {
     channel.port1.postMessage(JSON.stringify({type: message.type, id: message.id, payload: null, error: null, isReply: true}));
   };
   window.parent.postMessage('experimental.bootstrap', '*', [channel.port2]);
-}
-
-function stylesheet(name) {
-  return new Promise((done) => document.head.append(el('link', {rel: 'stylesheet', href: `./static/${name}`, onload: done, onerror: done})));
 }
 
 export async function render() {

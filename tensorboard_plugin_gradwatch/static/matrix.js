@@ -4,17 +4,19 @@ import {combine} from './statistics.js';
 
 /**
  * Decode header, steps and matrix.
- * @returns {object} the header's fields, `steps` (Float64Array) and `values` (Float32Array, row after row in time).
+ * @returns {object} the header's fields, `steps` and `ends` (first and last step of each column, Float64Array) and
+ *   `values` (Float32Array, row after row in time).
  */
 export function decode(buffer) {
   const length = new Float64Array(buffer, 0, 1)[0];
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
   const n = header.steps, m = header.rows;
   const steps = new Float64Array(buffer, 8 + length, n);
-  const byStep = new Float32Array(buffer, 8 + length + 8 * n, n * m);
+  const ends = new Float64Array(buffer, 8 + length + 8 * n, n);
+  const byStep = new Float32Array(buffer, 8 + length + 16 * n, n * m);
   const values = new Float32Array(n * m);
   for (let i = 0; i < n; i++) for (let r = 0; r < m; r++) values[r * n + i] = byStep[i * m + r];
-  return {...header, count: n, rows: m, steps, values};
+  return {...header, count: n, rows: m, steps, ends, values};
 }
 
 export function rowValues(matrix, row) {
@@ -46,10 +48,16 @@ export function columnAt(steps, step) {
 
 /** Steps a matrix spans, the width of its last column included. */
 export function extent(matrix) {
-  const {steps, count} = matrix;
+  const {steps, ends, count} = matrix;
   if (!count) return [0, 1];
   const gap = count > 1 ? (steps[count - 1] - steps[0]) / (count - 1) : 1;
-  return [steps[0], Math.max(matrix.last ?? steps[count - 1], steps[count - 1]) + Math.max(1, Math.min(gap, 1e9))];
+  return [steps[0], Math.max(ends[count - 1] + 1, steps[count - 1] + Math.max(1, Math.min(gap, 1e9)))];
+}
+
+/** What a column stands for: "step 60", or "steps 50–99, largest". */
+export function spanText(matrix, at) {
+  const {steps, ends} = matrix;
+  return ends[at] > steps[at] ? `steps ${steps[at]}–${ends[at]}, largest` : `step ${steps[at]}`;
 }
 
 /** A named column of a table of scalars: steps and values of what was measured. */

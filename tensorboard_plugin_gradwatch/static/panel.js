@@ -13,6 +13,8 @@ export class Panel {
   constructor(on) {
     this.on = on;
     this.title = el('h2');
+    this.lossBox = el('div', {className: 'gw-loss'});
+    this.loss = new LineChart(this.lossBox);
     this.normBox = el('div', {className: 'gw-norm'});
     this.norm = new LineChart(this.normBox);
     this.heat = new Heatmap(on);
@@ -20,7 +22,7 @@ export class Panel {
     this.note = el('p', {className: 'gw-quiet'});
     this.problem = el('p', {className: 'gw-problem', role: 'alert'});
     this.picture = el('div', {className: 'gw-picture'});
-    this.root = el('section', {className: 'gw-panel'}, this.title, this.problem, this.normBox, this.note, this.picture);
+    this.root = el('section', {className: 'gw-panel'}, this.title, this.problem, this.lossBox, this.normBox, this.note, this.picture);
   }
 
   /** `data`: {info, matrix, headline, incidents, over, error}. */
@@ -49,6 +51,7 @@ export class Panel {
     const said = [];
     this.problem.textContent = [data.error, data.matrix?.left_out ? `${data.matrix.left_out} damaged or foreign points were left out.` : '']
       .filter(Boolean).join(' ');
+    this.#loss({state, width, gutter});
     this.#norm({state, width, gutter});
     if (!data.matrix || !this.paths.length) {
       this.note.textContent = data.error ? '' : `This run has no “${stat.label}”.`;
@@ -75,6 +78,7 @@ export class Panel {
   }
 
   mark(state) {
+    this.loss.mark(state.step);
     this.norm.mark(state.step);
     if (state.view === 'flow' && this.flow.view) this.flow.draw({...this.flow.view, step: state.step, path: state.path});
     else this.heat.mark(state.step, state.path);
@@ -86,6 +90,20 @@ export class Panel {
     if (matrix?.count) return extent(matrix);
     const steps = headline?.steps || [];
     return [state.from === '' ? (steps[0] ?? 0) : state.from, state.to === '' ? (steps[steps.length - 1] ?? 1) : state.to];
+  }
+
+  /** The loss, over the same columns as all below it. */
+  #loss({state, width, gutter}) {
+    const {headline, incidents} = this.data;
+    const values = headline && scalarColumn(headline, 'loss');
+    this.lossBox.hidden = !values || !values.some((v) => Number.isFinite(v));
+    if (this.lossBox.hidden) return;
+    const [low, high] = this.span(state);
+    const seen = Array.from(values).filter((v) => Number.isFinite(v));
+    const least = seen.reduce((a, b) => Math.min(a, b)), most = seen.reduce((a, b) => Math.max(a, b));
+    const linear = least <= 0 || most < 100 * least;
+    this.loss.draw({steps: headline.steps, series: [{label: 'loss', values, color: cssColor('--gw-line-1')}], width, height: 120,
+      gutter, linear, incidents, low, high, step: state.step, on: {zoom: this.on.zoom, step: (step) => this.on.select(step, null)}});
   }
 
   #norm({state, width, gutter}) {
@@ -100,6 +118,10 @@ export class Panel {
     if (most && differs(most, before)) series.push({label: 'largest since the last point', values: most, color: cssColor('--gw-faint'), width: 1});
     series.push({label: 'global norm before treatment', values: before, color: cssColor('--gw-line-1')});
     if (after && differs(after, before)) series.push({label: 'after', values: after, color: cssColor('--gw-line-2')});
+    const applied = scalarColumn(headline, 'global_norm_applied');
+    if (applied && differs(applied, after || before)) {
+      series.push({label: 'as the optimizer got it', values: applied, color: cssColor('--gw-line-3')});
+    }
     if (limit && limit.some((v) => Number.isFinite(v))) {
       series.push({label: 'limit', values: limit, color: cssColor('--gw-critical'), width: 1, dash: [6, 4]});
     }

@@ -24,8 +24,10 @@ async function decodeTable(packed, rows) {
     values = new Float32Array(rows * count).fill(-Infinity);
     packed.places.forEach((place, i) => values.set(given.subarray(i * count, (i + 1) * count), place * count));
   }
-  return {steps: Float64Array.from(packed.steps), count, rows, values,
-    last: packed.last, measured: packed.measured, left_out: 0, partial: Boolean(packed.places)};
+  const steps = Float64Array.from(packed.steps);
+  // Where steps were pooled, a column stands for all up to the next one.
+  const ends = steps.map((step, i) => (packed.measured > count ? (steps[i + 1] ?? packed.last + 1) - 1 : step));
+  return {steps, ends, count, rows, values, measured: packed.measured, left_out: 0, partial: Boolean(packed.places)};
 }
 
 /** Steps from `from` to `to`, and one row alone where a path is asked for. */
@@ -37,8 +39,8 @@ function part(matrix, {from = '', to = ''}, row = null) {
   if (count === n && row === null) return matrix;
   const values = new Float32Array(rows.length * count);
   rows.forEach((r, i) => values.set(matrix.values.subarray(r * n + first, r * n + last), i * count));
-  const end = last < n ? matrix.steps[last] - 1 : matrix.last;
-  return {...matrix, steps: matrix.steps.slice(first, last), count, rows: rows.length, values, last: end};
+  return {...matrix, steps: matrix.steps.slice(first, last), ends: matrix.ends.slice(first, last), count,
+    rows: rows.length, values};
 }
 
 function embedded(data) {
@@ -48,13 +50,14 @@ function embedded(data) {
   const scalars = () => once('/scalars', async () => {
     const {names, steps} = data.scalars;
     const values = new Float32Array(await inflate(data.scalars.data));
-    return {names, steps: Float64Array.from(steps), count: steps.length, rows: names.length, values};
+    const when = Float64Array.from(steps);
+    return {names, steps: when, ends: when, count: steps.length, rows: names.length, values};
   });
   return {
     single: true,
     runs: async () => ({runs: [{id: data.name, message: ''}]}),
     run: async () => ({index: data.index, stamp: 0, meta: data.meta, notes: [], has_histograms: true,
-      statistics: Object.fromEntries(Object.entries(data.tables).map(([name, t]) => [name, {over: t.over}]))}),
+      statistics: Object.fromEntries(Object.entries(data.tables).map(([name, t]) => [name, {over: t.over, about: t.about}]))}),
     incidents: async () => ({incidents: data.incidents}),
     headline: scalars,
     scalars,

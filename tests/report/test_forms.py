@@ -130,7 +130,7 @@ def test_html_stays_under_500_kb_at_500_layers_and_2000_steps():
 def test_json_gives_the_story_to_programs(data):
     told = json.loads(to_json(data))
     assert (told["state"], told["schema"], told["steps"]["recorded"]) == ("critical", 1, 400)
-    assert [s["rule"] for s in told["stories"]] == ["exploding", "vanishing", "non_finite"]
+    assert [s["rule"] for s in told["stories"]] == ["exploding", "non_finite", "vanishing"]
     assert told["stories"][0]["part"] == "first"
     assert told["treatments"][0] == {
         "name": "clip_to_limit", "rule": "exploding", "count": 4, "first_step": 240, "last_step": 243,
@@ -142,7 +142,7 @@ def test_json_gives_the_story_to_programs(data):
 
 def test_markdown_tells_the_first_cause_first(data):
     text = to_markdown(data)
-    assert text.index("## 1. The gradient exploded") < text.index("## 2. The gradient vanishes")
+    assert text.index("## 1. The gradient exploded") < text.index("## 3. The gradient vanishes")
     assert "| `h.0.mlp.c_fc.weight` |" in text
     assert report_text(data, "md") == text
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from gradwatch.records import RuleCoverage, judge_run
 from gradwatch.report import ReportData, to_html
 
 from ..tab.browser import chromium, complaints, requests, shoot, wait_until, why_no_browser
@@ -65,7 +66,7 @@ def test_report_from_disk_asks_for_nothing(driver, show, data):
 
 def test_story_leads_to_its_place_in_the_picture(driver, show, data):
     show(data)
-    driver.execute_script("document.querySelectorAll('.gw-story button')[2].click()")
+    driver.execute_script("document.querySelector('.gw-story[data-step=\"330\"] button').click()")
     wait_until(lambda: text(driver, ".gw-detail h2") == "h.4.mlp.c_fc.weight", "the layer's being shown")
     assert text(driver, ".gw-step output") == "step 330"
     wait_until(lambda: driver.find_elements("css selector", ".gw-detail .uplot"), "its curve")
@@ -124,6 +125,9 @@ def test_hostile_names_do_nothing(driver, show, data):
 
 
 def test_report_of_a_healthy_run_says_so(driver, show):
-    show(ReportData.from_records(make_records(steps=60, ill=False), name="fine"))
-    assert text(driver, ".gw-headline") == "Healthy: no rule fired in 60 steps."
+    data = ReportData.from_records(make_records(steps=60, ill=False), name="fine")
+    verdict = judge_run(coverage=[RuleCoverage(name="exploding", judged=60, seen=60, strip=(1.0,))], num_steps=60)
+    show(replace(data, verdict=verdict))
+    assert text(driver, ".gw-headline") == "Healthy: one rule judged 60 steps, and none fired."
+    assert "1 of 1 rules judged enough" in text(driver, ".gw-coverage")
     assert complaints(driver) == []

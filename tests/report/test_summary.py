@@ -7,12 +7,19 @@ import inspect
 import pytest
 
 from gradwatch import rules
-from gradwatch.records import Incident
+from gradwatch.records import Incident, RuleCoverage, judge_run
 from gradwatch.report import EXPLANATIONS, ReportData, TreatmentCount, summarise
 
 
 def incident(rule: str, step: int, **more: object) -> Incident:
     return Incident(**{"rule": rule, "first_step": step, "last_step": step, **more})  # type: ignore[arg-type]
+
+
+def well(num_steps: int, *incidents: Incident) -> ReportData:
+    """What was recorded of a run that a rule judged step by step."""
+    coverage = [RuleCoverage(name="exploding", judged=num_steps)]
+    verdict = judge_run(incidents=incidents, coverage=coverage, num_steps=num_steps)
+    return ReportData(num_steps=num_steps, incidents=incidents, verdict=verdict)
 
 
 def story_order(*incidents: Incident) -> list[str]:
@@ -28,12 +35,19 @@ def test_every_built_in_rule_is_explained():
 
 
 def test_run_without_incidents_is_healthy():
+    summary = summarise(well(1200))
+    told = "Healthy: one rule judged 1,200 steps, and none fired."
+    assert (summary.state, summary.headline) == ("healthy", told)
+
+
+def test_run_of_which_nobody_says_what_was_judged_is_not_called_healthy():
     summary = summarise(ReportData(num_steps=1200))
-    assert (summary.state, summary.headline) == ("healthy", "Healthy: no rule fired in 1,200 steps.")
+    assert summary.state == "unseen"
+    assert summary.headline.startswith("Not enough seen: which rules judged it is not on record.")
 
 
 def test_run_without_records_is_not_called_healthy():
-    assert summarise(ReportData()).headline.startswith("Nothing was recorded")
+    assert summarise(ReportData()).headline == "Not enough seen: nothing was recorded."
 
 
 def test_what_began_first_stands_first():
@@ -65,7 +79,7 @@ def test_what_is_only_worth_knowing_comes_last():
 
 
 def test_notes_alone_leave_the_run_healthy():
-    summary = summarise(ReportData(incidents=(incident("undertrained", 99, severity="info"),), num_steps=100))
+    summary = summarise(well(100, incident("undertrained", 99, severity="info")))
     assert summary.state == "noted"
     assert summary.headline == "Healthy, with something to know: the loss was still falling at the end."
 

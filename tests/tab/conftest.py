@@ -25,7 +25,9 @@ class Tab:
         multiplexer.AddRunsFromDirectory(str(logdir))
         multiplexer.Reload()
         provider = data_provider.MultiplexerDataProvider(multiplexer, str(logdir))
-        context = base_plugin.TBContext(data_provider=provider, sampling_hints={plugin.PLUGIN_NAME: samples})
+        context = base_plugin.TBContext(
+            data_provider=provider, logdir=str(logdir), sampling_hints={plugin.PLUGIN_NAME: samples}
+        )
         loaded = plugin.GradwatchPlugin().load(context)
         assert loaded is not None
         self.plugin: Any = loaded

@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tensorboard_plugin_gradwatch import MISSING, exponent_row, pool, ridge
+from tensorboard_plugin_gradwatch._cache import Cache
 from tensorboard_plugin_gradwatch._catalogue import Series, Source, catalogue
-from tensorboard_plugin_gradwatch._reader import (
-    Cache,
-    Point,
-    Table,
-    Unreadable,
-    read_headline,
-    read_index,
-    read_scalars,
-    read_statistic,
-)
+from tensorboard_plugin_gradwatch._reader import Point, read_headline, read_index, read_scalars, read_statistic
+from tensorboard_plugin_gradwatch._shown import Table, Unreadable
 from tensorboard_plugin_gradwatch._wire import pack, unpack
 
 floats = st.one_of(st.floats(0, 2.0**100, width=32), st.sampled_from([np.nan, np.inf, MISSING]))

@@ -1,0 +1,25 @@
+// Made by tools/columns.py from gradwatch's table of columns.
+
+export const COLUMNS = {
+  grad_norm: {"label": "gradient norm", "scale": "log10", "combine": "norm", "guide": null, "meaning": "L2 norm of each parameter’s gradient, as the optimizer gets it before treatment."},
+  update_ratio: {"label": "update / weight ratio", "scale": "log10", "combine": "max", "guide": 0.001, "meaning": "Size of the update over size of the weight. Around 1e-3 (log10 −3) is usual; 1e-1 is wild, 1e-6 hardly moves."},
+  grad_output_norm: {"label": "grad_output norm", "scale": "log10", "combine": "norm", "guide": null, "meaning": "Gradient of the loss with respect to each module’s output: where the signal grows or fades on its way back."},
+  output_rms: {"label": "activation rms", "scale": "log10", "combine": "max", "guide": null, "meaning": "Root mean square of each module’s output."},
+  zero_fraction: {"label": "zero share of gradient", "scale": "share", "combine": "max", "guide": null, "meaning": "Share of the gradient’s entries that are exactly zero."},
+  param_norm: {"label": "weight norm", "scale": "log10", "combine": "norm", "guide": null, "meaning": "L2 norm of each parameter, before the update."},
+  grad_absmax: {"label": "gradient, largest entry", "scale": "log10", "combine": "max", "guide": null, "meaning": "Largest magnitude in each gradient."},
+  update_norm: {"label": "update norm", "scale": "log10", "combine": "norm", "guide": null, "meaning": "L2 norm of what the optimizer added."},
+  nonfinite_count: {"label": "non-finite entries", "scale": "count", "combine": "max", "guide": null, "meaning": "NaN and infinite entries of each gradient."},
+  underflow_fraction: {"label": "underflow share", "scale": "share", "combine": "max", "guide": null, "meaning": "Share of the gradient’s entries that are not zero and lie below 2⁻¹⁴ (6.1e-5), float16’s smallest normal number: below it digits are lost."},
+  output_zero_fraction: {"label": "activation zero share", "scale": "share", "combine": "max", "guide": null, "meaning": "Share of each output that is exactly zero."},
+  silent_fraction: {"label": "silent units", "scale": "share", "combine": "max", "guide": null, "meaning": "Share of units that no sample of the window activated."},
+  saturated_fraction: {"label": "saturated share", "scale": "share", "combine": "max", "guide": null, "meaning": "Share of sigmoid or tanh inputs beyond ±5, where the slope is nearly zero."},
+  output_std: {"label": "activation standard deviation", "scale": "log10", "combine": "max", "guide": null, "meaning": "Spread of each module’s output."},
+  output_mean: {"label": "activation |mean|", "scale": "log10", "combine": "max", "guide": null, "meaning": "Mean of each module’s output; pictures show its magnitude."},
+  output_absmax: {"label": "activation, largest", "scale": "log10", "combine": "max", "guide": null, "meaning": "Largest magnitude in each module’s output."},
+  grad_output_absmax: {"label": "grad_output, largest", "scale": "log10", "combine": "max", "guide": null, "meaning": "Largest magnitude in each grad_output."},
+  output_nonfinite: {"label": "non-finite activations", "scale": "count", "combine": "max", "guide": null, "meaning": "NaN and infinite entries of each module’s output."},
+  input_nonfinite: {"label": "non-finite inputs", "scale": "count", "combine": "max", "guide": null, "meaning": "NaN and infinite entries of each module’s input."},
+  grad_output_nonfinite: {"label": "non-finite grad_output", "scale": "count", "combine": "max", "guide": null, "meaning": "NaN and infinite entries of each grad_output."},
+  row_spread: {"label": "row spread at start", "scale": "log10", "combine": "max", "guide": null, "meaning": "How much a weight’s rows differ; 0 is a symmetric start."},
+};
