@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import suggest
 
 if TYPE_CHECKING:
+    from ._factories import AutoClip as AutoClip
+    from ._factories import GradientSurgery as GradientSurgery
+    from ._factories import HistogramLogger as HistogramLogger
     from .lightning import GradWatch as GradWatch
 
 _DOORS = {

@@ -37,13 +37,14 @@ class NumberInBar:
 
     def detach(self) -> None:
         """Leave the bar as it was."""
-        bar, self._bar = self._bar, None
+        bar = self._bar
         if bar is None:
             return
         if self._before is _ABSENT:
             vars(bar).pop("get_metrics", None)
         else:
             bar.get_metrics = self._before
+        self._bar = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A bar holds its Trainer: a copy of the callback that shows the number does not want that.

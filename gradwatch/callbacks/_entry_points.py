@@ -1,6 +1,6 @@
 """Callback factories: with `GRADWATCH=1` in the environment a script is watched without a changed line.
 
-Lightning's packages each read an entry-point group of their own when a Trainer or a Fabric is made (L3).
+Lightning's packages each read an entry-point group of their own when a Trainer or a Fabric is made.
 `GRADWATCH_RULES` names a preset or a rules file; "default" where it is not set.
 """
 

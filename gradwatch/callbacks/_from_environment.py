@@ -21,13 +21,17 @@ class _FromEnvironment(GradWatch):
 
     _living: ClassVar[WeakSet[Any]] = WeakSet()
     _base: ClassVar[type[Any] | None] = None
+    _may_step_back = True
+    _in_charge = False
     _stepped_back = False
 
     def __init__(self, rules: Any = "default", **settings: Any) -> None:
         super().__init__(rules, **settings)
         self._age = 0
         for older in self._living:
+            # A Trainer is being made: what is among its callbacks already must not have the new one's key.
             older._age += 1
+            older._in_charge = False
         self._living.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -35,24 +39,36 @@ class _FromEnvironment(GradWatch):
         return _blank, (self._base,), self.__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy of the script's list holds copies: they age as well.
+        # A copy of the script's list holds copies: they age as well. No two are of one age: a list may hold both.
         self.__dict__.update(state)
+        ages = {other._age for other in self._living}
+        while self._age in ages:
+            self._age += 1
+        self._in_charge = False
         self._living.add(self)
 
     @property
     def state_key(self) -> str:
-        # Two callbacks with one key would be an error; the one in charge keeps its key from run to run.
+        # The one in charge keeps its key from run to run, whatever Trainers were made since.
         key = f"gradwatch:{self.settings.name}:environment"
-        return f"{key}:{self._age}" if self._age else key
+        return key if self._in_charge or not self._age else f"{key}:{self._age}"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._look_around(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._stepped_back = any(self._yields_to(callback) for callback in trainer.callbacks)
-        if not self._stepped_back:
+        self._look_around(trainer)
+        if self._in_charge:
             super().on_train_start(trainer, pl_module)
         elif self._session is not None:
             # Of the Trainer that it was made for; nothing of this fit is its own.
             self._session.close()
             self._session = None
+
+    def _look_around(self, trainer: Any) -> None:
+        self._stepped_back = any(self._yields_to(callback) for callback in trainer.callbacks)
+        self._in_charge = not self._stepped_back
 
     def _yields_to(self, callback: Any) -> bool:
         if isinstance(callback, _FromEnvironment):
@@ -60,7 +76,11 @@ class _FromEnvironment(GradWatch):
         return isinstance(callback, GradWatch)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._stepped_back else super().state_dict()
+        if self._stepped_back:
+            return {}
+        # Asked for its state before its key, by the Trainer that saves.
+        self._in_charge = self._in_charge or self._session is not None
+        return super().state_dict()
 
 
 def trainer_callback(base: type[Any], rules: str, **settings: Any) -> Any:

@@ -15,7 +15,7 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def callback_bases() -> tuple[type[Any], ...]:
-    """Return the `Callback` of every Lightning package that is imported already, else of the first one installed (L1).
+    """Return the `Callback` of every Lightning package that is imported already, else of the first one installed.
 
     `lightning` and `pytorch_lightning` are one code base under two names; a program may hold either, or both.
 

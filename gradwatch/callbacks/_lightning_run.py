@@ -1,16 +1,47 @@
-"""What a Lightning run gives gradwatch at its beginning and at validation: sinks, folder, metrics."""
+"""What gradwatch takes from a Lightning Trainer (sinks, a folder, metrics, a scaler), and what it asks of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .._preflight import PreflightReport, check_lightning
+from ..errors import TrainingStopped
+from ..requests import StopTraining
 from ..sinks import sinks_for_loggers
-from ..watch import IncidentTarget, Session, Settings
+from ..torchside import is_flat_sharded
+from ..watch import (
+    Guard,
+    Home,
+    IncidentTarget,
+    ScaleReader,
+    Session,
+    Settings,
+    StepInputs,
+    raw_optimizer,
+    scale_left_in_gradients,
+    validation_scalars,
+)
 from ._run_dir import free_run_dir
 
-__all__ = ["choose_run_dir", "open_session", "validation_scalars"]
+__all__ = [
+    "checked",
+    "choose_run_dir",
+    "hear_raw_steps",
+    "home_of",
+    "loss_scaler",
+    "note_trainer",
+    "open_session",
+    "raw_optimizer",
+    "say_what_goes_back",
+    "validation_metrics",
+]
 
 
 def open_session(
@@ -28,9 +59,10 @@ def open_session(
         loggers = [] if trainer.fast_dev_run else trainer.loggers
         scale = settings.options.histogram_scale
         sinks = tuple(sinks_for_loggers(loggers, name=settings.name, histogram_scale=scale))
-    return Session(
-        pl_module,
-        [getattr(o, "_optimizer", o) for o in trainer.optimizers],
+    session = Session(
+        # What its flat parameters hold the wrapper of FSDP alone knows.
+        trainer.model if is_flat_sharded(trainer.model) else pl_module,
+        [raw_optimizer(o) for o in trainer.optimizers],
         settings,
         sinks=sinks,
         run_dir=run_dir,
@@ -39,26 +71,165 @@ def open_session(
         on_incident=on_incident,
         start_step=trainer.global_step,
     )
+    session.engine.gates.know(trainer.optimizers)
+    return session
 
 
 def choose_run_dir(trainer: Any, given: str | Path | bool | None, name: str, *, fresh: bool) -> Path | None:
-    """Return the folder for a run's files: the given one, else one in the log folder that no earlier run has."""
+    """Return the folder for a run's files: the given one, else one in the log folder that no earlier run has.
+
+    None where nothing is to be written: without a logger and without a `default_root_dir` of its own, the Trainer
+    leaves the working directory as it is. A logger that has no folder (a remote one) has its files where the Trainer
+    puts its checkpoints.
+    """
     # `log_dir` is a collective: every rank asks.
-    log_dir = trainer.log_dir or trainer.default_root_dir
+    log_dir = trainer.log_dir
     if given is False or trainer.fast_dev_run:
         return None
     if isinstance(given, (str, Path)):
         return Path(given)
+    if log_dir is None or not trainer.loggers:
+        log_dir = _root(trainer)
+    if log_dir is None:
+        return None
     folder = Path(log_dir) / name
     return free_run_dir(folder) if fresh else folder
 
 
-def validation_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return `val_loss` and `val_<metric>` from the Trainer's metrics (`val/loss`, `valid_acc`, ...)."""
-    found = {}
-    for key, value in metrics.items():
-        word = key.replace("/", "_")
-        if word.startswith("val"):
-            word = word.removeprefix("validation").removeprefix("valid").removeprefix("val").lstrip("_")
-            found[f"val_{word or 'value'}"] = float(value)
+def _root(trainer: Any) -> str | None:
+    """Return the folder in which the Trainer keeps what goes to no logger; None where it keeps nothing, or was given
+    none: the working directory stands for that."""
+    root = str(trainer.default_root_dir)
+    if trainer.loggers:
+        writes = bool(trainer.checkpoint_callbacks)
+    else:
+        writes = not trainer.barebones and Path(root).resolve() != Path.cwd()
+    return root if writes and "://" not in root else None
+
+
+def validation_metrics(trainer: Any, guard: Guard) -> dict[str, float]:
+    """Return `val_loss` and `val_<metric>` from what was logged while the Trainer validated."""
+    return validation_scalars(trainer.callback_metrics, guard, known=_logged_in_validation(trainer))
+
+
+def _logged_in_validation(trainer: Any) -> set[str] | None:
+    # Private, but the only place that knows a `loss` of validation from one of training; else names must do.
+    try:
+        return {result.meta.name for result in trainer.fit_loop.epoch_loop.val_loop._results.values()}
+    except Exception:
+        return None
+
+
+def loss_scaler(trainer: Any) -> Any:
+    """Return the Trainer's loss scaler, or None where it has none that is at work."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def home_of(session: Session, trainer: Any, *, say: Callable[[str], None]) -> Home:
+    """Return what the Trainer does for requests."""
+
+    def stop(request: StopTraining) -> None:
+        say(f"gradwatch {request.reason}")
+        if request.as_error:
+            raise TrainingStopped(request.reason)
+        trainer.should_stop = True
+
+    folder = session.run_dir or Path(trainer.default_root_dir)
+    return Home(stop, lambda filename: trainer.save_checkpoint(folder / f"{filename}.ckpt"))
+
+
+def hear_raw_steps(
+    session: Session,
+    trainer: Any,
+    callback: Any,
+    measure: Callable[[Optimizer], None],
+    settled: Callable[[Any], None],
+) -> None:
+    """Let steps of raw optimizers be measured: in manual optimization no event tells of them.
+
+    Not those of a fit inside the fit, which has callbacks of its own (a search for a learning rate).
+
+    Args:
+        session: of the fit.
+        trainer: of the fit.
+        callback: measures while it is among the Trainer's callbacks.
+        measure: called with an optimizer before it steps.
+        settled: called with the Trainer when it has stepped.
+    """
+
+    def when_called(call: Callable[[Any], None], value: Any) -> None:
+        if any(each is callback for each in trainer.callbacks):
+            call(value)
+
+    announced = session.engine.announced
+    announced.measure = lambda optimizer: when_called(measure, optimizer)
+    announced.settled = lambda optimizer: when_called(settled, trainer)
+
+
+def note_trainer(inputs: StepInputs, trainer: Any, optimizer: Optimizer, reader: ScaleReader) -> None:
+    """Put on a step's inputs what the Trainer does to its gradients: the epoch, its loss scaler, its own clip."""
+    inputs.epoch, scaler = trainer.current_epoch, loss_scaler(trainer)
+    if scaler is not None:
+        inputs.scaler, inputs.scale = True, reader.read(scaler)
+        inputs.grad_scale = scale_left_in_gradients(scaler, optimizer)
+        inputs.scale_left = partial(scale_left_in_gradients, scaler)
+    module = trainer.lightning_module
+    if not module.automatic_optimization:
+        return
+    if type(module).configure_gradient_clipping not in _own_clips():
+        inputs.clipper = f"{type(module).__name__}.configure_gradient_clipping"
+    elif trainer.gradient_clip_val:
+        how = str(getattr(trainer.gradient_clip_algorithm, "value", None) or "norm")
+        inputs.clipper = f"Lightning's gradient_clip_val={trainer.gradient_clip_val:g} (by {how})"
+        if how == "norm":
+            inputs.scalars["trainer_clip"] = float(trainer.gradient_clip_val)
+
+
+def _own_clips() -> list[Any]:
+    """Return Lightning's own `configure_gradient_clipping`, of both packages: what is none of these is the user's."""
+    packages = ("lightning.pytorch", "pytorch_lightning")
+    modules = [getattr(sys.modules.get(name), "LightningModule", None) for name in packages]
+    return [m.configure_gradient_clipping for m in modules if m is not None]
+
+
+def checked(session: Session, pl_module: Any, batch: Any) -> PreflightReport | None:
+    """Return the pre-flight's report, with its incidents told, or None where it failed."""
+    with session.engine.guard("the pre-flight"):
+        report = check_lightning(pl_module, batch)
+        for incident in report.incidents():
+            session.engine.judge.report(incident)
+        return report
+    return None
+
+
+def say_what_goes_back(session: Session, trainer: Any, pl_module: Any) -> None:
+    """Say what a Trainer has besides the module and its optimizers, that belongs to a snapshot of the training."""
+    session.restores(
+        scaler=loss_scaler(trainer),
+        also=lambda: _averages(trainer, pl_module),
+        schedulers=lambda: [config.scheduler for config in trainer.lr_scheduler_configs],
+    )
+
+
+def _averages(trainer: Any, pl_module: Any) -> dict[str, Any]:
+    """Return averaged models that callbacks keep, whoever wrote these: modules with parameters that are not the
+    trained one's, dicts of its names, and the counts beside them."""
+    own = {id(each) for each in (*pl_module.modules(), trainer.model)}
+    names = {name for name, _ in pl_module.named_parameters()}
+    found: dict[str, Any] = {}
+    for number, callback in enumerate(trainer.callbacks):
+        held = vars(callback) if hasattr(callback, "__dict__") else {}
+        kept = {name: value for name, value in held.items() if _is_average(value, own, names)}
+        if kept:
+            kept |= {name: value for name, value in held.items() if isinstance(value, Tensor)}
+        found |= {f"{type(callback).__name__} {number}, {name}": value for name, value in kept.items()}
     return found
+
+
+def _is_average(value: Any, own: set[int], names: set[str]) -> bool:
+    if isinstance(value, nn.Module):
+        return id(value) not in own and any(True for _ in value.parameters())
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(tensor, Tensor) for tensor in value.values()) and names <= value.keys()

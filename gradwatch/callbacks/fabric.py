@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,10 +13,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .._closing import end_all, insist
+from .._warn import warn
 from ..errors import ConfigError, TrainingStopped
-from ..records import Incident, StepRecord
+from ..records import HEALTHY, NOT_ENOUGH_SEEN, NOT_HEALTHY, Incident, StepRecord, Verdict, judge_run
 from ..sinks import sinks_for_loggers
-from ..watch import IncidentTarget, ScaleReader, Stepper, Watch, incident_target, resolve, unwrap
+from ..torchside import WeakHook
+from ..treatments import MicroBatchSurgery
+from ..watch import (
+    Forward,
+    IncidentTarget,
+    Look,
+    ScaleReader,
+    Stepper,
+    Tasks,
+    Watch,
+    incident_target,
+    look,
+    look_at,
+    raw_optimizer,
+    resolve,
+    tasks_of,
+    unwrap,
+)
 from ._backward_end import BackwardEnd, Pass
 from ._run_dir import free_run_dir
 from ._say import say
@@ -38,8 +59,9 @@ class GradWatch:
     Every optimizer that steps parameters of a module that was set up gets a `Watch` of its own at its first step; the
     modules of step 0 have run by then, and are sampled from step 1 on. `fabric.call("watch", optimizer)` after the
     setup begins in good time; with several optimizers, `fabric.call("watch", first, second)`, they share one.
-    Gradients are measured as they come to `optimizer.step`, that is after `fabric.clip_gradients`; a line
-    `fabric.call("on_before_optimizer_step", optimizer)` ahead of the clip moves the measurement there. The loss is
+    Gradients are judged and treated as they come to `optimizer.step`, that is after `fabric.clip_gradients`, with the
+    norm before it on record as `global_norm`; a line `fabric.call("on_before_optimizer_step", optimizer)` ahead of the
+    clip moves judgement and treatments there. The loss is
     known where the module returns it (as a scalar, or as `loss` in a mapping), or from
     `fabric.call("on_before_backward", loss)`. `fabric.call("on_train_end")`, `close()` or a `with` end the run.
     `fabric.save` and `fabric.load` take the object in their state.
@@ -49,9 +71,11 @@ class GradWatch:
         run_dir: folder for records and incidents; None: `<name>` beside the first logger's files, or none without
             one; False: none.
         on_incident: told of incidents in a thread of its own: a callable, an http(s) address or `"module:function"`.
+        on_checkpoint: called with a file name when a rule asks for a checkpoint.
         name: of this callback: its tags begin with it.
         verbose: print the summary at the end.
-        **options: `treatments`, `sinks`, `log_every` as in `Watch`, and those of `MeasureOptions`.
+        **options: `treatments`, `sinks`, `log_every` as in `Watch`, and those of `MeasureOptions`. `surgery` is between
+            the task losses that are handed to `gradwatch.split(a=..., b=...)`, of the first model that was set up.
 
     Raises:
         ConfigError: a setting that can't be, with the nearest valid names.
@@ -64,22 +88,33 @@ class GradWatch:
         *,
         run_dir: str | Path | bool | None = None,
         on_incident: IncidentTarget | None = None,
+        on_checkpoint: Callable[[str], object] | None = None,
         name: str = "gradwatch",
         verbose: bool = True,
         **options: Any,
     ) -> None:
         # Checked here, resolved by each Watch.
-        resolve(rules=rules, name=name, **options)
-        self._given = {"rules": rules, "name": name, "on_incident": incident_target(on_incident), **options}
+        self._settings = resolve(rules=rules, name=name, **options)
+        if isinstance(self._settings.surgery, MicroBatchSurgery):
+            raise ConfigError(
+                "`surgery` between micro-batches must know which backward is the last of a step before a clip looks at "
+                "gradients, and Fabric tells of no such thing. It works in Watch and in the callbacks of Lightning and "
+                "Hugging Face; surgery between task losses works here too."
+            )
+        told = {"on_incident": incident_target(on_incident), "on_checkpoint": on_checkpoint}
+        self._given = {"rules": rules, "name": name, **told, **options}
         self._run_dir, self._verbose = run_dir, verbose
         self._fabric: Any = None
         self._ends: dict[int, tuple[nn.Module, BackwardEnd]] = {}
         self._watches: dict[int, Watch] = {}
         self._waiting: list[dict[str, Any]] = []
+        self._untold: list[Callable[[Watch], None]] = []
+        self._tasks: tuple[nn.Module, Tasks] | None = None
+        self._collecting = ExitStack()
         self._measured: set[int] = set()
         self._hook: Any = None
-        self._stops: list[str] = []
         self._scale = ScaleReader()
+        self._first_look: Look | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -105,6 +140,34 @@ class GradWatch:
         """Return a text table of layers, and the incidents with advice, for each optimizer."""
         return "\n\n".join(w.summary() for w in self.watches) or "gradwatch: no optimizer has stepped."
 
+    def verdict(self) -> Verdict:
+        """Return whether all is well, or why that can't be said; of several optimizers, the worst."""
+        told = [w.verdict() for w in self.watches] or [judge_run()]
+        return min(told, key=lambda v: (NOT_HEALTHY, NOT_ENOUGH_SEEN, HEALTHY).index(v.state))
+
+    def _repr_html_(self) -> str:
+        return self.verdict()._repr_html_()
+
+    def record(self, **values: Any) -> None:
+        """Put numbers of your own on the next step's record, of every optimizer; see `Watch.record`."""
+        self._tell(lambda watch: watch.record(**values))
+
+    def register(self, **objects: Any) -> None:
+        """Let more go back with the training when a `Rollback` takes it back; see `Watch.register`."""
+        self._tell(lambda watch: watch.register(**objects))
+
+    def annotate(
+        self, text: str, *, silence: int = 0, paths: str | Sequence[str] = "*", rules: str | Sequence[str] = "*"
+    ) -> None:
+        """Put a note on record, and keep rules silent for `silence` optimizer steps."""
+        self._tell(lambda watch: watch.annotate(text, silence=silence, paths=paths, rules=rules))
+
+    def _tell(self, tell: Callable[[Watch], None]) -> None:
+        if not self._watches:
+            self._untold.append(tell)  # the first one is made when its optimizer steps
+        for watch in self.watches:
+            tell(watch)
+
     def report(self, path: str | Path) -> Path:
         """Write the run of the first optimizer as one self-contained file (.html, .md, .json or .png).
 
@@ -119,9 +182,22 @@ class GradWatch:
         self._fabric = fabric
         model = unwrap(module)
         if id(model) not in self._ends:
-            self._ends[id(model)] = model, BackwardEnd(model, self._on_backward_end)
+            end = BackwardEnd(model, self._on_backward_end, partial(self._look, model))
+            self._ends[id(model)] = model, end
+            self._collect_tasks(model, end)
         if self._hook is None:
-            self._hook = register_optimizer_step_pre_hook(self._before_step)
+            self._hook = WeakHook.of(self._before_step).hang(register_optimizer_step_pre_hook)
+
+    def _collect_tasks(self, model: nn.Module, end: BackwardEnd) -> None:
+        """Let `split` be heard from the first model's first step on, whose Watch is made when it is over."""
+        if self._tasks is None and any(p.requires_grad for p in model.parameters()):
+            tasks = tasks_of(self._settings, model)
+            if tasks is not None:
+                self._tasks = model, tasks
+                self._collecting.enter_context(tasks.collecting())
+        if self._tasks is not None:
+            tasks = self._tasks[1]
+            end.is_muted = lambda: tasks.tasks.probing
 
     def watch(self, *optimizers: Any) -> None:
         """Begin before the first step. Optimizers named together share one `Watch`, and may step in turns.
@@ -132,8 +208,21 @@ class GradWatch:
         if self._make([Stepper(o).raw for o in optimizers]) is None:
             raise ConfigError("these optimizers hold no parameter of a module that went through `fabric.setup`.")
 
+    def _look(self, model: nn.Module, batch: Any, outputs: Any) -> Forward:
+        batch = batch if len(batch) != 1 or isinstance(batch, Mapping) else batch[0]
+        watches = [w for w in self.watches if w.session.model is model and not w.session.closed]
+        # Of the first step there is no Watch yet.
+        watch = next((w for w in watches if w.session.engine.meter.armed), watches[0] if watches else None)
+        return look(batch, outputs) if watch is None else watch.session.look(batch, outputs)
+
     def _on_backward_end(self, seen: Pass) -> None:
-        self._passes.append(seen)
+        if not any(seen is known for known in self._passes):  # backward may run through one forward again
+            self._passes.append(seen)
+        # Of its first step there is no Watch yet: what a clip ahead of it would hide is looked at here.
+        known = {id(w.session.model) for w in self.watches}
+        new = [m for m, _ in self._ends.values() if id(m) not in known]
+        with suppress(Exception):
+            self._first_look = look_at(p for m in new for p in m.parameters()) if new else None
 
     def on_before_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         self._losses.append(loss.detach())
@@ -165,17 +254,13 @@ class GradWatch:
         if watch is None:
             return
         last = self._passes[-1] if self._passes else None
-        batch = last and (last.batch if len(last.batch) != 1 or isinstance(last.batch, Mapping) else last.batch[0])
         losses = self._all_losses(watch)
         for seen in self._passes[:-1]:
-            watch.micro_batch(batch=seen.batch)
+            watch.micro_batch(batch=seen.seen)
         for loss in losses[:-1]:
             watch.micro_batch(loss)
         alone = optimizer if len(watch.optimizers) > 1 else None
-        outcome = watch.after_backward(
-            losses[-1] if losses else None, batch=batch, outputs=last and last.outputs, optimizer=alone
-        )
-        self._stops += [r.reason for r in outcome.requests if r.kind == "stop"]
+        watch.after_backward(losses[-1] if losses else None, batch=last and last.seen, optimizer=alone)
         self._forget()
 
     def _all_losses(self, watch: Watch) -> list[Tensor]:
@@ -198,9 +283,15 @@ class GradWatch:
             given["sinks"] = sinks_for_loggers(self._fabric.loggers, name=name)
         scaler = getattr(self._fabric.strategy.precision, "scaler", None)
         watch = Watch(models[0], optimizers, scaler=scaler, run_dir=self._folder(name), **given)
+        if self._tasks is not None and self._tasks[0] is watch.session.model:
+            watch.session.collect(self._tasks[1])
         if number < len(self._waiting):
             watch.load_state_dict(self._waiting[number])
+        watch.session.engine.produced.give(self._first_look)
         self._watches |= dict.fromkeys(map(id, optimizers), watch)
+        untold, self._untold = self._untold, []
+        for tell in untold:
+            tell(watch)
         return watch
 
     def _folder(self, name: str) -> Path | None:
@@ -212,20 +303,22 @@ class GradWatch:
         return None if log_dir is None else free_run_dir(Path(log_dir) / name)
 
     def on_after_optimizer_step(self, strategy: Any, optimizer: Optimizer) -> None:
-        self._measured.discard(id(optimizer))
-        watch = self._watches.get(id(optimizer))
+        raw = raw_optimizer(optimizer)
+        self._measured.discard(id(raw))
+        watch = self._watches.get(id(raw))
         if watch is not None and not watch.session.closed:
-            watch.after_step()
-        if self._stops:
-            self.close()
-            raise TrainingStopped(self._stops[0])
+            try:
+                watch.after_step()
+            except TrainingStopped:
+                self.close()
+                raise
 
     def on_validation_end(self, *args: Any, **metrics: Any) -> None:
         for watch in self.watches:
             watch.validation(**metrics)
 
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
-        self.close()
+        self._end(next((a for a in (*args, *kwargs.values()) if isinstance(a, BaseException)), None))
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.close()
@@ -234,24 +327,35 @@ class GradWatch:
         """Return the memory of every Watch, in the order in which their optimizers stepped first."""
         return {"watches": [w.state_dict() for w in self.watches] or self._waiting}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._waiting = list(state.get("watches", []))
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from a `state_dict`; one that can't be gone on from gives one warning, and all begins afresh."""
+        watches = state.get("watches") if isinstance(state, Mapping) else None
+        if not isinstance(watches, (list, tuple)):
+            warn(
+                "gradwatch: the state in the checkpoint is none of gradwatch's. It begins afresh, the training goes on."
+            )
+            watches = []
+        self._waiting = list(watches)
         for watch, memory in zip(self.watches, self._waiting, strict=False):
             watch.load_state_dict(memory)
 
     def close(self) -> None:
         """Take every hook off, write what is left, print the summary. May be called twice."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        for _, end in self._ends.values():
-            end.close()
-        self._ends = {}
+        self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
         was_open = any(not w.session.closed for w in self.watches)
-        for watch in self.watches:
-            watch.close()
+        watches = [partial(w.__exit__, None if error is None else type(error), error, None) for w in self.watches]
+        insist(partial(end_all, self._let_go, *watches))
         if was_open and self._verbose and self._fabric.is_global_zero:
             say(self.summary())
+
+    def _let_go(self) -> None:
+        hooks = [end.close for _, end in self._ends.values()] + ([] if self._hook is None else [self._hook.remove])
+        end_all(*hooks)
+        self._hook, self._ends, self._tasks = None, {}, None
+        self._collecting.close()
+        self._forget()
 
     def __enter__(self) -> GradWatch:
         return self
@@ -259,4 +363,5 @@ class GradWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        with suppress(*([] if error is None else [Exception])):
+            self._end(error)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .._preflight import PreflightReport, check_lightning
-from ..errors import TrainingStopped
-from ..protocols import Request
+from .._closing import end_all, insist, why_ended
+from .._preflight import PreflightReport
 from ..records import Incident
-from ..watch import ScaleReader, Session, StepInputs, StepOutcome, incident_target, resolve, scale_left_in_gradients
+from ..requests import Request
+from ..watch import ScaleReader, Session, StepInputs, StepOutcome, incident_target, resolve
+from . import _lightning_run as lightning_run
 from ._bar import NumberInBar
 from ._door import SessionDoor
+from ._elsewhere import Elsewhere
+from ._left import when_left
 from ._lightning_base import callback_bases
-from ._lightning_run import choose_run_dir, open_session, validation_scalars
+from ._own_names import own_names
 from ._quiet import run_quietly
 from ._say import say, say_ending
 
@@ -39,6 +45,7 @@ class GradWatch(SessionDoor, _Callback):
         rules: `"observe"`, `"default"`, `"autoclip"`, a rules file, a list of rules or a `RuleBook`.
         treatments: for every step, beside those that rules ask for.
         surgery: between task gradients: a method's name (`"pcgrad"`) or a `Surgery`.
+        statistics: your own measurements: `gradwatch.stats.Statistic` objects, or names of registered ones.
         paths: glob patterns of the parameters and modules to watch.
         every: measure at one optimizer step in this many.
         activations_every: sample modules' outputs and grad_outputs; None never.
@@ -48,15 +55,20 @@ class GradWatch(SessionDoor, _Callback):
         backward: `"tensor"` or `"full"` backward hooks.
         memory_limit_mb: what may be held beyond the model.
         on_error: `"warn"` or `"raise"`.
-        run_dir: folder for records and incidents; None: `<log_dir>/<name>`; False: none.
+        run_dir: folder for records and incidents; None: `<name>` in the first logger's folder, without a logger in
+            the `default_root_dir` given to the Trainer, and none without that too; False: none.
         sinks: where records go; None: the Trainer's loggers.
-        name: of this callback: its tags and its state in checkpoints begin with it.
+        name: of this callback: its tags and its state in checkpoints begin with it. A second one of the same name in a
+            Trainer goes by `<name>-2`.
         histogram_scale: `"log10"` of the magnitude, or `"signed"`.
         autopsy: on the first non-finite incident find out where it was born, by running the batch again under hooks.
         preflight: check model and first batch before step 0.
         conflicts_every: measure conflicts between task losses without surgery; None never.
         history: records kept in `history`.
         local_norms: also measure each rank's own gradient norms.
+        kind: what kind of training it is, which rules follow; `"auto"`: as model, loss and optimizers show it.
+        stop_on_unproven: end the fit where a vetoed step moved something that can't be put back.
+        allow_code: a rules file may name classes as `module:Class`: importing them runs their code.
         on_incident: told of incidents in a thread of its own: a callable (each one, when it opens and when it is over),
             an http(s) address that takes a POST of JSON, or `"module:function"`.
         verbose: print incidents and the summary.
@@ -65,12 +77,15 @@ class GradWatch(SessionDoor, _Callback):
         ConfigError: a setting that can't be, with the nearest valid names.
     """
 
+    _may_step_back = False
+
     def __init__(  # noqa: PLR0913 - a door: flat names, resolved at once
         self,
         rules: Any = "default",
         *,
         treatments: Any = None,
         surgery: Any = None,
+        statistics: Any = (),
         paths: str | Sequence[str] = "*",
         every: int = 1,
         activations_every: int | None = 50,
@@ -89,6 +104,9 @@ class GradWatch(SessionDoor, _Callback):
         conflicts_every: int | None = None,
         history: int = 1000,
         local_norms: bool = False,
+        stop_on_unproven: bool = False,
+        kind: str = "auto",
+        allow_code: bool = False,
         on_incident: Callable[[Incident], Any] | str | None = None,
         verbose: bool = True,
     ) -> None:
@@ -97,6 +115,7 @@ class GradWatch(SessionDoor, _Callback):
             rules=rules,
             treatments=treatments,
             surgery=surgery,
+            statistics=statistics,
             paths=paths,
             every=every,
             activations_every=activations_every,
@@ -113,6 +132,9 @@ class GradWatch(SessionDoor, _Callback):
             conflicts_every=conflicts_every,
             history=history,
             local_norms=local_norms,
+            stop_on_unproven=stop_on_unproven,
+            kind=kind,
+            allow_code=allow_code,
         )
         self._run_dir = run_dir
         self._on_incident = incident_target(on_incident)
@@ -120,113 +142,142 @@ class GradWatch(SessionDoor, _Callback):
         self.preflight_report: PreflightReport | None = None
         self._verbose = verbose
         self._session: Session | None = None
-        self._state: dict[str, Any] | None = None
+        self._elsewhere = Elsewhere()
+        self._state: Mapping[str, Any] | None = None
         self._losses: list[Tensor] = []
         self._num_samples = 0
         self._batch: Any = None
         self._batch_idx = -1
+        self._num_raw_steps = 0
         self._scalars: dict[str, float] = {}
         self._scale = ScaleReader()
         self._requests: list[Request] = []
         self._bar = NumberInBar(f"{self.settings.name}/norm", self._latest_norm)
+        self._own_name = self.settings.name
+        self._stage: str | None = None
 
     @property
     def state_key(self) -> str:
-        return f"gradwatch:{self.settings.name}"
+        return f"gradwatch:{self._own_name}"
+
+    @property
+    def _live(self) -> Session | None:
+        # After a fit, what calls the loops by hand calls the hooks as well.
+        return None if self._session is None or self._session.closed else self._session
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        ours = [c for c in trainer.callbacks if isinstance(c, GradWatch)]
+        if sum(c is self for c in ours) > 1:
+            # Listed twice it would measure, and treat, every step twice.
+            trainer.callbacks = list({id(c): c for c in trainer.callbacks}.values())
+        self._stage = stage
+        named = own_names((id(c), c.settings.name) for c in ours if not c._may_step_back)
+        self._own_name = named.get(id(self), self.settings.name)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        carried = self._state
+        carried: Mapping[str, Any] | None = self._state
         if self._session is not None:
             if carried is None and trainer.global_step > 0:
                 carried = self._session.state_dict()
             self._session.close()
-        self._session = open_session(
+        self._session = lightning_run.open_session(
             trainer,
             pl_module,
-            self.settings,
-            run_dir=choose_run_dir(trainer, self._run_dir, self.settings.name, fresh=carried is None),
+            replace(self.settings, name=self._own_name),
+            run_dir=lightning_run.choose_run_dir(trainer, self._run_dir, self._own_name, fresh=carried is None),
             say=lambda line: self._say(trainer, line),
             on_incident=self._on_incident,
         )
+        lightning_run.say_what_goes_back(self._session, trainer, pl_module)
+        self._session.register(self._registered)
         if carried is not None:
-            self._session.load_state_dict(carried)
+            self._take_up(self._session, carried)
         self._state = None
+        for package in ("lightning", "pytorch_lightning"):
+            when_left("_call_and_handle_interrupt", package, self._left)
+        if trainer.is_global_zero:
+            self._elsewhere.tell(self._session.run_dir)
         self._session.begin(pl_module)
+        lightning_run.hear_raw_steps(
+            self._session, trainer, self, lambda o: self._measure(trainer, pl_module, o), self._settled
+        )
         self._bar.attach(trainer.progress_bar_callback)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self._session is not None:
+        session = self._live
+        if session is not None:
             if self._preflight and trainer.global_step == 0 and self.preflight_report is None:
-                self._check(pl_module, batch)
+                self.preflight_report = lightning_run.checked(session, pl_module, batch)
             self._batch, self._batch_idx = batch, batch_idx
-            self._scale.begin(self._scaler(trainer))
-            self._session.before_forward(trainer.global_step)
+            self._scale.begin(lightning_run.loss_scaler(trainer))
+            session.before_forward(self._step(trainer))
             if self.settings.options.autopsy and pl_module.automatic_optimization:
-                self._session.engine.remember(lambda: run_quietly(pl_module, batch, batch_idx))
-
-    def _check(self, pl_module: Any, batch: Any) -> None:
-        session = self._session
-        assert session is not None
-        with session.engine.guard("the pre-flight"):
-            self.preflight_report = check_lightning(pl_module, batch)
-            for incident in self.preflight_report.incidents():
-                session.engine.judge.report(incident)
+                session.engine.remember(lambda: run_quietly(pl_module, batch, batch_idx))
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        if self._session is None:
+        session = self._live
+        if session is None:
             return
         parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-        scaler = self._scaler(trainer)
+        scaler = lightning_run.loss_scaler(trainer)
         # Divided for accumulation already, and multiplied by the scaler.
         scale = self._scale.read(scaler)
         self._losses.append(loss.detach() * (parts / scale) if parts != scale else loss.detach())
-        self._num_samples += self._session.count_samples(self._batch)
-        self._session.before_backward(loss, scale=scale, parts=parts)
+        self._num_samples += session.count_samples(self._batch)
+        session.before_backward(loss, scale=scale, parts=parts)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        session = self._session
+        session = self._live
         if session is None or session.tasks is None:
             return
         parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-        scaler = self._scaler(trainer)
         session.after_backward(
             last=parts == 1 or not trainer.fit_loop._should_accumulate(),
-            scale=self._scale.read(scaler),
+            scale=self._scale.read(lightning_run.loss_scaler(trainer)),
             parts=parts,
             batch_size=session.count_samples(self._batch),
         )
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self._live is not None:
+            self._measure(trainer, pl_module, optimizer)
+
+    def _step(self, trainer: Any) -> int:
+        """Return the steps taken so far: the Trainer does not count those of raw optimizers."""
+        return int(trainer.global_step) + self._num_raw_steps
+
+    def _measure(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         session = self._session
-        if session is None:
-            return
-        optimizer = getattr(optimizer, "_optimizer", optimizer)
-        scaler = self._scaler(trainer)
+        assert session is not None
+        raw = lightning_run.raw_optimizer(optimizer)
         several = len(trainer.optimizers) > 1
         inputs = StepInputs(
-            step=trainer.global_step,
-            epoch=trainer.current_epoch,
+            step=self._step(trainer),
             batch_idx=self._batch_idx,
             losses=self._losses,
             batch=self._batch,
             num_samples=self._num_samples,
-            grad_scale=1.0 if scaler is None else scale_left_in_gradients(scaler, optimizer),
-            scaler=scaler is not None,
-            scale=None if scaler is None else self._scale.read(scaler),
-            optimizer=session.optimizer_number(optimizer) if several else None,
+            optimizer=session.optimizer_number(raw) if several else None,
             scalars=self._scalars,
+            # In manual optimization `loss.backward()` may be called, of which no event tells.
+            has_backward=bool(self._losses) if pl_module.automatic_optimization else None,
         )
-        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm"):
-            inputs.scalars["trainer_clip"] = float(trainer.gradient_clip_val)
+        lightning_run.note_trainer(inputs, trainer, optimizer, self._scale)
         self._scalars = {}
         if pl_module.automatic_optimization:
             # A closure called again (LBFGS) brings its own losses.
             self._losses, self._num_samples = [], 0
-        outcome: StepOutcome = session.step(inputs, [optimizer] if several else None)
+        outcome: StepOutcome = session.step(inputs, [raw] if several else None)
         self._requests += outcome.requests
 
+    def _settled(self, trainer: Any) -> None:
+        if self._live is not None:
+            self._num_raw_steps += 1
+            self._live.after_step()
+            self._live.before_forward(self._step(trainer))
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        session = self._session
+        session = self._live
         if session is None:
             return
         if not pl_module.automatic_optimization:
@@ -234,61 +285,71 @@ class GradWatch(SessionDoor, _Callback):
         self._batch = None
         session.after_step()
         requests, self._requests = self._requests + session.take_requests(), []
+        self._carry_out(session, trainer, requests)
+
+    def _carry_out(self, session: Session, trainer: Any, requests: Sequence[Request]) -> None:
+        home = lightning_run.home_of(session, trainer, say=lambda line: self._say(trainer, line))
         for request in requests:
-            self._carry_out(trainer, request)
+            session.carry_out(request, home)
 
     def _latest_norm(self) -> float | None:
-        history = self._session.engine.completion.history if self._session is not None else None
-        return float(history[-1].global_norm) if history else None
-
-    def _carry_out(self, trainer: Any, request: Request) -> None:
-        assert self._session is not None
-        self._session.carry_out(request)
-        if request.kind == "checkpoint":
-            folder = self._session.run_dir or Path(trainer.default_root_dir)
-            with self._session.engine.guard("writing a checkpoint"):
-                trainer.save_checkpoint(folder / f"{request.values.get('filename', 'gradwatch')}.ckpt")
-        elif request.kind == "stop":
-            self._say(trainer, f"gradwatch {request.reason}")
-            if request.values.get("error"):
-                raise TrainingStopped(request.reason)
-            trainer.should_stop = True
+        return None if self._session is None else self._session.engine.completion.latest_norm
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._session is None or trainer.sanity_checking:
-            return
-        self._scalars |= validation_scalars(trainer.callback_metrics)
+        if self._live is not None and not trainer.sanity_checking:
+            self._scalars |= lightning_run.validation_metrics(trainer, self._live.engine.guard)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._session is None:
+        session = self._live
+        if session is None:
             return
-        self._session.finish(self._scalars)
+        session.finish(self._scalars)
         self._scalars = {}
         if self._verbose and trainer.is_global_zero and not trainer.fast_dev_run:
-            say_ending(self._session)
+            say_ending(session, no_files="" if self._run_dir is False else "the Trainer has no log folder")
+        self._carry_out(session, trainer, session.take_last_requests())
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        # On an exception or Ctrl-C this alone runs: no teardown (H23).
-        self._bar.detach()
-        if self._session is not None:
-            self._session.close()
+        # On an exception or Ctrl-C this alone runs: no teardown.
+        with suppress(Exception):
+            self._end(why_ended(exception))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self._end("")
+        else:
+            self._let_go()
+
+    def _end(self, why: str) -> None:
+        session = self._session
+        insist(partial(end_all, self._let_go, *([] if session is None else [partial(session.close, why)])))
+
+    def _let_go(self) -> None:
         self._bar.detach()
-        if self._session is not None and stage == "fit":
-            self._session.close()
+        self._batch, self._losses = None, []
+        self._stage = None
+
+    def _left(self) -> None:
+        # Another callback's `on_exception` may have raised before ours was asked.
+        self._end("crashed or interrupted")
 
     def state_dict(self) -> dict[str, Any]:
         if self._session is not None:
-            return self._session.state_dict()
-        return self._state or {}
+            return {**self._session.state_dict(), "num_raw_steps": self._num_raw_steps}
+        return dict(self._state) if isinstance(self._state, Mapping) else {}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        # Comes before `on_train_start` for one device and DDP, and for FSDP too (O7); never reset there.
-        self._state = dict(state_dict)
-        if self._session is not None and not self._session.closed:
-            self._session.load_state_dict(self._state)
-            self._state = None
+    def load_state_dict(self, state_dict: Any) -> None:
+        # Comes before `on_train_start` for one device and DDP, and for FSDP too; never reset there.
+        if self._live is not None:
+            self._take_up(self._live, state_dict)
+        elif self._stage in (None, "fit"):  # not where a checkpoint is evaluated: a later fit does not go on from it
+            # Saved before a fit there is none.
+            self._state = None if state_dict == {} else state_dict
+
+    def _take_up(self, session: Session, state: Any) -> None:
+        if session.load_state_dict(state):
+            told = state.get("num_raw_steps")
+            self._num_raw_steps = told if isinstance(told, int) else self._num_raw_steps
 
     def _say(self, trainer: Any, line: str) -> None:
         if not self._verbose or not trainer.is_global_zero:
@@ -296,10 +357,12 @@ class GradWatch(SessionDoor, _Callback):
         bar = trainer.progress_bar_callback
         say(line, print if bar is None else bar.print)
 
-    def _scaler(self, trainer: Any) -> Any:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return scaler if scaler is not None and scaler.is_enabled() else None
-
     def __getstate__(self) -> dict[str, Any]:
-        # Spawned processes get the callback as it was before the fit (O8).
-        return {**self.__dict__, "_session": None, "_losses": [], "_batch": None, "_scale": ScaleReader()}
+        # Spawned processes get the callback as it was before the fit. What the Trainer puts here holds its module.
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("log", "log_dict")}
+        return {**kept, "_session": None, "_losses": [], "_batch": None, "_scale": ScaleReader(), "_registered": {}}
+
+
+# Lightning refuses two callbacks of one key before it calls `setup`, where each of ours gets a key of its own. What
+# wraps its own method passes for a callback without state there, and saves and loads as any other.
+update_wrapper(GradWatch.state_dict, _Callback.state_dict, assigned=(), updated=())

@@ -6,6 +6,6 @@ Data goes to stdout, talk to stderr. Each command's imports happen when it runs:
 from __future__ import annotations
 
 from ._main import main
-from ._outcome import FINE, FOUND, USAGE
+from ._outcome import FINE, FOUND, UNSEEN, USAGE
 
-__all__ = ["FINE", "FOUND", "USAGE", "main"]
+__all__ = ["FINE", "FOUND", "UNSEEN", "USAGE", "main"]

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ._outcome import add_fail_on, verdict
+from ._outcome import add_fail_on, severe
 from ._target import load, pieces_of
 from ._terminal import show, show_json
 
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         show_json(_document(report, options.target))
     else:
         _show(report)
-    return verdict((f.severity for f in report.findings), options.fail_on)
+    return severe((f.severity for f in report.findings), options.fail_on)
 
 
 def _show(report: PreflightReport) -> None:

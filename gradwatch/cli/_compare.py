@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ._find import add_run, open_run
-from ._outcome import add_fail_on, verdict
+from ._outcome import add_fail_on, outcome
 from ._terminal import Grid, show, show_grid, show_json
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         show_json({"a": names[0], "b": names[1], **_document(result)})
     else:
         _show(result, names, options.layers)
-    return verdict((i.severity for i in result.only_b), options.fail_on)
+    return outcome(b.verdict(), result.only_b, options.fail_on)
 
 
 def _document(result: Comparison) -> dict[str, object]:
@@ -52,11 +52,14 @@ def _document(result: Comparison) -> dict[str, object]:
         "only_b": [i.to_json() for i in result.only_b],
         "only_paths_a": result.only_paths_a,
         "only_paths_b": result.only_paths_b,
+        "verdict_a": result.verdict_a,
+        "verdict_b": result.verdict_b,
     }
 
 
 def _show(result: Comparison, names: tuple[str, str], max_layers: int) -> None:
     show(f"a: {names[0]}\nb: {names[1]}")
+    show(f"a: {result.verdict_a}\nb: {result.verdict_b}")
     show()
     grid = Grid(["", "a", "b"], right=(1, 2))
     for name, (one, other) in result.numbers.items():

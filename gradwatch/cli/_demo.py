@@ -8,10 +8,10 @@ import importlib.util
 import io
 import logging
 import shlex
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 from types import ModuleType
 
 from ..errors import GradwatchError, MissingExtraError
@@ -37,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     out = Path(options.out).expanduser() if options.out else _free(Path("runs/demo"))
     say("gradwatch demo: three small networks, one after the other, on the CPU")
-    begun = time.perf_counter()
+    begun = perf_counter()
     example = _example("char_gpt")
     with _hushed(), contextlib.redirect_stdout(_Progress()):
         losses = example.main(["--out", str(out), *(FAST if options.fast else ())])
-    seconds = time.perf_counter() - begun
+    seconds = perf_counter() - begun
     report, command = out / "report.html", f"tensorboard --logdir {shlex.quote(str(out))}"
     from ..report import ReportData, summarise
     from ..runs import read_run
@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
             {
                 "losses": losses,
                 "state": summary.state,
+                "verdict": summary.verdict.state,
                 "headline": summary.headline,
                 "incidents": [i.to_json() for i in data.incidents],
                 "seconds": seconds,

@@ -81,17 +81,28 @@ def _torch() -> list[Line]:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return ", ".join(names) or "none"
 
-    def kernels() -> str:
-        from ..stats import kernel_backends
-
-        return ", ".join(f"{device}: {how}" for device, how in kernel_backends().items())
-
     def version() -> str:
         import torch
 
         return torch.__version__
 
-    return [_guarded("torch", version), _guarded("CUDA devices", devices), _guarded("kernels", kernels)]
+    return [_guarded("torch", version), _guarded("CUDA devices", devices), _kernels()]
+
+
+def _kernels() -> Line:
+    """What measures tensors: an accelerator that can't be had is no fault, one that computes wrong numbers is."""
+    try:
+        import torch
+
+        from ..stats import kernel_backends, kernel_faults, moments
+
+        moments(torch.linspace(-1, 1, 1 << 16))  # a first call is compared with torch
+        backends, faults = kernel_backends(), kernel_faults()
+    except Exception as error:
+        return Line("kernels", "bad", f"{type(error).__name__}: {' '.join(str(error).split())}")
+    lacks = backends["cpu"] != "native"
+    detail = ", ".join(f"{device}: {how}" for device, how in backends.items())
+    return Line("kernels", "bad" if faults else "absent" if lacks else "fine", detail)
 
 
 def _lightning() -> list[Line]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..records import Floats, Incident
+from ..records import Floats, Incident, heading, rank_incidents
 from ._sparkline import sparkline
 from ._terminal import Grid, columns
 
@@ -27,11 +27,10 @@ def layer_grid(data: ReportData, *, max_layers: int = 40, biases: bool = False) 
         data: of the run.
         max_layers: rows; parameters of incidents stay, then those with the smallest and the largest gradients.
         biases: show parameters of one dimension too.
-
-    `update` is the median of update over weight.
     """
     index, table = data.index, data.tables.get("grad_norm")
-    grid = Grid(["layer", "gradient norm", "median", "largest", "last", "update", "incidents"], right=(2, 3, 4, 5))
+    norm, ratio = heading("grad_norm"), heading("update_ratio")
+    grid = Grid(["layer", norm, "median", "largest", "last", ratio, "incidents"], right=(2, 3, 4, 5))
     if table is None:
         return grid, 0
     measured = (table.values != -np.inf).any(axis=0)
@@ -60,18 +59,18 @@ def layer_grid(data: ReportData, *, max_layers: int = 40, biases: bool = False) 
 
 
 def incident_grid(incidents: Iterable[Incident]) -> Grid:
-    """Return the incidents, in the order they began."""
+    """Return the incidents, each behind what it follows from."""
     grid = Grid(
         ["step", "severity", "rule", "where", "value", "limit", "state", "treated by"], right=(0, 4, 5), flexible=3
     )
-    for i in sorted(incidents, key=lambda i: (i.first_step, i.id)):
+    for i, _ in rank_incidents(list(incidents)):
         more = f" +{len(i.paths) - 1}" if len(i.paths) > 1 else ""
         grid.add(
             str(i.first_step),
             i.severity,
             i.name or i.rule,
             (i.first_path or (i.paths[0] if i.paths else "whole model")) + more,
-            short(i.value),
+            short(i.value) + (f" ({i.worst_elsewhere})" if i.worst_elsewhere else ""),
             short(i.limit),
             _state(i),
             ", ".join(i.treatments),

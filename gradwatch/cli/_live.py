@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from time import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..records import Floats, Incident
+from ..records import HEALTHY, NOT_HEALTHY, Floats, Incident, Verdict
 from ._layers import incident_grid, short
 from ._sparkline import sparkline
 from ._terminal import Grid
@@ -47,6 +47,7 @@ class Frame:
         last: name -> the newest value.
         layers: the worst first: non-finite, zero, then by how far they are from their own level.
         incidents: of the whole run.
+        verdict: on the run as far as it is on record.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Frame:
     last: dict[str, float]
     layers: list[LayerLook]
     incidents: list[Incident]
+    verdict: Verdict
 
     def lines(self, width: int) -> list[tuple[str, str]]:
         """Return lines with their styles."""
@@ -75,9 +77,10 @@ class Frame:
             for w in self.layers:
                 grid.add(w.path, sparkline(w.recent, 20), *(f"{v:.3g}" for v in (w.median, w.last, w.ratio)))
             out += [("", ""), *((line, "head" if i == 0 else "") for i, line in enumerate(grid.lines(width)))]
-        out.append(("", ""))
+        style = {HEALTHY: "fine", NOT_HEALTHY: "warning"}.get(self.verdict.state, "info")
+        out += [("", ""), (self.verdict.headline, style)]
         if not self.incidents:
-            return [*out, ("no incidents", "fine")]
+            return out
         recent = incident_grid(self.incidents[-MAX_INCIDENTS:])
         head, *rows = recent.lines(width)
         out += [(head, "head"), *zip(rows, recent.styles, strict=True)]
@@ -96,6 +99,8 @@ class Frame:
             **self.last,
             "layers": [{"path": w.path, "last": w.last, "median": w.median, "ratio": w.ratio} for w in self.layers],
             "incidents": [i.to_json() for i in self.incidents],
+            "verdict": self.verdict.state,
+            "headline": self.verdict.headline,
         }
 
 
@@ -111,12 +116,13 @@ def look(run: Run, *, max_layers: int = 12) -> Frame:
         model=str(run.meta.get("model", "")),
         step=int(steps[-1]) if len(steps) else -1,
         steps_per_second=float(steps[-1] - steps[recent][0]) / passed if passed > 0 else float("nan"),
-        age=max(time.time() - float(times[-1]), 0.0) if len(times) else float("nan"),
+        age=max(time() - float(times[-1]), 0.0) if len(times) else float("nan"),
         is_over=is_over(run),
         curves={name: values for name, values in curves.items() if len(values)},
         last={name: float(values[-1]) if len(values) else float("nan") for name, values in newest.items()},
         layers=_layers(run)[:max_layers],
         incidents=list(run.incidents),
+        verdict=run.verdict(),
     )
 
 

@@ -18,12 +18,13 @@ from ._terminal import say
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("demo", "summary", "report", "watch", "replay", "test", "check", "compare", "doctor")
+COMMANDS = ("demo", "summary", "report", "serve", "watch", "replay", "test", "check", "compare", "doctor")
 
 EXIT_CODES = """exit codes:
   0    fine: nothing at or above --fail-on
   1    incidents or findings at or above --fail-on, a rule's test that failed, an installation that does not work
   2    a command, option, path or file that can't be: one line on stderr says which
+  3    nothing at or above --fail-on, but not enough was seen to say that all is well
   130  interrupted (`watch` ends with 0)
 
 Data goes to stdout, talk to stderr. `gradwatch COMMAND --help` says more."""

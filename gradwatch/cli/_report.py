@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ._find import add_run, gathered, open_run
-from ._outcome import add_fail_on, verdict
+from ._outcome import add_fail_on, outcome
 from ._terminal import say, show, show_json
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -28,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..report import report_text, summarise, write_report
+    from ..report import report_text, summarise, verdict_of, write_report
 
     opened = open_run(options.run)
     data = gathered(opened)
-    code = verdict((i.severity for i in data.incidents), options.fail_on)
+    code = outcome(verdict_of(data), data.incidents, options.fail_on)
     if options.out == "-":
         if options.format == "png":
             raise ConfigError("a picture can't go to stdout: give -o FILE.")
@@ -42,7 +42,9 @@ def run(options: argparse.Namespace) -> int:
     summary = summarise(data)
     if options.json:
         size = path.stat().st_size
-        show_json({"path": str(path), "bytes": size, "state": summary.state, "headline": summary.headline})
+        verdict = summary.verdict.state
+        words = {"state": summary.state, "verdict": verdict, "headline": summary.headline}
+        show_json({"path": str(path), "bytes": size, **words})
     else:
         say(summary.headline)
         show(str(path))

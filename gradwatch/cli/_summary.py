@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ._find import add_run, gathered, open_run
-from ._outcome import add_fail_on, verdict
+from ._outcome import add_fail_on, outcome
 from ._terminal import show, show_grid
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..report import to_json
+    from ..report import to_json, verdict_of
 
     data = gathered(open_run(options.run))
     if options.json:
         print(to_json(data), end="", flush=True)
     else:
         show_summary(data, max_layers=max(options.layers, 1), biases=options.biases)
-    return verdict((i.severity for i in data.incidents), options.fail_on)
+    return outcome(verdict_of(data), data.incidents, options.fail_on)
 
 
 def show_summary(data: ReportData, *, max_layers: int = 40, biases: bool = False) -> None:
@@ -45,6 +45,8 @@ def show_summary(data: ReportData, *, max_layers: int = 40, biases: bool = False
 
     summary = summarise(data)
     show(f"{data.name}: {summary.headline}", _style(summary.state))
+    for line in summary.verdict.lines()[1:]:
+        show(line, "dim", indent=2)
     for fact in summary.facts:
         show(fact, "dim", indent=2)
     _show_curves(data)
@@ -73,7 +75,7 @@ def show_stories(summary: Summary) -> None:
 
 
 def _style(state: str) -> str:
-    return {"healthy": "fine", "noted": "info"}.get(state, state)
+    return {"healthy": "fine", "noted": "info", "unseen": "info"}.get(state, state)
 
 
 def _show_curves(data: ReportData) -> None:

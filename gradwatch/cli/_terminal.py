@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .._text import printable
+
 __all__ = [
     "STYLES",
     "Grid",
@@ -55,7 +57,7 @@ class Grid:
     flexible: int = 0
 
     def add(self, *cells: str, style: str = "") -> None:
-        self.rows.append([printable(cell) for cell in cells])
+        self.rows.append([printable(cell, keep="") for cell in cells])
         self.styles.append(style)
 
     def lines(self, width: int | None = None) -> list[str]:
@@ -73,11 +75,6 @@ class Grid:
             fitting = cell if len(cell) <= width else "..." + cell[len(cell) - width + 3 :]
             cells.append(fitting.rjust(width) if i in self.right else fitting.ljust(width))
         return "  ".join(cells).rstrip()
-
-
-def printable(text: str) -> str:
-    """Return text without what a terminal would obey: names and messages come from files."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in str(text))
 
 
 def say(text: str) -> None:
@@ -127,10 +124,10 @@ def show_lines(lines: Sequence[tuple[str, str]]) -> None:
     """Print lines, each with its style, to stdout."""
     console = rich_console()
     if console is None:
-        print("\n".join(line for line, _ in lines), flush=True)
+        print("\n".join(printable(line) for line, _ in lines), flush=True)
         return
     for line, style in lines:
-        console.print(line, style=STYLES[style] or None, soft_wrap=True)
+        console.print(printable(line), style=STYLES[style] or None, soft_wrap=True)
 
 
 def show_json(value: Any) -> None:

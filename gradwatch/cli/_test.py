@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from ._find import existing
-from ._outcome import FINE, FOUND
-from ._terminal import show, show_json
+from ._outcome import FINE, FOUND, add_allow_code
+from ._terminal import printable, show, show_json, show_lines
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -15,13 +15,14 @@ HELP = "run the unit tests that rules files hold"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="RULES.yaml", help="rules files with `tests`")
+    add_allow_code(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document instead")
 
 
 def run(options: argparse.Namespace) -> int:
     from ..book import run_rule_tests
 
-    reports = [run_rule_tests(existing(file, "rules file")) for file in options.files]
+    reports = [run_rule_tests(existing(file, "rules file"), allow_code=options.allow_code) for file in options.files]
     if options.json:
         show_json(
             {
@@ -44,5 +45,5 @@ def run(options: argparse.Namespace) -> int:
         for report in reports:
             if len(reports) > 1:
                 show(report.path, "head")
-            print(str(report), flush=True)
+            show_lines([(printable(line), "") for line in str(report).split("\n")])
     return FINE if all(report.passed for report in reports) else FOUND

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ._find import add_run, open_run
-from ._outcome import FINE, add_fail_on, verdict
-from ._terminal import STYLES, columns, rich_console, say
+from ._outcome import FINE, add_fail_on, outcome
+from ._terminal import STYLES, columns, printable, rich_console, say
 
 if TYPE_CHECKING:
     from ..runs import Run
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
                     time.sleep(options.every)
     except KeyboardInterrupt:
         return FINE
-    return verdict((i.severity for i in opened.incidents), options.fail_on)
+    return outcome(opened.verdict(), opened.incidents, options.fail_on)
 
 
 def _look(run: Run, max_layers: int) -> Frame:
@@ -117,5 +117,5 @@ class _Screen(_Pages):
 
         text = Text(no_wrap=True, overflow="ellipsis")
         for line, style in frame.lines(columns()):
-            text.append(line + "\n", style=STYLES[style])
+            text.append(printable(line, keep="") + "\n", style=STYLES[style])
         self._live.update(text, refresh=True)

@@ -9,24 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import GradwatchError
-from ..protocols import Rule
-from ..records import SEVERITIES, Finding, Index, StepRecord
-from ..rules import RuleBook, RuleEngine
+from ..errors import ConfigError, GradwatchError
+from ..records import (
+    FAMILIES,
+    FIELDS,
+    MODULE,
+    PARAMETER,
+    SCALAR,
+    SEVERITIES,
+    Column,
+    Finding,
+    Index,
+    StepRecord,
+    column_of,
+    columns,
+    is_scalar_name,
+)
+from ..rules import Rule, RuleBook, RuleEngine, as_rule
 
 __all__ = ["check_rule", "odd_records"]
 
-_PARAMETER_COLUMNS = ("grad_norm", "grad_absmax", "zero_fraction", "nonfinite_count", "underflow_fraction")
-_UPDATE_COLUMNS = ("param_norm", "update_norm", "update_ratio")
-_MODULE_COLUMNS = (
-    "output_rms",
-    "output_mean",
-    "output_std",
-    "output_absmax",
-    "output_zero_fraction",
-    "grad_output_norm",
-)
-_SHARES = ("silent_fraction", "saturated_fraction")
 _ODD = (0.0, 1e-30, 1e30, float("inf"), float("-inf"), float("nan"))
 
 
@@ -38,6 +40,7 @@ def check_rule(rule: Rule, records: Iterable[StepRecord] = ()) -> None:
     * nothing that a record may hold makes it raise: missing columns, no loss, nan, infinities, empty masks;
     * findings name paths of the record's index (or "": the whole model), and this record's step;
     * `limit` is None or a number that is not negative;
+    * what it says it `needs` is what a record can hold;
     * its memory survives a checkpoint: judging goes on as if nothing had happened.
 
     Args:
@@ -47,6 +50,10 @@ def check_rule(rule: Rule, records: Iterable[StepRecord] = ()) -> None:
     Raises:
         AssertionError: which law, and what was seen.
     """
+    try:
+        rule = as_rule(rule)
+    except ConfigError as error:
+        raise AssertionError(f"broken law: {error}") from None
     judged = [*odd_records(), *records]
     _has_its_names(rule)
     _inits_alike(rule)
@@ -57,7 +64,10 @@ def check_rule(rule: Rule, records: Iterable[StepRecord] = ()) -> None:
 
 
 def odd_records(steps: int = 60, seed: int = 0) -> list[StepRecord]:
-    """Return records of an ordinary training, of which every third lacks something or holds what is not finite."""
+    """Return records of an ordinary training, of which every third lacks something or holds what is not finite.
+
+    Together they hold every column and scalar that is known, those of one's own included.
+    """
     random = np.random.default_rng(seed)
     index = _index()
     records = []
@@ -82,30 +92,15 @@ def _index() -> Index:
 
 def _record(step: int, index: Index, random: np.random.Generator, odd: float | None) -> StepRecord:
     n = len(index)
-    columns: dict[str, Any] = {}
-    masks: dict[str, Any] = {}
-    if step % 7 != 6:
-        columns = {name: np.exp(random.normal(size=n)) for name in _PARAMETER_COLUMNS + _MODULE_COLUMNS}
-        columns["zero_fraction"] = random.random(n)
-        columns["nonfinite_count"] = np.zeros(n)
-        columns |= {name: random.random(n) for name in _SHARES}
-        if step % 5 == 0:
-            columns |= {name: np.exp(random.normal(size=n)) for name in _UPDATE_COLUMNS}
-        modules = (*_MODULE_COLUMNS, *_SHARES)
-        masks = {name: index.is_module if name in modules else index.is_parameter for name in columns}
+    due = [] if step % 7 == 6 else [c for c in columns(PARAMETER, MODULE) if step % 5 == 0 or c.when != "updates_every"]
+    held: dict[str, Any] = {c.name: _values(c, random, n) for c in due}
+    masks: dict[str, Any] = {c.name: index.is_module if c.kind == MODULE else index.is_parameter for c in due}
     if odd is not None:
-        for name in columns:
-            columns[name] = np.where(random.random(n) < 0.5, odd, columns[name])
+        for name in held:
+            held[name] = np.where(random.random(n) < 0.5, odd, held[name])
         masks = {name: mask & (random.random(n) < 0.5) for name, mask in masks.items()}
     loss = 2.0 * math.exp(-step / 30) if odd is None else odd
-    norm = float(np.linalg.norm(columns["grad_norm"][:4])) if columns and odd is None else (odd or 0.0)
-    scalars = {
-        "batch_size": 8.0,
-        "output_batch_variance": 0.5,
-        "num_trainable": 4.0,
-        "output_min": -1.0,
-        "output_max": 1.0,
-    }
+    norm = float(np.linalg.norm(held["grad_norm"][:4])) if held and odd is None else (odd or 0.0)
     return StepRecord(
         step=step,
         index=index,
@@ -114,20 +109,48 @@ def _record(step: int, index: Index, random: np.random.Generator, odd: float | N
         lr=0.0 if step == 4 else 1e-3,
         global_norm=norm,
         global_norm_after=norm,
-        columns=columns,
+        columns=held,
         masks=masks,
-        scalars={} if step % 13 == 12 else dict.fromkeys(scalars, odd) if odd is not None else scalars,
+        scalars={} if step % 13 == 12 else _scalars(step, odd),
     )
+
+
+def _values(column: Column, random: np.random.Generator, n: int) -> Any:
+    if column.scale == "share":
+        return random.random(n)
+    if column.scale == "count":
+        return np.zeros(n)
+    return random.normal(size=n) if column.signed else np.exp(random.normal(size=n))
+
+
+_RARE = ("amp_overflow", "grad_scale", "num_overflows", "grads_kept", "shape_mismatch", "optimizer", "trainer_clip")
+"""Scalars whose being there changes what is expected of a step: in some records only, and zero."""
+
+
+def _scalars(step: int, odd: float | None) -> dict[str, float]:
+    names = [c.name for c in columns(SCALAR) if c.name not in (*FIELDS, *_RARE, "end_of_run")]
+    names += [f"{family.rstrip('_/')}/a/b" if "/" in family else f"{family}a" for family in FAMILIES]
+    found = dict.fromkeys(names, 0.5 if odd is None else odd)
+    ordinary = {"batch_size": 8.0, "num_trainable": 4.0, "output_min": -1.0, "output_max": 1.0, "output_units": 3.0}
+    if odd is None:
+        found |= ordinary
+    return found | (dict.fromkeys(_RARE, 0.0) if step % 4 == 1 else {})
 
 
 def _has_its_names(rule: Rule) -> None:
     name = type(rule).__name__
-    _law(
-        isinstance(rule, Rule),
-        f"{name} satisfies the Rule protocol: name, severity, then, rule_name, init, judge, limit",
-    )
     _law(rule.severity in SEVERITIES, f"{name}'s severity is one of {', '.join(SEVERITIES)}. It is {rule.severity!r}")
+    unknown = sorted(n for n in rule.needs if not _is_known(n))
+    _law(not unknown, f"{name} needs what a record can hold. Of {unknown} nothing is known")
     _law(rule.rule_name == rule.rule_name.lower() and " " not in rule.rule_name, f"{name}'s rule_name is in snake case")
+
+
+_PARTS = frozenset({"treatments", "histograms", "skipped", "unseen"})
+"""What else of a record a rule may need."""
+
+
+def _is_known(name: str) -> bool:
+    return name in _PARTS or column_of(name) is not None or is_scalar_name(name) or f"{name}/" in FAMILIES
 
 
 def _inits_alike(rule: Rule) -> None:

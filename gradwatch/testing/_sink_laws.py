@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..protocols import RunMeta, Sink
+from ..errors import ConfigError
+from ..protocols import RunMeta, Sink, as_sink
 from ..records import Incident, StepRecord
 from ._rule_laws import odd_records
 
@@ -29,10 +30,8 @@ def check_sink(make: Callable[[], Sink], *, run_dir: str | Path | None = None) -
     Raises:
         AssertionError: which law, and what was seen; errors of the sink itself come through as they are.
     """
-    sink = make()
+    sink = _made(make)
     name = type(sink).__name__
-    if not isinstance(sink, Sink):
-        raise AssertionError(f"broken law: {name} has open, write, incident, flush and close.")
     meta = RunMeta(name="laws", run_dir=None if run_dir is None else str(run_dir), model="Sequential")
     sink.open(meta)
     records = odd_records(30)
@@ -47,9 +46,16 @@ def check_sink(make: Callable[[], Sink], *, run_dir: str | Path | None = None) -
     sink.open(RunMeta(name="laws", run_dir=meta.run_dir, model="Sequential", start_step=20))
     _write(sink, records[20], records[20:21], name)
     sink.close()
-    empty = make()
+    empty = _made(make)
     empty.open(RunMeta(name="laws-empty", run_dir=None if run_dir is None else str(Path(run_dir) / "empty")))
     empty.close()
+
+
+def _made(make: Callable[[], Sink]) -> Sink:
+    try:
+        return as_sink(make())
+    except ConfigError as error:
+        raise AssertionError(f"broken law: {error}") from None
 
 
 def _write(sink: Sink, record: StepRecord, window: list[StepRecord], name: str) -> None:

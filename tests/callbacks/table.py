@@ -16,7 +16,6 @@ COLUMNS = {
 }
 
 ALL = dict.fromkeys(COLUMNS, "yes")
-REFUSED = "test_what_the_trainer_can_not_offer_is_refused_with_the_place_where_it_works"
 OWN_CLIP = "test_norms_are_those_before_the_trainers_clip_and_both_are_on_record"
 
 # What, the cells, and the tests: one for all columns (its ids name the columns, or it loops over them), or by column.
@@ -55,7 +54,7 @@ ROWS: list[tuple[str, dict[str, str], str | dict[str, str]]] = [
         },
         {
             "lightning": "test_lightning:test_observing_is_bitwise_neutral_and_norms_are_right",
-            "fabric": "test_wrapped:test_fabrics_clip_comes_before_the_measurement_unless_a_call_says_otherwise",
+            "fabric": "test_wrapped:test_fabrics_clip_hides_nothing_whether_it_comes_before_the_look_or_after",
             "transformers": f"test_transformers:{OWN_CLIP}",
         },
     ),
@@ -136,8 +135,8 @@ ROWS: list[tuple[str, dict[str, str], str | dict[str, str]]] = [
     ),
     (
         "surgery between task gradients",
-        {"plain": "yes", "lightning": "yes", "fabric": "no", "accelerate": "no", "transformers": "refused"},
-        {"transformers": f"test_transformers:{REFUSED}"},
+        {"plain": "yes", "lightning": "yes", "fabric": "yes", "accelerate": "yes", "transformers": "yes"},
+        dict.fromkeys(COLUMNS, "test_surgery_homes:test_surgery_is_the_same_in_every_home"),
     ),
 ]
 

@@ -17,6 +17,7 @@ from gradwatch.callbacks import GradWatch
 from gradwatch.errors import TrainingStopped
 from gradwatch.rules import Expression, NonFinite
 from gradwatch.runs import read_run
+from gradwatch.stats import Statistic
 from gradwatch.treatments import Checkpoint, LowerLearningRate, Stop
 
 EVERYTHING = {"activations_every": 1, "updates_every": 1, "histograms_every": 1, "log_every": 1}
@@ -215,12 +216,10 @@ def test_resume_continues_windows_counters_and_steps(tmp_path: Path) -> None:
     assert [str(r.global_norm) for r in resumed.history] == [str(r.global_norm) for r in whole.history[24:]]
 
 
-def test_two_callbacks_work_side_by_side_and_one_name_twice_is_lightnings_error(tmp_path: Path) -> None:
+def test_two_callbacks_work_side_by_side(tmp_path: Path) -> None:
     first, second = quiet(run_dir=False, name="one"), quiet(run_dir=False, name="two", rules="observe")
     trainer(tmp_path, first, second).fit(Net(), loader())
     assert [r.global_norm for r in first.history] == [r.global_norm for r in second.history]
-    with pytest.raises(RuntimeError, match="state_key"):
-        trainer(tmp_path, quiet(), quiet())
 
 
 def test_lbfgs_makes_one_record_a_step(tmp_path: Path) -> None:
@@ -394,3 +393,23 @@ def test_a_preflight_speaks_before_step_zero_and_changes_no_bit(tmp_path: Path) 
     assert [i.rule for i in told] == [f"preflight_{f.check}" for f in watch.preflight_report]
     assert "preflight_not_in_optimizer" in [i.rule for i in told]
     assert {i.first_step for i in told} == {0}
+
+
+class Sizes(Statistic):
+    """Squared norm of each gradient."""
+
+    name = "sizes_under_lightning"
+
+    def sums(self, view):
+        return view.rows([grad.square().sum() for grad in view.grads])
+
+
+def test_statistics_and_numbers_of_ones_own_are_on_record(tmp_path: Path) -> None:
+    class Telling(pl.Callback):
+        def on_train_batch_start(self, run, model, batch, number):
+            watch.record(number_of_batch=number)
+
+    watch = quiet(statistics=[Sizes()])
+    trainer(tmp_path, watch, Telling()).fit(Net("sgd"), loader(3))
+    assert [r.scalars["number_of_batch"] for r in watch.history] == [0, 1, 2]
+    assert all("sizes_under_lightning" in r.columns for r in watch.history)

@@ -191,9 +191,9 @@ def test_a_loss_outside_of_the_model_is_unknown_but_gradients_are_not(tmp_path: 
 
 def test_what_the_trainer_can_not_offer_is_refused_with_the_place_where_it_works() -> None:
     with pytest.raises(ConfigError) as info:
-        GradWatchCallback(surgery="pcgrad")
+        GradWatchCallback(autopsy=True)
     assert str(info.value) == (
-        "`surgery` needs an event before backward, which the Trainer does not have. It works in Watch and in the "
+        "`autopsy` needs an event before backward, which the Trainer does not have. It works in Watch and in the "
         "Lightning callback."
     )
 

@@ -15,6 +15,8 @@ from torch import nn
 from gradwatch import ConfigError, Watch
 from gradwatch.callbacks.fabric import GradWatch
 from gradwatch.errors import TrainingStopped
+from gradwatch.rules import NonFinite
+from gradwatch.treatments import Checkpoint
 
 from .loops import Batches, Job, Net, adam, fabric
 
@@ -53,8 +55,7 @@ def test_a_fabric_script_is_watched_without_a_line_in_its_loop(tmp_path: Path) -
         assert "gradwatch: 8 records" in watch.summary()
 
 
-def test_fabrics_clip_comes_before_the_measurement_unless_a_call_says_otherwise(tmp_path: Path) -> None:
-    norms = []
+def test_fabrics_clip_hides_nothing_whether_it_comes_before_the_look_or_after(tmp_path: Path) -> None:
     for called in (False, True):
         with quiet("observe") as watch:
             runs = Fabric(accelerator="cpu", callbacks=[watch])
@@ -67,9 +68,8 @@ def test_fabrics_clip_comes_before_the_measurement_unless_a_call_says_otherwise(
                 norm = runs.clip_gradients(model, optimizer, max_norm=0.1)
                 optimizer.step()
                 optimizer.zero_grad()
-            norms.append([r.global_norm for r in watch.history])
-            assert (norms[-1][-1] == pytest.approx(float(norm), rel=1e-5)) == called
-    assert norms[0] == pytest.approx([0.1] * 3, rel=1e-4)
+            assert watch.history[-1].global_norm == pytest.approx(float(norm), rel=1e-5)
+            assert [r.global_norm_applied for r in watch.history] == pytest.approx([0.1] * 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
@@ -109,6 +109,36 @@ def test_watch_takes_what_fabric_has_set_up_and_gives_the_callbacks_records(tmp_
             optimizer.zero_grad()
     assert [r.index.paths for r in watch.history] == [r.index.paths for r in by_callback]
     assert [r.global_norm for r in watch.history] == pytest.approx([r.global_norm for r in by_callback], rel=1e-6)
+
+
+def test_numbers_and_notes_of_ones_own_are_on_fabrics_records(tmp_path: Path) -> None:
+    with quiet([NonFinite()], run_dir=tmp_path / "run") as watch:
+        runs = Fabric(accelerator="cpu", callbacks=[watch])
+        inner = Net()
+        model, optimizer = runs.setup(inner, adam(inner))
+        watch.annotate("here the data changes", silence=3)
+        for number, batch in enumerate(Job(tmp_path, Batches(4, bad=(1,))).loader()):
+            watch.record(number=number, loss_scale=torch.tensor(2.0))
+            runs.backward(model(**batch)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [r.scalars["number"] for r in watch.history] == [0, 1, 2, 3]
+    assert [r.scalars["loss_scale"] for r in watch.history] == [2.0] * 4
+    assert [i.first_step for i in watch.incidents] == [3]
+    assert "here the data changes" in (tmp_path / "run" / "annotations.jsonl").read_text()
+
+
+def test_a_checkpoint_is_asked_for_in_a_fabric_loop(tmp_path: Path) -> None:
+    asked: list[str] = []
+    with quiet([NonFinite(then=Checkpoint())], on_checkpoint=asked.append) as watch:
+        runs = Fabric(accelerator="cpu", callbacks=[watch])
+        inner = Net()
+        model, optimizer = runs.setup(inner, adam(inner))
+        for batch in Job(tmp_path, Batches(3, bad=(1,))).loader():
+            runs.backward(model(**batch)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+    assert asked == ["gradwatch-non_finite-1"]
 
 
 def test_ten_bad_steps_stop_a_fabric_loop_with_an_error(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_log_of_another_program_is_read(tmp_path) -> None:
 
 def test_run_of_a_higher_schema_is_refused_in_words(healthy) -> None:
     meta = healthy / "meta.json"
-    meta.write_text(meta.read_text().replace('"schema":1', '"schema":99'))
+    meta.write_text(meta.read_text().replace('"schema":2', '"schema":99'))
     with pytest.raises(RunFormatError, match="schema 99"):
         open_run(str(healthy))
     shutil.rmtree(healthy)

@@ -8,7 +8,7 @@ import pytest
 
 from gradwatch.cli import FINE, FOUND, USAGE, main
 from gradwatch.cli._main import COMMANDS
-from gradwatch.cli._outcome import verdict
+from gradwatch.cli._outcome import severe
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -89,7 +89,7 @@ def test_interrupt_is_130(monkeypatch, healthy, capsys) -> None:
     ],
 )
 def test_verdict(severities, fail_on, code) -> None:
-    assert verdict(severities, fail_on) == code
+    assert severe(severities, fail_on) == code
 
 
 def test_help_and_summary_load_neither_torch_nor_a_trainer(healthy) -> None:

@@ -35,19 +35,19 @@ def test_replay_judges_by_other_rules_and_says_so_by_its_code(severity, bar, cod
     assert main(["replay", str(spiked), "--rules", rules(severity), *asked]) == code
     out, err = capsys.readouterr()
     assert f"[{severity}] step 30: spike in whole model" in out
-    assert err.splitlines()[0] == "40 records judged by 1 rules"
+    assert err.splitlines()[0] == "60 records judged by 1 rules"
 
 
 def test_replay_of_a_healthy_run_is_fine(healthy, rules, capsys) -> None:
     assert main(["replay", str(healthy), "--rules", rules()]) == FINE
-    assert capsys.readouterr().out == "no incidents\n"
+    assert capsys.readouterr().out == "Healthy: one rule judged 60 steps, and none fired.\n"
 
 
 def test_replay_as_json(spiked, rules, capsys) -> None:
     main(["replay", str(spiked), "--rules", rules(), "--json", "--diff"])
     told = json.loads(capsys.readouterr().out)
     assert [(i["name"], i["first_step"]) for i in told["incidents"]] == [("spike", 30)]
-    assert [(c["rule"], c["judged"], c["disabled"]) for c in told["coverage"]] == [("spike", 35, False)]
+    assert [(c["rule"], c["judged"], c["disabled"]) for c in told["coverage"]] == [("spike", 56, False)]
     assert told["differences"][0].startswith("only in the replay: [warning] step 30: spike in whole model")
 
 
@@ -106,7 +106,7 @@ def test_compare_of_equal_runs_finds_no_difference(healthy, tmp_path, capsys) ->
     main(["compare", str(healthy), str(twin), "--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["first_difference"] is None
-    assert told["numbers"]["steps"] == {"a": 40.0, "b": 40.0}
+    assert told["numbers"]["steps"] == {"a": 60.0, "b": 60.0}
     assert told["only_a"] == told["only_b"] == []
 
 

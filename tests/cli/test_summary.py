@@ -18,7 +18,7 @@ from .conftest import write_run
 def test_healthy_run_reads_as_one(healthy, capsys) -> None:
     assert main(["summary", str(healthy), "--fail-on", "info"]) == FINE
     out, err = capsys.readouterr()
-    assert out.startswith("healthy: Healthy: no rule fired in 40 steps.\n")
+    assert out.startswith("healthy: Healthy: one rule judged 60 steps, and none fired.\n")
     assert "encoder.weight  ▅▅▅▅" in out
     assert err == ""
 
@@ -34,7 +34,7 @@ def test_ill_run_names_cause_place_and_advice(spiked, capsys) -> None:
     assert main(["summary", str(spiked)]) == FINE
     said = capsys.readouterr().out
     assert "Not healthy since step 30. The likely cause: the gradient exploded." in said
-    row = "30 warning exploding decoder.weight +1 2.24e+03 40 over at 31 clip_to_limit"
+    row = "30 warning exploding decoder.weight +1 2.24e+03 40 open clip_to_limit"
     assert row in [" ".join(line.split()) for line in said.splitlines()]
     assert "What to do: Look at the batch." in said
     assert "gradwatch ran clip_to_limit for it." in said
@@ -61,7 +61,7 @@ def test_layers_of_incidents_stay_when_room_is_short(spiked) -> None:
 
 def test_empty_run_is_said_to_be_empty(tmp_path, capsys) -> None:
     assert main(["summary", str(write_run(tmp_path / "empty", steps=0))]) == FINE
-    assert "Nothing was recorded" in capsys.readouterr().out
+    assert "Not enough seen: nothing was recorded" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from .conftest import write_run
 def test_watch_once_shows_layers_and_incidents(spiked, capsys) -> None:
     assert main(["watch", str(spiked), "--once", "--fail-on", "warning"]) == FOUND
     said = capsys.readouterr().out
-    assert said.startswith("spiked Toy: step 39 (over, 1 steps/s), lr 0.001\n")
+    assert said.startswith("spiked Toy: step 59 (over, 1 steps/s), lr 0.001\n")
     assert "decoder.weight" in said
-    assert "over at 31" in said
+    assert "open" in said
 
 
 def test_watch_ends_when_the_run_is_complete(healthy, capsys) -> None:
@@ -31,7 +31,7 @@ def test_watch_ends_when_the_run_is_complete(healthy, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     told = json.loads(lines[0])
-    assert (told["step"], told["over"], told["incidents"]) == (39, True, [])
+    assert (told["step"], told["over"], told["incidents"]) == (59, True, [])
 
 
 def test_worst_layer_stands_first(tmp_path) -> None:
@@ -60,7 +60,7 @@ def test_cadence_must_be_above_zero(every, healthy, capsys) -> None:
 @pytest.mark.slow
 def test_ctrl_c_ends_the_view_of_a_running_job_with_0(healthy) -> None:
     meta = json.loads((healthy / "meta.json").read_text())
-    meta["sessions"][-1]["finished"] = None
+    meta["sessions"][-1] |= {"finished": None, "complete": False}
     (healthy / "meta.json").write_text(json.dumps(meta))
     command = [sys.executable, "-m", "gradwatch", "watch", str(healthy), "--json", "--every", "0.2"]
     # A test run in a shell's background ignores Ctrl-C, and so would its children: here somebody types it.

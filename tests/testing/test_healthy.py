@@ -32,11 +32,11 @@ def test_sound_model_passes(net, batch):
 
 
 def test_sound_model_passes_without_an_optimizer(net, batch):
-    assert_healthy(net, batch, LOSS)
+    assert assert_healthy(net, batch, LOSS).ok
 
 
 def test_fixture_is_the_function(gradwatch_healthy, net, batch):
-    gradwatch_healthy(net, batch, LOSS, SGD(net.parameters(), 0.1))
+    assert gradwatch_healthy(net, batch, LOSS, SGD(net.parameters(), 0.1)).ok
 
 
 def test_missing_parameters_fail_with_cause_and_advice(net, batch):

@@ -9,7 +9,8 @@ import torch
 from gradwatch.protocols import RunMeta
 from gradwatch.rules import RULES, Rule
 from gradwatch.sinks import RunFolder
-from gradwatch.testing import MemorySink, check_rule, check_sink, check_treatment, odd_records
+from gradwatch.stats import Statistic
+from gradwatch.testing import MemorySink, check_rule, check_sink, check_statistic, check_treatment, odd_records
 from gradwatch.treatments import TREATMENTS
 
 SETTINGS = {
@@ -148,14 +149,6 @@ class Always(Halve):
         grads.mul_(0.5)
 
 
-class Behind(Halve):
-    """Changes gradients and leaves their norms as they were."""
-
-    def apply_(self, grads, context):
-        for grad in grads.grads:
-            grad.mul_(0.5)
-
-
 class Mover(Halve):
     def apply_(self, grads, context):
         for p in grads.params:
@@ -193,7 +186,6 @@ def test_sound_treatment_keeps_the_laws():
     ("treatment", "law"),
     [
         (Always, "behind a rule that did not fire"),
-        (Behind, "norms fit the gradients afterwards"),
         (Mover, "leaves the parameters' values alone"),
         (Divider, "finite gradients stay finite"),
         (Wordy, "it reports numbers"),
@@ -206,7 +198,7 @@ def test_treatment_law_can_fail(treatment, law):
 
 
 def test_object_without_a_treatments_methods_is_no_treatment():
-    with pytest.raises(AssertionError, match="has name, apply_, state_dict and load_state_dict"):
+    with pytest.raises(AssertionError, match="a treatment is an object with `apply_`"):
         check_treatment(object())
 
 
@@ -234,5 +226,119 @@ def test_sink_laws_hold_for_a_sound_sink_and_can_fail():
     check_sink(Deaf)
     with pytest.raises(AssertionError, match="leaves records as they are"):
         check_sink(Scribbling)
-    with pytest.raises(AssertionError, match="has open, write, incident, flush and close"):
+    with pytest.raises(AssertionError, match="has the methods open, write, incident, flush and close"):
         check_sink(object)
+
+
+class Norms(Statistic):
+    """Squared norm of each gradient."""
+
+    name = "norms_for_the_laws"
+
+    def sums(self, view):
+        return view.rows([g.square().sum() for g in view.grads])
+
+
+class Reading(Norms):
+    name = "reading"
+
+    def sums(self, view):
+        return super().sums(view) * view.grads[0].sum().item()
+
+
+class Changing(Norms):
+    name = "changing"
+
+    def sums(self, view):
+        view.grads[0].mul_(2)
+        return super().sums(view)
+
+
+class Averaging(Norms):
+    name = "averaging"
+
+    def sums(self, view):
+        return view.rows([g.mean() if g.numel() else g.new_zeros(()) for g in view.grads])
+
+
+class Narrow(Norms):
+    name, num_sums = "narrow", 2
+
+
+class Hiding(Norms):
+    name = "hiding"
+
+    def sums(self, view):
+        return view.rows([g.nan_to_num(0.0, 0.0, 0.0).square().sum() for g in view.grads])
+
+
+class Emptiness(Norms):
+    name, num_sums, num_maxima = "emptiness", 0, 1
+
+    def maxima(self, view):
+        return view.rows([g.max() for g in view.grads])
+
+
+class Misnaming(Norms):
+    name = "misnaming"
+
+    def finish(self, sums, maxima):
+        return {"other": sums[:, 0]}
+
+
+class Misshaping(Norms):
+    name = "misshaping"
+
+    def finish(self, sums, maxima):
+        return sums
+
+
+class Counting(Norms):
+    name = "counting"
+    calls = 0
+
+    def finish(self, sums, maxima):
+        type(self).calls += 1
+        return sums[:, 0] + self.calls
+
+
+class Dumb(Norms):
+    name = "dumb"
+
+    def sums(self, view):
+        return None
+
+
+class OfOutputs(Norms):
+    """Sum of an output."""
+
+    name, needs, kind = "of_outputs_for_the_laws", "outputs", ""
+
+    def sums(self, view):
+        return view.rows([sum(t.sum() for t in view.outputs)])
+
+
+@pytest.mark.parametrize("statistic", [Norms(), OfOutputs()], ids=lambda s: s.name)
+def test_a_sound_statistic_keeps_the_laws(statistic):
+    check_statistic(statistic)
+
+
+@pytest.mark.parametrize(
+    ("broken", "law"),
+    [
+        (Reading, "reads nothing back"),
+        (Changing, "leaves what it is shown"),
+        (Averaging, "add up to those of the whole"),
+        (Narrow, "rows of 2"),
+        (Hiding, "hides nothing"),
+        (Misnaming, "gives what its columns name"),
+        (Misshaping, "has shape"),
+        (Counting, "the same again"),
+        (Dumb, "says something"),
+        (Emptiness, "may be empty"),
+    ],
+    ids=lambda v: getattr(v, "name", ""),
+)
+def test_the_laws_of_statistics_can_fail(broken, law):
+    with pytest.raises(AssertionError, match=law):
+        check_statistic(broken())
