@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint types bench docs clean
+.PHONY: demo test test-slow fuzz mutants lint types bench docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or browser"
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz
+
+mutants: $(STAMP)
+	$(BIN)/python -m tools.mutants
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

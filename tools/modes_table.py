@@ -14,10 +14,12 @@ GROUPS = {
     "ddp_cases.py": "DistributedDataParallel, 2 processes",
     "lightning_cases.py": "Lightning `ddp`, 2 processes",
     "alone_cases.py": "DistributedDataParallel and FSDP2, 2 processes",
+    "statistic_cases.py": "DistributedDataParallel and FSDP2, 2 processes",
+    "flat_cases.py": "FSDP1 (`FullyShardedDataParallel`), 2 processes; HSDP1, 4 processes",
     "sharded_cases.py": "FSDP2, HSDP, tensor parallel, ModelParallelStrategy; 2 and 4 processes",
 }
 ALONE = {
-    "test_resume.py": "FSDP2, saved by 1 or 2 processes and resumed by 1, 2 or 4",
+    "test_resume.py": "FSDP2 and FSDP1, saved by 1 or 2 processes and resumed by 1, 2 or 4",
     "test_faults.py": "DistributedDataParallel and FSDP2, 2 processes; and one",
     "test_single.py": "one process",
     "test_lightning_single.py": "one process",

@@ -56,7 +56,8 @@ def run_page(page, *, slow: bool, request, tmp_path, monkeypatch) -> int:
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(page, request, tmp_path, monkeypatch, capsys) -> None:
-    run_page(page, slow=False, request=request, tmp_path=tmp_path, monkeypatch=monkeypatch)
+    num_run = run_page(page, slow=False, request=request, tmp_path=tmp_path, monkeypatch=monkeypatch)
+    assert num_run == sum(b.how not in ("skip", "slow", "file") for b in blocks(page, "python"))
 
 
 SLOW = [page for page in WITH_CODE if any(b.how == "slow" for b in blocks(page, "python"))]
@@ -65,7 +66,8 @@ SLOW = [page for page in WITH_CODE if any(b.how == "slow" for b in blocks(page, 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SLOW, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_slow_code_of_a_page_runs(page, request, tmp_path, monkeypatch, capsys) -> None:
-    run_page(page, slow=True, request=request, tmp_path=tmp_path, monkeypatch=monkeypatch)
+    num_run = run_page(page, slow=True, request=request, tmp_path=tmp_path, monkeypatch=monkeypatch)
+    assert num_run == sum(b.how not in ("skip", "file") for b in blocks(page, "python"))
 
 
 COMMANDS = [

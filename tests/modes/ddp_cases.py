@@ -182,16 +182,16 @@ def one_rank_fails_to_measure(rank: int, world: int, folder: Path, *, treated: b
     optimizer = sgd(model)
     treatments = [ClipByGlobalNorm(0.5)] if treated else []
     watch = Watch(model, optimizer, rules="observe", treatments=treatments, **EVERYTHING)
-    kept = watch.session.engine.meter.gradients
+    kept = watch.session.engine.meter.listed_gradients
     skipped = []
     for step, (pair,) in enumerate(batches(world)):
         loss_of(model, mine(pair, rank)).backward()
         if step == 2 and rank == 1:
-            watch.session.engine.meter.gradients = _raises
+            watch.session.engine.meter.listed_gradients = _raises
         before = net.last.weight.detach().clone()
         watch.step(loss=torch.tensor(1.0))
         skipped.append(torch.equal(before, net.last.weight.detach()))
-        watch.session.engine.meter.gradients = kept
+        watch.session.engine.meter.listed_gradients = kept
         optimizer.zero_grad()
     watch.close()
     equal_on_all_ranks(skipped)

@@ -52,7 +52,7 @@ def run_group(module: str, world: int, folder: Path, names: list[str], *, timeou
     return outcomes
 
 
-def main(cases: Mapping[str, Case]) -> None:
+def main(cases: Mapping[str, Case], backend: str = "gloo") -> None:
     """Run the cases named on the command line, as one of the processes."""
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def main(cases: Mapping[str, Case]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29500", "GROUP_RANK": "0"}
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder / 'store'}",
         rank=rank,
         world_size=world,

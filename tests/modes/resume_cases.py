@@ -1,4 +1,4 @@
-"""What a group of ranks runs to save an FSDP2 training, and one of another size to go on with it."""
+"""What a group of ranks runs to save an FSDP2 or FSDP1 training, and one of another size to go on with it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import StateDictType, fully_shard
 
 from gradwatch import Watch
 from gradwatch.rules import Exploding, NonFinite
 from gradwatch.treatments import ClipToLimit, SkipStep, ZClip
+from tests.modes import flat_cases
 from tests.modes.ranks import equal_on_all_ranks, main
 from tests.modes.reference import Net, batches, loss_of, same, sgd
 
@@ -93,6 +95,41 @@ def resume(rank: int, world: int, folder: Path) -> None:
         (folder / "seen.json").write_text(json.dumps(told(watch)))
 
 
+def built_flat(uses_views: bool) -> tuple[FSDP, torch.optim.Optimizer, Watch]:
+    model = flat_cases.wrapped(Net().double(), flat_cases.Form(uses_views))
+    optimizer = sgd(model)
+    return model, optimizer, watched(model, optimizer, ZClip(warmup=20))
+
+
+def save_flat(rank: int, world: int, folder: Path) -> None:
+    """Train an FSDP1 model to `SAVED_AFTER` and write everything whole."""
+    model, optimizer, watch = built_flat(uses_views=False)
+    list(go(model, watch, optimizer, range(SAVED_AFTER), rank, world))
+    equal_on_all_ranks(same(watch.history))
+    with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+        state = {"model": model.state_dict(), "optimizer": FSDP.optim_state_dict(model, optimizer)}
+    if rank == 0:
+        torch.save({**state, "watch": watch.state_dict()}, folder / "saved")
+    watch.close()
+
+
+def resume_flat(rank: int, world: int, folder: Path) -> None:
+    """Go on from it, with views for flat parameters."""
+    state = torch.load(folder / "saved")
+    model, optimizer, watch = built_flat(uses_views=True)
+    with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(FSDP.optim_state_dict_to_load(model, optimizer, state["optimizer"]))
+    watch.load_state_dict(state["watch"])
+    assert watch.num_steps == SAVED_AFTER
+    list(go(model, watch, optimizer, range(SAVED_AFTER, STEPS), rank, world))
+    watch.close()
+    equal_on_all_ranks(same(watch.history))
+    equal_on_all_ranks([str(i) for i in watch.incidents])
+    if rank == 0:
+        (folder / "seen.json").write_text(json.dumps(told(watch)))
+
+
 def told(watch: Watch) -> dict[str, Any]:
     """Return what must not depend on the number of ranks, nor on where the run was cut."""
     return {
@@ -117,7 +154,7 @@ def told(watch: Watch) -> dict[str, Any]:
     }
 
 
-CASES = {"save": save, "resume": resume}
+CASES = {"save": save, "resume": resume, "save-flat": save_flat, "resume-flat": resume_flat}
 
 if __name__ == "__main__":
     main(CASES)

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from gradwatch import Watch
 from gradwatch.treatments import ClipByGlobalNorm
+from gradwatch.watch._produced import CADENCE
 from tests.modes.lightning_cases import Module, loader, quiet, trainer
 from tests.modes.ranks import counted, equal_on_all_ranks, main
 from tests.modes.reference import (
@@ -29,6 +30,7 @@ from tests.modes.reference import (
     compare,
     loss_of,
     mine,
+    near,
     same,
     sgd,
     train_in_float64,
@@ -152,6 +154,34 @@ def nan_on_one_rank(mode: str) -> Callable[[int, int, Path], None]:
     return case
 
 
+def applied(mode: str) -> Callable[[int, int, Path], None]:
+    def case(rank: int, world: int, folder: Path) -> None:
+        """What the optimizer got is measured of whole gradients, at the cadence that all ranks know of."""
+        distribute, at_once, _ = modes(mode)
+        for share in (1.0, 0.5):
+            net, data = Net(), batches(at_once(world), CADENCE + 2)
+            distribute(net, world)
+            optimizer, number = sgd(net), rank * at_once(world) // world
+            with Watch(net, optimizer, rules="observe", on_error="raise") as watch:
+                for (pair,) in data:
+                    loss = loss_of(net, mine(pair, number))
+                    loss.backward()
+                    watch.after_backward(loss)
+                    for p in net.parameters():
+                        p.grad.mul_(share)
+                    optimizer.step()
+                    watch.after_step()
+                    optimizer.zero_grad()
+            equal_on_all_ranks(same(watch.history))
+            known = {r.step: r.global_norm_applied for r in watch.history if r.global_norm_applied is not None}
+            assert list(known) == [0, CADENCE], known
+            for step, norm in known.items():
+                near(norm, share * watch.history[step].global_norm_after, 2e-5, f"step {step}")
+            assert ("changed the gradients" in watch.summary()) == (share != 1)
+
+    return case
+
+
 def neutral(mode: str) -> Callable[[int, int, Path], None]:
     def case(rank: int, world: int, folder: Path) -> None:
         distribute, _, _ = modes(mode)
@@ -245,6 +275,7 @@ def lightning(dp: int, tp: int, *, treated: bool = False) -> Callable[[int, int,
 TWO = {
     **{f"{m}-right-numbers": right_numbers(m) for m in ("fsdp", "tp")},
     **{f"{m}-clip": clipped(m) for m in ("fsdp", "tp")},
+    **{f"{m}-applied": applied(m) for m in ("fsdp", "tp")},
     **{f"{m}-nan-on-one-rank": nan_on_one_rank(m) for m in ("fsdp", "tp")},
     **{f"{m}-neutral": neutral(m) for m in ("fsdp", "tp")},
     **{f"{m}-collectives": collectives(m) for m in ("fsdp", "tp")},
@@ -256,6 +287,7 @@ TWO = {
 FOUR = {
     **{f"{m}-right-numbers": right_numbers(m) for m in ("hsdp", "fsdp-tp")},
     **{f"{m}-clip": clipped(m) for m in ("hsdp", "fsdp-tp")},
+    "fsdp-tp-applied": applied("fsdp-tp"),
     **{f"{m}-nan-on-one-rank": nan_on_one_rank(m) for m in ("hsdp", "fsdp-tp")},
     **{f"{m}-neutral": neutral(m) for m in ("hsdp", "fsdp-tp")},
     **{f"{m}-collectives": collectives(m) for m in ("hsdp", "fsdp-tp")},

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from gradwatch.callbacks import GradWatch
-from tests.modes import alone_cases, ddp_cases, lightning_cases, sharded_cases
+from tests.modes import alone_cases, ddp_cases, flat_cases, lightning_cases, sharded_cases, statistic_cases
 from tests.modes.ranks import run_group
 from tests.modes.reference import Net, batches
 
@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 DDP, LIGHTNING = list(ddp_cases.CASES), list(lightning_cases.CASES)
 ALONE = list(alone_cases.CASES)
+STATISTICS = list(statistic_cases.CASES)
 TWO, FOUR = list(sharded_cases.TWO), list(sharded_cases.FOUR)
+FLAT_TWO, FLAT_FOUR = list(flat_cases.TWO), list(flat_cases.FOUR)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,24 @@ def test_pieces_on_two_ranks(name: str, outcomes) -> None:
 @pytest.mark.parametrize("name", FOUR)
 def test_pieces_on_four_ranks(name: str, outcomes) -> None:
     _, found = outcomes("tests.modes.sharded_cases", 4, tuple(FOUR))
+    assert not found[name], found[name]
+
+
+@pytest.mark.parametrize("name", FLAT_TWO)
+def test_flat_parameters_on_two_ranks(name: str, outcomes) -> None:
+    _, found = outcomes("tests.modes.flat_cases", 2, tuple(FLAT_TWO))
+    assert not found[name], found[name]
+
+
+@pytest.mark.parametrize("name", FLAT_FOUR)
+def test_flat_parameters_on_four_ranks(name: str, outcomes) -> None:
+    _, found = outcomes("tests.modes.flat_cases", 4, tuple(FLAT_FOUR))
+    assert not found[name], found[name]
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_of_ones_own(name: str, outcomes) -> None:
+    _, found = outcomes("tests.modes.statistic_cases", 2, tuple(STATISTICS))
     assert not found[name], found[name]
 
 

@@ -249,6 +249,7 @@ def test_averaged_models_stay_silent_and_equal() -> None:
     assert equal(run(True), run(False))
 
 
+@pytest.mark.slow
 def test_five_thousand_parameters() -> None:
     net = nn.ParameterList([nn.Parameter(torch.full((3,), float(i % 7))) for i in range(5000)])
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -1,5 +1,6 @@
 """The wheel and the sdist: built, checked, and installed where nothing of this checkout can be seen."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -17,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 def run(*arguments: object, cwd: Path) -> str:
     words = [str(a) for a in arguments]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=280, check=False)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(words, cwd=cwd, env=alone, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 

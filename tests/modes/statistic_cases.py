@@ -1,0 +1,181 @@
+"""What two ranks run with statistics of one's own: under DDP, and under FSDP2 with parameters in pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from gradwatch import Watch
+from gradwatch.stats import Statistic
+from tests.modes.ranks import counted, equal_on_all_ranks, main
+from tests.modes.reference import Net, batches, loss_of, mine, sgd
+from tests.modes.sharded_cases import shard
+
+
+class SquaredNorm(Statistic):
+    """Squared norm of each gradient, and its largest entry."""
+
+    num_maxima = 1
+
+    @classmethod
+    def columns(cls):
+        (one,) = super().columns()
+        return one, type(one)(name="largest_entry", kind=one.kind, meaning="Largest entry of each gradient.")
+
+    def sums(self, view):
+        return view.rows([g.square().sum() for g in view.grads])
+
+    def maxima(self, view):
+        return view.rows([g.abs().max() if g.numel() else g.new_zeros(()) for g in view.grads])
+
+    def finish(self, sums, maxima):
+        return {"squared_norm": sums[:, 0], "largest_entry": maxima[:, 0]}
+
+
+class StepCosine(Statistic):
+    """Cosine of the whole gradient with that of the step before."""
+
+    kind, scale, signed, num_sums = "scalar", "linear", True, 3
+
+    def sums(self, view):
+        last, now = view.memory.get("last"), [g.double() for g in view.grads]
+        view.memory["last"] = [g.clone() for g in now]
+        if last is None:
+            return None
+        pairs = list(zip(last, now, strict=True))
+        return view.rows([(a * b).sum() for a, b in pairs], *([x[i].square().sum() for x in pairs] for i in (0, 1)))
+
+    def finish(self, sums, maxima):
+        dot, first, second = sums.sum(axis=0)
+        return dot / np.sqrt(first * second)
+
+
+class SumOfOutputs(Statistic):
+    """Sum of each module's output."""
+
+    needs = frozenset({"outputs"})
+
+    def sums(self, view):
+        return sum(t.sum() for t in view.outputs).reshape(1, 1)
+
+
+class Breaking(SquaredNorm):
+    """Fails on the second rank, at the third step."""
+
+    name = "breaking"
+
+    @classmethod
+    def columns(cls):
+        return Statistic.columns.__func__(cls)
+
+    def sums(self, view):
+        if dist.get_rank() == 1 and view.step == 2:
+            raise RuntimeError("a bug of one rank")
+        return super().sums(view)
+
+    def finish(self, sums, maxima):
+        return sums[:, 0]
+
+
+def ddp(net: nn.Module, world: int) -> nn.Module:
+    return DistributedDataParallel(net)
+
+
+def fsdp(net: nn.Module, world: int) -> nn.Module:
+    shard(net, init_device_mesh("cpu", (world,)))
+    return net
+
+
+def train(model: nn.Module, rank: int, world: int, statistics: Any, **options: Any) -> tuple[Watch, list[Any]]:
+    optimizer, made_in = sgd(model), []
+    watch = Watch(model, optimizer, rules="observe", statistics=statistics, activations_every=None, **options)
+    with watch:
+        for (pair,) in batches(world):
+            loss = loss_of(model, mine(pair, rank))
+            loss.backward()
+            with counted() as made:
+                watch.step(loss=loss)
+            made_in.append([op for op, _, _ in made])
+            optimizer.zero_grad()
+    return watch, made_in
+
+
+def reference(world: int) -> list[dict[str, Any]]:
+    """Return the gradients of each step and the sums of outputs, of one process over the whole batches."""
+    net = Net().double()
+    optimizer, found = sgd(net), []
+    for (pair,) in batches(world):
+        sums: dict[str, float] = {}
+        hooks = [
+            m.register_forward_hook(lambda m, a, out, to=sums, path=n: to.__setitem__(path, float(out.sum())))
+            for n, m in net.named_modules()
+        ]
+        loss_of(net, (pair[0].double(), pair[1].double())).backward()
+        for hook in hooks:
+            hook.remove()
+        found.append({"grads": {n: p.grad.clone() for n, p in net.named_parameters()}, "outputs": sums})
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+def numbers_are_those_of_the_whole(wrap: Any) -> Any:
+    def case(rank: int, world: int, folder: Path) -> None:
+        every = [SquaredNorm(), StepCosine(), SumOfOutputs()]
+        watch, _ = train(wrap(Net(), world), rank, world, every, histograms_every=None, on_error="raise")
+        expected = reference(world)
+        assert len(watch.history) == len(expected)
+        for step, (record, want) in enumerate(zip(watch.history, expected, strict=True)):
+            for path, grad in want["grads"].items():
+                np.testing.assert_allclose(record["squared_norm", path], float(grad.square().sum()), rtol=1e-4)
+                np.testing.assert_allclose(record["largest_entry", path], float(grad.abs().max()), rtol=1e-4)
+            for path in ("first", "body.0", "last"):
+                np.testing.assert_allclose(record["sum_of_outputs", path], want["outputs"][path], rtol=1e-3, atol=1e-3)
+            if step:
+                before = torch.cat([g.flatten() for g in expected[step - 1]["grads"].values()])
+                now = torch.cat([g.flatten() for g in want["grads"].values()])
+                cosine = float(torch.cosine_similarity(before, now, dim=0))
+                np.testing.assert_allclose(record.scalars["step_cosine"], cosine, rtol=1e-4)
+            else:
+                assert "step_cosine" not in record.scalars
+        equal_on_all_ranks([sorted(r.scalars) for r in watch.history])
+
+    return case
+
+
+def one_exchange_a_step(wrap: Any) -> Any:
+    def case(rank: int, world: int, folder: Path) -> None:
+        options = {"histograms_every": None, "updates_every": None}
+        _, bare = train(wrap(Net(), world), rank, world, (), **options)
+        _, made = train(wrap(Net(), world), rank, world, [StepCosine(), SumOfOutputs()], **options)
+        assert made[1:] == bare[1:] == [["SUM"]] * (len(made) - 1), (made, bare)
+
+    return case
+
+
+def a_failure_of_one_rank(wrap: Any) -> Any:
+    def case(rank: int, world: int, folder: Path) -> None:
+        watch, _ = train(wrap(Net(), world), rank, world, [Breaking(), StepCosine()], histograms_every=2)
+        held = ["breaking" in r.columns for r in watch.history]
+        assert held == [True, True] + [False] * (len(held) - 2)
+        assert all("step_cosine" in r.scalars for r in watch.history[1:])
+        assert any("breaking" in note for note in watch.session.notes) == (rank == 1)
+
+    return case
+
+
+CASES = {
+    f"{law.__name__}_{wrap.__name__}".replace("_", "-"): law(wrap)
+    for law in (numbers_are_those_of_the_whole, one_exchange_a_step, a_failure_of_one_rank)
+    for wrap in (ddp, fsdp)
+}
+
+if __name__ == "__main__":
+    main(CASES)

@@ -1,0 +1,199 @@
+"""`make mutants`: the tool that breaks the package must itself do what it says."""
+
+import importlib.util
+import json
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import pytest
+
+from tools.mutants._changes import Mutant, mutants_of, named_mutant
+from tools.mutants._map import TestMap as LineMap
+from tools.mutants._patch import Live, UnpatchableError, rebind
+from tools.mutants._pick import pick
+from tools.mutants._score import Results
+
+CASES = {
+    "comparison": ("return a < b", {"return a <= b", "return a >= b", "return None"}),
+    "identity": ("return a is not None", {"return a is None", "return None"}),
+    "and": ("return a and (b or c)", {"return a or (b or c)", "return a and (b and c)", "return None"}),
+    "arithmetic": ("return (a + b) * c", {"return (a - b) * c", "return (a + b) / c", "return None"}),
+    "words": ("a = 'x' + b", set()),
+    "sorted": ("a = sorted(b, key=c)", {"a = list(b)"}),
+    "bounds": ("a = b[c:d]", {"a = b[:d]", "a = b[c:]"}),
+    "constant": ("a = b + 1", {"a = b - 1", "a = b + 2", "a = b + 0"}),
+    "call": ("a.b(c)", {"pass"}),
+    "state": ("a.b = c", {"pass"}),
+    "local": ("a = c", set()),
+    "early": ("if a:\n    return", {"if not (a):", "pass"}),
+    "loop": ("while a:\n    break", {"while not (a):", "continue", "pass"}),
+    "text": ("f'{a + 1}'\nassert a == 1\nb: int | None = c", {"pass"}),
+}
+
+
+def in_function(body: str) -> str:
+    return "def f(a, b, c, d):\n" + textwrap.indent(body, "    ") + "\n"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_changes_of_a_statement(case: str) -> None:
+    body, expected = CASES[case]
+    text = in_function(body)
+    found = mutants_of("f.py", text)
+    assert {m.change.partition(" => ")[2] for m in found} == expected
+    assert all(m.text != text and m.compiles and m.function == "f" for m in found)
+    assert all(m.text.count("\n") == text.count("\n") for m in found)
+
+
+def test_a_change_is_known_by_its_text_wherever_it_stands() -> None:
+    text = in_function("return a < b")
+    keys = {m.key for m in mutants_of("f.py", text)}
+    assert {m.key for m in mutants_of("f.py", "import os\n\n\n" + text)} == keys
+    twice = in_function("if a < b:\n    c()\nif a < b:\n    d()")
+    found = [m.key for m in mutants_of("f.py", twice)]
+    assert len(found) == len(set(found))
+
+
+def test_what_runs_at_import_is_told_apart() -> None:
+    found = mutants_of(
+        "f.py", "LIMIT = 10\n\n\nclass A:\n    size: int = 3\n\n    def f(self, n=2):\n        return n\n"
+    )
+    assert {(m.name, m.at_import) for m in found} == {("LIMIT", True), ("size", True), ("f()", True), ("", False)}
+
+
+def test_a_named_change_must_be_found_once() -> None:
+    text = in_function("a()\na()\nb()")
+    assert named_mutant("f.py", text, "f", "b()", "").function == "f"
+    for old, times in (("a()", 2), ("nothing", 0)):
+        with pytest.raises(LookupError, match=f"stands {times} times"):
+            named_mutant("f.py", text, "f", old, "pass")
+    with pytest.raises(LookupError, match="no function 'g'"):
+        named_mutant("f.py", text, "g", "b()", "pass")
+
+
+def test_a_map_of_tests_follows_the_lines_of_a_file_that_changed() -> None:
+    drawn = LineMap({"f.py": "a\nb\nc\n"}, {"t": {"f.py": 1 << 1 | 1 << 3}}, {"t": 1.0}, {})
+    drawn.moved_to({"f.py": "new\na\nnew\nb\nc\n"})
+    assert [n for n in range(1, 6) if drawn.running([("f.py", n, n)])] == [2, 5]
+
+
+def test_a_map_of_tests_follows_code_to_another_file() -> None:
+    part = "def f():\n    one()\n    two()\n    three()\n"
+    drawn = LineMap({"f.py": "a\n" + part, "g.py": "b\n"}, {"t": {"f.py": 1 << 1 | 1 << 4}}, {"t": 1.0}, {})
+    drawn.moved_to({"f.py": "a\n", "g.py": "b\n", "h.py": "c\n" + part})
+    assert {(file, n) for file in "fgh" for n in range(1, 6) if drawn.running([(f"{file}.py", n, n)])} == {
+        ("f", 1),
+        ("h", 4),
+    }
+
+
+def test_the_quickest_case_of_each_test_comes_first() -> None:
+    seconds = {"t::a[1]": 1.0, "t::a[2]": 2.0, "t::b": 5.0}
+    drawn = LineMap({}, {name: {"f.py": 2} for name in seconds}, seconds, {})
+    assert drawn.running([("f.py", 1, 1)]) == ["t::a[1]", "t::b", "t::a[2]"]
+
+
+def test_the_test_that_runs_little_else_comes_before_quicker_ones_that_only_pass_by() -> None:
+    seconds = (
+        {f"t::passes[{i}]": 0.01 for i in range(9)} | {f"t::passes{i}": 0.01 * i for i in range(9)} | {"u::law": 3.0}
+    )
+    lines = {name: {"f.py": 0b110, "g.py": (1 << 500) - 1} for name in seconds} | {"u::law": {"f.py": 0b110}}
+    assert "u::law" in LineMap({}, lines, seconds, {}).running([("f.py", 1, 1)])[:3]
+
+
+SOURCE = """
+from functools import wraps
+
+def timed(function):
+    @wraps(function)
+    def wrapper(n):
+        return function(n) + 10
+    return wrapper
+
+class A:
+    @timed
+    def f(n):
+        return [i + 1 for i in range(n)][-1]
+
+    @property
+    def g(self):
+        return 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "result"),
+    [("+ 10", "+ 20", (22, 1)), ("i + 1", "i + 5", (16, 1)), ("return 1\n", "return 7\n", (12, 7))],
+    ids=["closure", "decorated", "property"],
+)
+def test_living_functions_take_their_new_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, result: tuple[int, int]
+) -> None:
+    path = str(tmp_path / "f.py")
+    module = types.ModuleType("f_of_mutants")
+    module.__file__, space = path, vars(module)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(SOURCE, path, "exec", dont_inherit=True), space)
+    live = Live(str(tmp_path))
+    live.patch(path, SOURCE, SOURCE.replace(old, new), "A")
+    assert (space["A"].f(2), space["A"]().g) == result
+
+
+def test_functions_that_begin_in_one_line_are_not_taken_for_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, path = "pair = (lambda n: n + 1), (lambda n: n + 2)\n", str(tmp_path / "f.py")
+    module = types.ModuleType("f_of_mutants")
+    module.__file__ = path
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, path, "exec", dont_inherit=True), vars(module))
+    with pytest.raises(UnpatchableError, match="2 functions <lambda> begin in line 1"):
+        Live(str(tmp_path)).patch(path, source, source.replace("n + 2", "n + 3"), "")
+    assert [each(0) for each in module.pair] == [1, 2]
+
+
+def test_every_change_with_a_name_is_found_in_the_package() -> None:
+    root = Path(__file__).parents[1]
+    named = pick(root, 0)
+    assert len(named) >= 25
+    assert all(m.compiles and m.tests and m.text != (root / m.file).read_text() for m in named)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "function", "result"),
+    [
+        ("LIMIT = 10", "LIMIT = 11", "", (11, 5, 1)),
+        ("*, n=5", "*, n=6", "f", (10, 6, 1)),
+        ("m=1", "m=2", "f", (10, 5, 2)),
+    ],
+    ids=["constant", "keyword", "positional"],
+)
+def test_constants_and_defaults_are_bound_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, function: str, result: tuple[int, ...]
+) -> None:
+    path, source = tmp_path / "f.py", "LIMIT = 10\n\n\ndef f(k, m=1, *, n=5):\n    return LIMIT, n, m\n"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("f_of_mutants", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "f_of_mutants", module)
+    spec.loader.exec_module(module)
+    rebind(str(path), source, source.replace(old, new), function, Live(str(tmp_path)))
+    assert module.f(0) == result
+
+
+@pytest.mark.parametrize(
+    ("killed", "reason", "code"),
+    [(19, True, 0), (19, False, 1), (16, True, 1)],
+    ids=["explained", "without-a-reason", "too-many-survive"],
+)
+def test_the_command_fails_on_a_survivor_without_a_reason_and_below_the_least_score(
+    tmp_path: Path, killed: int, reason: bool, code: int
+) -> None:
+    mutants = [Mutant("f.py", "f", f"a{i} => b", "deleted", i, "") for i in range(20)]
+    results = [{"key": m.key, "killed": i < killed, "why": "t"} for i, m in enumerate(mutants)]
+    (tmp_path / "results").write_text("\n".join(map(json.dumps, results)))
+    reasons = [{"file": "f.py", "function": "f", "change": m.change, "reason": "the same"} for m in mutants[killed:]]
+    (tmp_path / "reasons").write_text(json.dumps(reasons if reason else []))
+    assert Results(tmp_path / "results", tmp_path / "reasons").tell(mutants) == code

@@ -1,0 +1,86 @@
+"""`python -m tools.mutants`: breaks the package, runs the tests that matter, prints the score.
+
+Fails where fewer than 85 of 100 changes are noticed, or where one that is not has no reason in `survivors.yaml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ._changes import Mutant
+from ._judging import Job
+from ._pick import FAR, WATCHED, pick
+from ._score import Results
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "build" / "mutants"
+SUITES = [
+    f"tests/{name}"
+    for name in ("stats", "watch", "treatments", "late", "surgery", "rules", "sinks", "modes", "callbacks")
+]
+"""Where the tests that matter lie: the others look at doors, pages and programs."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__)
+    parser.add_argument("--count", type=int, default=150, help="changes drawn at random, besides the named ones")
+    parser.add_argument("--only", default="*", metavar="FILE[:LINE]", help="glob: judge these changes alone")
+    parser.add_argument("--named", action="store_true", help="judge the named changes alone")
+    parser.add_argument("--survivors", action="store_true", help="judge those that survived last time once more")
+    parser.add_argument("--fresh", action="store_true", help="draw the map of tests anew")
+    parser.add_argument("--suites", nargs="+", default=SUITES, metavar="FOLDER", help="where the tests lie")
+    parser.add_argument("--near", action="store_true", help="leave out the slow tests of processes of their own")
+    parser.add_argument("--seconds", type=float, default=10.0, help="processor time that one change may survive")
+    parser.add_argument("--list", action="store_true", help="list the changes and judge none")
+    options = parser.parse_args()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    results = Results(KEPT / "results.jsonl", Path(__file__).with_name("survivors.yaml"))
+    mutants = pick(ROOT, 0 if options.named else options.count)
+    mutants = [m for m in mutants if any(fnmatch.fnmatch(at, options.only) for at in (m.file, f"{m.file}:{m.line}"))]
+    # Those that nobody has judged yet come first.
+    todo = sorted(filter(results.survived, mutants), key=results.is_known) if options.survivors else mutants
+    if options.list:
+        print(*(f"{m.file}:{m.line} {m.function}\n    {m.change}" for m in todo), sep="\n")
+        return 0
+    if options.fresh:
+        (KEPT / "map").unlink(missing_ok=True)
+    results.forget(todo)
+    far = {} if options.near else FAR
+    _judge(todo, options.suites, seconds=options.seconds, far=far)
+    return results.tell(mutants)
+
+
+def _judge(mutants: list[Mutant], suites: list[str], **options: Any) -> None:
+    """Judge changes in a copy of the working tree: the checkout is never broken."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy = Path(folder).resolve() / "copy"
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        )
+        for name in filter(None, listed.stdout.decode().split("\0")):
+            if (ROOT / name).is_file():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, copy / name)
+        job = Path(folder, "job")
+        todo = Job(mutants, copy, WATCHED, suites, KEPT / "map", KEPT / "results.jsonl", **options)
+        job.write_bytes(pickle.dumps(todo))
+        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [sys.executable, "-m", "tools.mutants._judging", str(job)], cwd=copy, env=environment, check=False
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
