@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ GROUPS = {
 }
 
 _FOLDER, _ARM = "LIGHTNING_SUITE_FOLDER", "LIGHTNING_SUITE_ARM"
-# The most intrusive there is: hooks on every module and everything measured at every step; its own faults are errors.
+# The most intrusive there is: hooks on every module and everything measured at every step.
 _EVERYTHING = {"activations_every": 1, "updates_every": 1, "histograms_every": 1, "log_every": 1, "local_norms": True}
 
 
@@ -44,12 +43,14 @@ def _callback(package: str) -> Any:
         return callback()
     from gradwatch.callbacks._from_environment import trainer_callback
 
-    settings = {**_EVERYTHING, "backward": "full", "on_error": "raise"} if arm == "everything" else {}
-    runs = Path(os.environ.get(_FOLDER, _folder_at_start)) / "runs"
-    runs.mkdir(exist_ok=True)
-    return trainer_callback(callback, "default", run_dir=tempfile.mkdtemp(dir=runs), **settings)
+    # Its own faults are errors, and it writes where it would by itself: what it leaves behind is a fault too.
+    settings = {**_EVERYTHING, "backward": "full"} if arm == "everything" else {}
+    made = trainer_callback(callback, "default", on_error="raise", **settings)
+    _made.append(made)
+    return made
 
 
+_made: list[Any] = []
 _arm_at_start, _folder_at_start = os.environ.get(_ARM, "empty"), os.environ.get(_FOLDER, "")
 
 
@@ -60,6 +61,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         crash = getattr(report.longrepr, "reprcrash", None)
         error = crash.message if crash is not None else str(report.longrepr)
     _note(test=report.nodeid, phase=report.when, outcome=report.outcome, error=error)
+    if report.when == "teardown":
+        for callback in _made:
+            if callback.history:
+                _note(test=report.nodeid, phase="watched", outcome="watched", error="")
+        _made.clear()
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:

@@ -1,17 +1,18 @@
 """Run Lightning's own tests with GradWatch in every Trainer, and name those that fail with it alone.
 
 ```
-python benchmarks/lightning_suite.py CHECKOUT/tests       trainer, loops, precision, callbacks, models and tuner
+python benchmarks/lightning_suite.py CHECKOUT/tests       all that is named in `SELECTED`
 python benchmarks/lightning_suite.py CHECKOUT/tests --select callbacks/test_lambda_function.py
 python benchmarks/lightning_suite.py CHECKOUT/tests --everything           a third time, with all hooks at every step
 ```
 
 pytest runs twice over the same files, in a process of its own each. Both times a callback is put into every Trainer
-through Lightning's entry point for callback factories: first an empty `Callback()`, then `GradWatch()`. Tests that
-compare the list of callbacks fail both times; what fails with GradWatch alone is GradWatch's doing. `--everything`
-runs them once more with every measurement at every step, full backward hooks, and gradwatch's own faults as errors.
-Lightning's source distribution holds no tests: this wants a checkout of the installed version, and what its
-`requirements/pytorch/test.txt` names.
+through Lightning's entry point for callback factories: first an empty `Callback()`, then a `GradWatch` whose own faults
+are errors (`on_error="raise"`). Tests that compare the list of callbacks fail both times; what fails with GradWatch
+alone is GradWatch's doing. `--everything` runs them once more with every measurement at every step and full backward
+hooks. pytest works in the folder `tests_pytorch`, as Lightning's own runs do: a fixture there fails where files are
+left behind. Lightning's source distribution holds no tests: this wants a checkout of the installed version, and what
+its `requirements/pytorch/test.txt` names.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from _lightning_arm import GROUPS
 
 __all__ = ["Arm", "compare", "run_arm"]
 
-SELECTED = ("trainer", "loops", "plugins/precision", "callbacks", "models", "tuner")
+SELECTED = ("trainer", "loops", "callbacks", "core", "models", "plugins/precision", "loggers", "tuner")
 BAD = ("failed", "crashed")
 
 
@@ -45,13 +46,13 @@ class Arm:
         outcomes: of each test, by its id: "passed", "failed", "skipped" or "crashed" (the process ended with it).
         errors: the first line of each failed test's error.
         warnings: what gradwatch warned of, and how often.
-        num_runs: run folders that gradwatch wrote: fits that it watched.
+        num_watched: callbacks that saw a step.
     """
 
     outcomes: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     warnings: Counter[str] = field(default_factory=Counter)
-    num_runs: int = 0
+    num_watched: int = 0
     seconds: float = 0.0
 
 
@@ -129,19 +130,18 @@ def run_arm(
         arm: `"empty"`, `"gradwatch"` or `"everything"`.
         tests: the folder that holds `tests_pytorch`.
         files: to run.
-        folder: for the entry point, outcomes and run folders; made here.
+        folder: for the entry point and outcomes; made here.
         k: pytest's `-k`.
         timeout: seconds after which the run is ended.
     """
     plugin = install(folder / "path")
-    (folder / "cwd").mkdir()
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", plugin]
     begun = time.perf_counter()
     with (folder / "pytest.txt").open("w") as output:
         try:
             done = subprocess.run(
                 [*command, *(["-k", k] if k else []), *files],
-                cwd=folder / "cwd",
+                cwd=tests / "tests_pytorch",
                 env=environment(arm, tests, folder),
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -185,7 +185,7 @@ def environment(arm: str, tests: Path, folder: Path) -> dict[str, str]:
 
 def read(folder: Path) -> Arm:
     """Return the outcomes that the plugin wrote down; a test's worst phase counts."""
-    arm = Arm(num_runs=sum(1 for _ in folder.glob("runs/*/meta.json")))
+    arm = Arm()
     ended = set()
     notes = folder / "outcomes.jsonl"
     for text in notes.read_text().splitlines() if notes.exists() else ():
@@ -193,6 +193,9 @@ def read(folder: Path) -> Arm:
         test, outcome = line["test"], line["outcome"]
         if line["phase"] == "warning":
             arm.warnings[line["error"]] += 1
+            continue
+        if line["phase"] == "watched":
+            arm.num_watched += 1
             continue
         if line["phase"] in ("teardown", "collect"):
             ended.add(test)
@@ -227,7 +230,7 @@ def show(name: str, result: Comparison, watched: Arm) -> None:
     print(f"\n| {name} | |\n|---|---|")
     for outcome, count in result.counts.items():
         print(f"| {outcome} | {count} |")
-    print(f"| fits watched into a run folder | {watched.num_runs} |")
+    print(f"| callbacks that saw a step | {watched.num_watched} |")
     listed(
         "failed with gradwatch alone", [f"{t}  {watched.errors.get(t, 'did not run')}" for t in result.only_gradwatch]
     )
