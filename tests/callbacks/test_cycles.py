@@ -139,27 +139,33 @@ def left_by(door: Callable[..., Any], num: int, folder: Path) -> tuple[int, int]
     return num_tensors() - held, num_hooks(line) - bare
 
 
-def left_in_its_own_process(door: str, num: int, folder: Path) -> str:
+def left_in_a_process_of_their_own(num: dict[str, int], folder: Path) -> dict[str, str]:
     """What a process holds changes under a test: another's garbage may be freed while this one counts."""
     program = "import sys; from tests.callbacks.test_cycles import told; told(*sys.argv[1:])"
-    command = [sys.executable, "-W", "ignore", "-c", program, door, str(num), str(folder)]
+    command = [sys.executable, "-W", "ignore", "-c", program, str(folder), *(f"{k}={v}" for k, v in num.items())]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+    lines = (line.removeprefix("left by ") for line in done.stdout.splitlines() if line.startswith("left by "))
+    return dict(line.split(": ") for line in lines)
 
 
-def told(door: str, num: str, folder: str) -> None:
-    print(*left_by(DOORS[door], int(num), Path(folder)))
+def told(folder: str, *doors: str) -> None:
+    for door, num in (text.split("=") for text in doors):
+        tensors, hooks = left_by(DOORS[door], int(num), Path(folder))
+        print(f"left by {door}: {tensors} tensors, {hooks} hooks")
 
 
-@pytest.mark.parametrize("door", [door for door in DOORS if door != "hugging-face"])
-def test_some_runs_leave_no_hook_and_no_tensor(door: str, tmp_path: Path) -> None:
-    assert left_in_its_own_process(door, 12, tmp_path) == "0 0"
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("door", "num"), [("lightning", 100), ("hugging-face", 40), ("fabric", 200), ("backward-end", 1000)]
+    "num",
+    [
+        pytest.param({"lightning": 12, "fabric": 12, "backward-end": 12}, id="some"),
+        pytest.param(
+            {"lightning": 100, "hugging-face": 40, "fabric": 200, "backward-end": 1000},
+            id="many",
+            marks=[pytest.mark.slow, pytest.mark.timeout(900)],
+        ),
+    ],
 )
-def test_many_runs_leave_no_hook_and_no_tensor(door: str, num: int, tmp_path: Path) -> None:
-    assert left_in_its_own_process(door, num, tmp_path) == "0 0"
+def test_runs_leave_no_hook_and_no_tensor(num: dict[str, int], tmp_path: Path) -> None:
+    left = left_in_a_process_of_their_own(num, tmp_path)
+    assert left == dict.fromkeys(num, "0 tensors, 0 hooks")
