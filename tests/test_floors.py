@@ -12,7 +12,7 @@ FLOORS = [
     {"errors", "records", "requests", "protocols", "_adopt", "_closing", "_address", "_text", "_version", "_warn"},
     {"torchside"},
     {"stats"},
-    {"hooks", "rules", "treatments", "sinks"},
+    {"hooks", "rules", "treatments", "sinks", "precision"},
     {"watch", "book", "runs"},
     {"report", "_preflight"},
     {"callbacks", "testing"},
