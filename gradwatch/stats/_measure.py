@@ -68,15 +68,18 @@ class GradientPieces:
     Attributes:
         shards: the pieces.
         rows: float64, shape (n, 1), (n, 3) or (n, 515): sum of squares, -inf of what is not there; zeros and
-            non-finite elements; histograms. None where there are norms alone, and no tensor is in pieces.
+            non-finite elements; histograms, where some tensor is in pieces. None where there are norms alone, and no
+            tensor is in pieces.
         maxima: float64, shape (n, 1): largest magnitudes; None if not asked for, and (n, 0) in what `whole` returns.
         norms: float64, shape (n,): as measured, for tensors that are not in pieces.
+        counts: int64, shape (n, 512): histograms, where no tensor is in pieces; of many tensors they are large.
     """
 
     shards: Shards
     rows: Tensor | None
     maxima: Tensor | None
     norms: Tensor
+    counts: Tensor | None = None
 
     def whole(self) -> GradientMeasures:
         """Return the measures, after `rows` and `maxima` were merged over ranks."""
@@ -91,7 +94,7 @@ class GradientPieces:
                 squares = squares.masked_fill(absent, 0.0)
             norms = squares.sqrt()
         # Counts are whole numbers below 2**53: exact in float64.
-        counts = self.rows[:, 3:].to(torch.int64) if self.rows.shape[1] > 3 else None
+        counts = self.rows[:, 3:].to(torch.int64) if self.rows.shape[1] > 3 else self.counts
         maxima = self.rows[:, 1:2] if self.maxima is None else self.maxima
         return GradientMeasures(norms, self.rows[:, 1:3].contiguous(), maxima, counts, absent)
 
@@ -120,8 +123,10 @@ def measure_pieces(tensors: Sequence[Tensor], *, details: bool = False, histogra
     shards.add_unstored_(sums)
     if counts is not None:
         shards.add_unstored_(counts)
-    parts = [norms.square()[:, None], sums] + ([] if counts is None else [counts.to(sums.dtype)])
-    return GradientPieces(shards, torch.cat(parts, dim=1), maxima, norms).mark_absent()
+    parts = [norms.square()[:, None], sums]
+    if counts is not None and shards.groups:
+        parts, counts = [*parts, counts.to(sums.dtype)], None
+    return GradientPieces(shards, torch.cat(parts, dim=1), maxima, norms, counts).mark_absent()
 
 
 _Measured = tuple[Tensor, Tensor, Tensor, Tensor | None]

@@ -87,7 +87,8 @@ class Transfer:
         return self._result is not None or all(event.query() for event in self._events)
 
     def result(self) -> dict[str, Any]:
-        """Return the numbers by name: float64 arrays of their tensors' shapes, or plain numbers as they were given."""
+        """Return the numbers by name: arrays of their tensors' shapes, float64 (counts may be int64), or plain numbers as
+        they were given."""
         if self._result is None:
             for event in self._events:
                 event.synchronize()
@@ -103,6 +104,9 @@ class Transfer:
         return self._result
 
 
-def _array(tensor: Tensor) -> NDArray[np.float64]:
+def _array(tensor: Tensor) -> NDArray[Any]:
+    if tensor.dtype is torch.int64:
+        return tensor.numpy()  # counts, which nobody changes; of many tensors they are large
+    wide = tensor.detach().to(torch.float64)
     # A copy: treatments may go on to change norms in place.
-    return tensor.detach().to(torch.float64).numpy().copy()
+    return wide.numpy().copy() if wide.data_ptr() == tensor.data_ptr() else wide.numpy()
