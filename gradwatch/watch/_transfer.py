@@ -87,8 +87,8 @@ class Transfer:
         return self._result is not None or all(event.query() for event in self._events)
 
     def result(self) -> dict[str, Any]:
-        """Return the numbers by name: arrays of their tensors' shapes, float64 (counts may be int64), or plain numbers as
-        they were given."""
+        """Return the numbers by name: float64 arrays of their tensors' shapes (counts may be int64), or plain numbers
+        as they were given."""
         if self._result is None:
             for event in self._events:
                 event.synchronize()
