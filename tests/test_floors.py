@@ -14,7 +14,7 @@ FLOORS = [
     {"stats"},
     {"hooks", "rules", "treatments", "sinks", "precision"},
     {"watch", "book", "runs"},
-    {"report", "_preflight"},
+    {"report", "_preflight", "ahead"},
     {"callbacks", "testing"},
     {"cli", "__init__"},
     {"__main__"},

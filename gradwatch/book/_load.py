@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ def load_rules(spec: Any = "default", *, allow_code: bool = False) -> RuleBook:
     Args:
         spec: the name of a preset (`"observe"`: measure, no rules; `"default"`: report only; `"autoclip"`: also clip
             spikes and skip non-finite steps), the path of a rules file, a mapping of what such a file would hold, a
-            list of rules (objects, names, or mappings as in a rules file), or a RuleBook, which is returned as it is.
+            list of rules (objects, names, or mappings as in a rules file) and presets, or a RuleBook, which is returned
+            as it is.
         allow_code: what names `module:Class` may be imported, which runs it. Rules are data: without this a file names
             only what is built in or registered by an installed package, and can do nothing but judge and treat.
 
@@ -58,10 +59,23 @@ def _book(spec: Any, allow_code: bool) -> RuleBook:
     if isinstance(spec, str):
         return _Reader(allow_code).read(_find(spec)).book()
     if isinstance(spec, (list, tuple)):
-        return RuleBook([_rule(item, f"rule {i} of the list", allow_code) for i, item in enumerate(spec, 1)])
+        return _listed(spec, allow_code)
     if isinstance(spec, Mapping):
         return _Reader(allow_code).take(spec, Lines("rules", allow_code=allow_code), Path(), ()).book()
     raise ConfigError(f"`rules` is a preset, a rules file, a list of rules or a RuleBook. Got {shown(spec)}.")
+
+
+def _listed(items: Sequence[Any], allow_code: bool) -> RuleBook:
+    presets = _Reader(allow_code)
+    for name in items:
+        if isinstance(name, str) and name in PRESETS:
+            presets.read(_find(name))
+    own = [
+        _rule(item, f"rule {i} of the list", allow_code)
+        for i, item in enumerate(items, 1)
+        if not (isinstance(item, str) and item in PRESETS)
+    ]
+    return presets.book(own)
 
 
 def _rule(item: Any, where: str, allow_code: bool) -> Any:
@@ -69,7 +83,7 @@ def _rule(item: Any, where: str, allow_code: bool) -> Any:
         return build_rule(item, Lines(where, allow_code=allow_code), where, {})[1]
     if isinstance(item, str):
         if item not in RULES:
-            raise UnknownNameError("rule", item, RULES)
+            raise UnknownNameError("rule", item, [*RULES, *PRESETS])
         return RULES[item]()
     return item
 
@@ -97,9 +111,10 @@ class _Reader:
         self.silences: list[Silence] = []
         self.statistics: dict[str, Any] = {}
 
-    def book(self) -> RuleBook:
+    def book(self, more: Sequence[Any] = ()) -> RuleBook:
+        """Return what was read, and more rules beside."""
         return RuleBook(
-            self.rules.values(),
+            [*self.rules.values(), *more],
             inhibits=self.inhibits or None,
             silences=self.silences,
             statistics=tuple(self.statistics.values()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 from .._text import shown
@@ -18,12 +19,21 @@ GROUP = "gradwatch.statistics"
 """Entry points under which packages register theirs."""
 
 
+_BUILT_IN = {
+    "activation_formats": "gradwatch.precision:ActivationFormats",
+    "adam_update_rms": "gradwatch.ahead:AdamUpdateRms",
+    "gradient_formats": "gradwatch.precision:GradientFormats",
+    "gradient_turn": "gradwatch.ahead:GradientTurn",
+}
+"""Those that come with gradwatch, by name; imported where they are asked for."""
+
+
 def load_statistics(given: Any, where: str = "statistics", *, allow_code: bool = True) -> tuple[Statistic, ...]:
     """Return the statistics that names and objects stand for, and tell expressions of their columns.
 
     Args:
-        given: one or several: an object, the name of a registered one, `"module:Class"`, or a mapping of one of these
-            to settings by name.
+        given: one or several: an object, the name of a built-in or registered one, `"module:Class"`, or a mapping of
+            one of these to settings by name.
         where: said with an error.
         allow_code: `"module:Class"` may be imported: a program says so of its own, a rules file is asked first.
 
@@ -90,7 +100,10 @@ def _is_statistic(cls: type) -> bool:
 
 
 def _registered(name: str, where: str) -> Any:
+    if name in _BUILT_IN:
+        module, _, cls = _BUILT_IN[name].partition(":")
+        return getattr(import_module(module), cls)
     known = registered(GROUP)
     if name not in known:
-        raise UnknownNameError("statistic", name, known, where=where)
+        raise UnknownNameError("statistic", name, [*_BUILT_IN, *known], where=where)
     return known[name].load()

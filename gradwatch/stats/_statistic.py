@@ -42,10 +42,11 @@ class View:
         *,
         tensors: Mapping[str, Callable[[], Sequence[Tensor]]] | None = None,
         state: Callable[[str], Sequence[Tensor | None]] | None = None,
+        options: Callable[[str], Sequence[Any]] | None = None,
         outputs: Sequence[Tensor] = (),
     ) -> None:
         self.step, self.paths, self.memory, self.outputs = step, tuple(paths), memory, tuple(outputs)
-        self._tensors, self._state = tensors or {}, state
+        self._tensors, self._state, self._options = tensors or {}, state, options
         self._kept: dict[str, Sequence[Tensor]] = {}
 
     def _given(self, name: str) -> Sequence[Tensor]:
@@ -71,6 +72,15 @@ class View:
             raise ConfigError("there is no optimizer_state in this view: name it in `needs`.")
         return self._state(name)
 
+    def options(self, name: str) -> Sequence[Any]:
+        """Return what the optimizer is set to (`"betas"`, `"lr"`) for each parameter; None where it has no such option.
+
+        As it stands in the parameter's group: a number, a tuple, or a tensor, which is not to be read back.
+        """
+        if self._options is None:
+            raise ConfigError("there are no options of the optimizer in this view: name optimizer_state in `needs`.")
+        return self._options(name)
+
     def rows(self, *columns: Sequence[Tensor]) -> Tensor:
         """Return lists of 0-dim tensors, one for each path, as columns side by side: shape (n, len(columns))."""
         device = home([x for column in columns for x in column]) if any(columns) else torch.device("cpu")
@@ -92,7 +102,7 @@ class Statistic:
         name: by default the class name in snake case.
         unit, label, scale, signed, guide, combine: see `gradwatch.records.Column`.
         kind: of the result: `"parameter"`, `"module"` or `"scalar"`; by default what the rows are about.
-        needs: of `"gradients"`, `"parameters"`, `"optimizer_state"`; or `"outputs"` alone.
+        needs: of `"gradients"`, `"parameters"`, `"optimizer_state"` (and its options); or `"outputs"` alone.
         every: measured at one optimizer step in this many, and at the powers of two below it.
         num_sums, num_maxima: numbers per row of what `sums` and `maxima` return.
     """

@@ -82,8 +82,20 @@ def _view(statistic: Statistic, step: int, shown: Tensors, memory: dict[str, Any
     if "outputs" in statistic.needs:
         return View(step, _PATHS[:1], memory, outputs=shown["gradients"][:1])
     tensors = {name: partial(shown.__getitem__, name) for name in statistic.needs if name in shown}
-    state = (lambda name: shown["state"]) if "optimizer_state" in statistic.needs else None
-    return View(step, _PATHS, memory, tensors=tensors, state=state)
+    if "optimizer_state" not in statistic.needs:
+        return View(step, _PATHS, memory, tensors=tensors)
+    return View(step, _PATHS, memory, tensors=tensors, state=partial(_state, shown, step), options=_options)
+
+
+def _state(shown: Tensors, step: int, name: str) -> list[Tensor]:
+    """Return what an optimizer keeps: as large as the parameter, but for the number of its steps."""
+    kept = shown["state"]
+    return [tensor.new_full((), step + 1.0) for tensor in kept] if name == "step" else kept
+
+
+def _options(name: str) -> list[Any]:
+    """Return options as of an optimizer like Adam."""
+    return [{"betas": (0.9, 0.99), "eps": 1e-8}.get(name, 0.1)] * len(_PATHS)
 
 
 def _ask(statistic: Statistic, view: View) -> tuple[Tensor | None, Tensor | None]:

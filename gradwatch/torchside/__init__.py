@@ -33,6 +33,7 @@ from ._paths import WRAPPER_PARTS, clean_path
 from ._pieces import Piece, StandIn, Whole, local_of, real_of, shape_of, whole_of
 from ._samples import Samples, unlike
 from ._standins import Owned, masters, parameters_of
+from ._untouched import untouched
 from ._untraced import untraced
 from ._values import Values, declassed, dense, overlaps, owned, parts, values, writable
 
@@ -110,6 +111,7 @@ __all__ = [
     "tensors_of",
     "unlike",
     "unmasked_attention",
+    "untouched",
     "untraced",
     "values",
     "wait_for",

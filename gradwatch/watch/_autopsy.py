@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..torchside import (
     random_state,
     set_random_state,
     tensors_of,
+    untouched,
 )
 
 __all__ = ["Autopsy", "ForwardMemory", "Replay", "examine", "rng_state"]
@@ -66,7 +67,7 @@ def examine(model: nn.Module, replays: Sequence[Replay], params: Sequence[Tensor
     """
     result = Autopsy()
     # The user's hooks on saved tensors (a count, an offload) are not for a second run.
-    with _untouched(model), saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
+    with untouched(model), saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
         for replay in replays:
             result = _run_one(model, replay, params)
             if result.born:
@@ -151,19 +152,6 @@ class ForwardMemory:
 
 def _apart(value: Tensor, leaf: str) -> Tensor:
     return value if value.is_leaf else value.detach().requires_grad_(value.requires_grad)
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    rng = random_state()
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, copy in buffers:
-                buffer.copy_(copy)
-        set_random_state(rng)
 
 
 def _loss(output: Any) -> Tensor | None:

@@ -283,6 +283,10 @@ class OwnStatistics:
             kept = [_kept(name, p, optimizers) for p in params]
             return [None if t is None else Shards([t.detach()]).locals[0] for t in kept]
 
+        def options(name: str) -> Sequence[Any]:
+            groups = {id(p): group for o in optimizers for group in o.param_groups for p in group["params"]}
+            return [groups.get(id(real_of(p)), {}).get(name) for p in params]
+
         tensors: dict[str, Any] = {"gradients": gradients, "parameters": lambda: _locals(params)}
         return View(
             step,
@@ -290,6 +294,7 @@ class OwnStatistics:
             self._memory_of(statistic, number, grads.paths),
             tensors={name: tensors[name] for name in needs if name in tensors},
             state=state if "optimizer_state" in needs else None,
+            options=options if "optimizer_state" in needs else None,
         )
 
     def _memory_of(
@@ -310,7 +315,8 @@ class OwnStatistics:
 def _kept(name: str, p: Tensor, optimizers: Sequence[Optimizer]) -> Any:
     held = real_of(p)
     found = next((o.state[held].get(name) for o in optimizers if held in o.state), None)
-    return p.part_of(found) if isinstance(p, StandIn) else found
+    is_whole = isinstance(found, Tensor) and found.dim() > 0  # not a number of steps
+    return p.part_of(found) if isinstance(p, StandIn) and is_whole else found
 
 
 def _locals(params: Sequence[Tensor]) -> Sequence[Tensor]:
