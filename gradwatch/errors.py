@@ -93,12 +93,16 @@ class UnknownPathError(ConfigError, LookupError):
         known: the paths the model has.
     """
 
-    def __init__(self, path: object, known: Iterable[str], *, model_name: str, kind: str = "path") -> None:
+    def __init__(
+        self, path: object, known: Iterable[str], *, model_name: str, kind: str = "path", note: str = ""
+    ) -> None:
         self.path = str(path)
         self.known = [k for k in known if k]
         examples = ", ".join(repr(k) for k in self.known[:3])
         hint = suggest(self.path, self.known, otherwise=f"Known are, for example, {examples}." if examples else "")
-        super().__init__(f"{model_name} has no {kind} that matches {self.path!r} ({len(self.known)} known). {hint}")
+        super().__init__(
+            f"{model_name} has no {kind} that matches {self.path!r} ({len(self.known)} known). {hint}{note}"
+        )
 
 
 class UnreadableError(GradwatchError, TypeError):

@@ -48,8 +48,10 @@ def anatomy(seen: Trace, *, model_name: str) -> tuple[Meanings, list[Stack]]:
     for stack in stacks:
         names.update(_around(whole, stack, model_name))
         for index, path in stack.blocks.items():
-            call = next(c for c in seen.calls if c.path == path)
-            for name, meaning in _Block(seen, call, stack.attends[index]).names().items():
+            # Of a block that is called again one call tells all: the same names hold in each.
+            call = next(c for c in seen.calls if c.path == path and c.begin <= stack.attends[index][0].when < c.end)
+            attends = [attend for attend in stack.attends[index] if call.begin <= attend.when < call.end]
+            for name, meaning in _Block(seen, call, attends).names().items():
                 names[f"{stack.prefix}blocks.{index}.{name}"] = meaning
     return names, stacks
 

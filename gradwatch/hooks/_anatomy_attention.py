@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ._views import Heads, Strided, View
 __all__ = ["Found", "Meanings", "attention_names"]
 
 _NOT_ROTATED = "no rotation enters queries and keys"
+_NOT_APART = "the model takes its projection apart in a way that no view shows: read them at hook_rot_{letter}"
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,16 @@ class _Attention:
         a, p = self.attend, self.prefix
         routes = {"q": self.flow.route(a.q), "k": self.flow.route(a.k), "v": self.flow.route(a.v)}
         found: Meanings = {}
+        rotated = {x for x in "qk" if (route := routes[x]) is not None and self._is_rotated(route)}
         for letter, route in routes.items():
             view = None if route is None else self._view(route)
-            found[f"{p}.hook_{letter}"] = Found(a.path, letter) if view is None or route is None else view
+            at_port: Any = Found(a.path, letter)
+            if letter in rotated:
+                at_port = Unavailable(_NOT_APART.format(letter=letter))
+            found[f"{p}.hook_{letter}"] = at_port if view is None else view
         for letter in "qk":
-            route = routes[letter]
-            rotated = route is not None and self._is_rotated(route)
-            meaning: Any = Found(a.path, letter) if rotated else Unavailable(_NOT_ROTATED)
-            found[f"{p}.hook_rot_{letter}"] = meaning
+            at_port = Found(a.path, letter) if letter in rotated else Unavailable(_NOT_ROTATED)
+            found[f"{p}.hook_rot_{letter}"] = at_port
         found[f"{p}.hook_attn_scores"] = Found(a.path, "scores")
         found[f"{p}.hook_pattern"] = Found(a.path, "pattern")
         found.update(self._after())
@@ -108,8 +112,11 @@ class _Attention:
         whole = self.seen.tensors[route.projection.outputs[0][1]]
         part = self._part_of(whole, route.ids[-1])
         total, width = whole.shape[-1], self.width
-        if part is None or not whole.is_contiguous():
+        if not whole.is_contiguous():
             return None
+        if part is None:
+            view = self._view_of_copy(whole, route)
+            return None if view is None else Found(route.projection.path, view=view)
         offset = int(part.storage_offset() - whole.storage_offset()) % total
         if part.dim() == 4:
             apart = zip(part.shape[:-1], part.stride()[:-1], strict=True)
@@ -120,7 +127,10 @@ class _Attention:
         return Found(route.projection.path, view=_heads_view(heads, width, offset, step, total))
 
     def _part_of(self, whole: torch.Tensor, end: int) -> torch.Tensor | None:
-        """Return the last part of a projection on the way to a tensor; with heads apart, where there is one."""
+        """Return the last part of a projection on the way to a tensor; with heads apart, where there is one.
+
+        None where the way takes but some of the last part: those numbers were copied.
+        """
         found: list[tuple[int, int, torch.Tensor]] = []
         for one in (*self.flow.needs.get(end, ()), end):
             part = self.seen.tensors[one]
@@ -130,7 +140,30 @@ class _Attention:
                 found.append((1, self.seen.maker.get(one, -1), part))
             elif part.dim() == whole.dim() and part.shape[-1] % self.width == 0:
                 found.append((0, self.seen.maker.get(one, -1), part))
-        return max(found, key=lambda entry: entry[:2])[2] if found else None
+        last = max(found, key=lambda entry: entry[:2])[2] if found else None
+        return None if last is None or last.numel() > self.seen.tensors[end].numel() else last
+
+    def _view_of_copy(self, whole: torch.Tensor, route: Route) -> View | None:
+        """Return what shows some of a projection's heads that were copied (`fused[..., [-1], :]`): by their numbers."""
+        total, width = whole.shape[-1], self.width
+        if total % width:
+            return None
+        apart = whole.unflatten(-1, (-1, width)).flatten(0, -3)
+        for one in route.ids[1:]:
+            copied = self.seen.tensors[one]
+            if copied.shape[: whole.dim() - 1] != whole.shape[:-1] or copied.shape[-1] != width:
+                continue
+            if copied.numel() >= whole.numel():
+                continue
+            heads = copied.reshape(len(apart), -1, width)
+            places = [
+                next((i for i in range(apart.shape[1]) if torch.equal(apart[:, i], heads[:, head])), -1)
+                for head in range(heads.shape[1])
+            ]
+            steps = {after - before for before, after in pairwise(places)} or {1}
+            if -1 not in places and len(steps) == 1 and min(steps) > 0:
+                return _heads_view(len(places), width, places[0] * width, steps.pop() * width, total)
+        return None
 
     def _is_rotated(self, route: Route) -> bool:
         """Return whether something from outside enters on the way from the projection: sines and cosines."""

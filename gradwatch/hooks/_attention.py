@@ -25,6 +25,9 @@ __all__ = ["AttentionSite"]
 
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "__matmul__"})
 _CASTS = frozenset({"to", "type", "type_as", "half", "bfloat16", "float"})
+_NESTED = (
+    "it attended to a nested tensor, in a kernel of torch's own: nn.TransformerEncoder(enable_nested_tensor=False)"
+)
 _CONTAINS_ATTENTION = frozenset({"multi_head_attention_forward"})
 """Python functions of torch that call what attention is made of."""
 
@@ -60,6 +63,13 @@ class AttentionSite:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recompute = graph_task_id() != -1
         step = self.runs.local.step
+        given = (*args, *kwargs.values())
+        if any(isinstance(t, Tensor) and t.is_nested for t in given):
+            # torch attends to these in its fast path alone, which a function mode would switch off.
+            for entry in (e for entries in self.by_port.values() for e in entries):
+                entry.seen += not recompute
+                entry.note = entry.note if entry.fired else _NESTED
+            return
         wanted = {
             port: found
             for port, entries in self.by_port.items()
@@ -74,7 +84,6 @@ class AttentionSite:
                 entry.seen += not recompute
                 entry.note = entry.note if entry.fired else "nothing attended in its call, in a way that is known"
         if wanted:
-            given = (*args, *kwargs.values())
             dtype = next((t.dtype for t in given if isinstance(t, Tensor) and t.is_floating_point()), None)
             # Above this method stands the hook that called it, and above that the module's call.
             _Attending(self, wanted, step, recompute, dtype).open(above=2)

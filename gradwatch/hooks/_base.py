@@ -173,6 +173,7 @@ class BaseManager:
             UnknownPathError: nothing matches.
             UnavailablePointError: the model can't offer the point.
             ConfigError: an option that can't be.
+            UnknownNameError: an option that a hook does not have.
         """
         hook = self._make(points, fn, port=port, id=id, **options)
         tell_of_abandoned(cast("HookManager", self), hook)
@@ -199,6 +200,7 @@ class BaseManager:
             raise ConfigError("this HookManager is read-only: it takes observers alone (`observe`, `monitor`, ...).")
         if port not in PORTS:
             raise UnknownNameError("port", port, PORTS, where="port")
+        HookOptions.refuse_unknown(options)
         checked = HookOptions(**options)
         found = self._resolver.resolve(points, port=port)
         frozen = [p for p in found if p.is_parameter and not p.target.requires_grad]

@@ -6,6 +6,7 @@ manager, and leave with it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from ._registry import Registry
 
 __all__ = ["GradientCall", "Site"]
+
+MOST_CALLS = 1024
+"""Calls remembered whose backward has not come."""
 
 FORWARD_PORTS = ("input", "grad_at_input", "output", "grad_output", "grad_input")
 
@@ -72,13 +76,13 @@ def follows(site: Any, entry: Entry, step: int, recompute: bool) -> bool:
 def has_acted(site: Any, entry: Entry, call: int) -> None:
     """What has acted acts again wherever checkpointing repeats this call."""
     if not entry.hook.skips_recompute and may_be_checkpointed(site.runs.run.recording):
-        tie(entry, site.runs, site.key, call)
+        tie(entry, site.runs, call)
 
 
 def shade(site: Any, entry: Entry, call: int) -> None:
     """Where gradients are off inside a run that has them on, a hook on one is placed when the call is repeated."""
     if site.runs.run.recording and not torch.is_grad_enabled():
-        entry.shaded += tie(entry, site.runs, site.key, call)
+        entry.shaded += tie(entry, site.runs, call)
 
 
 def _before_others(entries: Sequence[Entry]) -> list[Entry]:
@@ -193,7 +197,7 @@ class _Arrival:
 
     @untraced
     def __call__(self, grad: Tensor | None) -> None:
-        self.site.arrived = (self.call, self.step)
+        self.site.arrived.append((self.call, self.step))
 
 
 class Site:
@@ -210,7 +214,10 @@ class Site:
         self.entries: list[Entry] = []
         self.replayed: list[Entry] = []
         self.front: Site | None = None
-        self.arrived: tuple[int, int] | None = None
+        # Calls that backward has come to and whose input's gradient is not there yet: of one that calls itself several;
+        # and those whose input has none, where torch's full hook comes first. The last to begin is the first to end.
+        self.arrived: deque[tuple[int, int]] = deque(maxlen=MOST_CALLS)
+        self.without_input: deque[tuple[int, int]] = deque(maxlen=MOST_CALLS)
         self.inputs: tuple[Entry, ...] = ()
         self.outputs: tuple[Entry, ...] = ()
         self.gradients: tuple[Entry, ...] = ()
@@ -219,7 +226,6 @@ class Site:
         self.key = runs.new_key()
         self.handles: dict[str, tuple[Any, Any]] = {}
         self.leaf_handles: dict[tuple[str, str], Any] = {}
-        self.begins = False
         self.quick: FastOutput | FastGradient | None = None
         self._full_before: Any = None
 
@@ -250,7 +256,7 @@ class Site:
         self.outputs, self.gradients, self.full_hooks = by_port["output"], by_port["grad_output"], by_port["grad_input"]
         after: Callable[..., Any] | None = None
         if self.outputs or self.gradients or self.full_hooks:
-            after = self.after_root if self.begins else self._fast() or self.after
+            after = self._fast() or self.after
         before = self.before if self.inputs or self.input_gradients else None
         full = self.full if self.full_hooks else None
         for kind, wanted in (("before", before), ("after", after), ("full", full)):
@@ -261,6 +267,8 @@ class Site:
         """Return the quick way for the usual case, one hook without conditions, where this is one."""
         entries = self.outputs + self.gradients + self.full_hooks
         if len(entries) != 1 or not entries[0].hook.unconditional or self.runs.threaded or self.replayed:
+            return None
+        if self.inputs or self.input_gradients:  # calls are paired, beginning and end, in `Site.before` and `after`
             return None
         entry = entries[0]
         if entry.leaf is not None or entry.spot.view is not None or entry.spot.writing != "replace":
@@ -288,7 +296,7 @@ class Site:
         if kind == "before":
             handle = hook.hang(self.module.register_forward_pre_hook, with_kwargs=True, prepend=self.first)
         elif kind == "after":
-            with_kwargs = wanted in (self.after, self.after_root)
+            with_kwargs = wanted == self.after
             handle = hook.hang(self.module.register_forward_hook, with_kwargs=with_kwargs, prepend=self.first)
         else:
             self._full_before = self.module._is_full_backward_hook
@@ -364,24 +372,20 @@ class Site:
         if self.gradients:
             self._place(self.gradients, new, call, step, args)
         if self.full_hooks:
-            self._expect(new, call, step, recompute)
+            self._expect(args, new, call, step, recompute)
         return None if new is output else new
 
-    def _expect(self, output: Any, call: int, step: int, recompute: bool) -> None:
+    def _expect(self, args: tuple[Any, ...], output: Any, call: int, step: int, recompute: bool) -> None:
         """Prepare for torch's full hooks, which say nothing of the call."""
         for entry in self.full_hooks:
             entry.seen += not recompute
             shade(self, entry, call)
         if torch.is_grad_enabled() and any(follows(self, e, step, recompute) for e in self.full_hooks):
-            for _, tensor in tensors_of(output):
-                if tensor.requires_grad and not tensor.is_leaf:
-                    tensor.register_hook(_Arrival(self, call, step))
-
-    @untraced
-    def after_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Where only the root's output is hooked, the pass may as well begin here: one torch hook instead of two."""
-        self.runs.begin()
-        return self.after(module, args, kwargs, output)
+            if not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+                self.without_input.append((call, step))
+                return
+            for tensor in [t for _, t in tensors_of(output) if t.requires_grad and not t.is_leaf][:1]:
+                tensor.register_hook(_Arrival(self, call, step))
 
     def _place(self, entries: tuple[Entry, ...], tree: Any, call: int, step: int, inputs: tuple[Any, ...] = ()) -> None:
         """Put a hook on the gradient of each tensor of an output (or input)."""
@@ -413,14 +417,9 @@ class Site:
 
     @untraced
     def full(self, module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
-        """Torch's full backward hook. Calls of one forward pass come back last first."""
-        arrived, self.arrived = self.arrived, None
-        if arrived is not None and any(isinstance(g, Tensor) for g in grad_input):
-            call, step = arrived
-        else:
-            num_calls = self.runs.local.calls.get(self.key, 0)
-            call = max(num_calls - 1 - self.runs.count(-(10**9) - self.key, False), 0)
-            step = self.runs.local.step
+        """Torch's full backward hook."""
+        waiting = self.arrived if any(isinstance(g, Tensor) for g in grad_input) else self.without_input
+        call, step = waiting.pop() if waiting else (0, self.runs.local.step)
         new = grad_input
         for entry in self.full_hooks:
             if not (entry.hook.alive and entry.hook._enabled and entry.hook.wants(step, False, backward=True)):

@@ -203,7 +203,7 @@ class FastGradient(_Fast):
             else:
                 hook_gradient(output, call, args, module, on_lost=call.lost)
         elif run.recording and not is_grad_enabled():
-            entry.shaded += tie(entry, self.runs, self.site.key, self.call)
+            entry.shaded += tie(entry, self.runs, self.call)
 
 
 class OneGradient:

@@ -249,7 +249,9 @@ class Hook:
 
         Raises:
             ConfigError: an option that can't be, or can't be changed (`raw`, `leaf`).
+            UnknownNameError: an option that a hook does not have.
         """
+        HookOptions.refuse_unknown(options)
         fixed = sorted({"raw", "leaf"} & set(options))
         if fixed:
             raise ConfigError(f"`{fixed[0]}` can't be changed on a hook that is in place: add another.")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnknownNameError
 from ._points import Point
 
 __all__ = ["POLICIES", "HookOptions"]
@@ -29,6 +29,18 @@ class HookOptions:
     raw: bool = False
     recompute: bool | None = None
     leaf: str | None = None
+
+    @classmethod
+    def refuse_unknown(cls, given: Iterable[str]) -> None:
+        """Raise where a hook has no such option.
+
+        Raises:
+            UnknownNameError: with the options that it has.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise UnknownNameError("option of a hook", name, known)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.every, int) and self.every >= 1):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index as whole_number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ class _Where:
             raise ConfigError("say where by `positions` and `heads`, or by `index`, not both.")
         if num_heads is not None and not num_heads >= 1:
             raise ConfigError(f"`num_heads` is at least 1. Got {num_heads!r}.")
-        self.positions, self.heads, self.index = positions, heads, index
+        self.positions, self.heads, self.index = _numbers(positions, "positions"), _numbers(heads, "heads"), index
         self.num_heads, self.position_dim = num_heads, position_dim
 
     def at_positions(self, positions: Selection) -> _Where:
@@ -84,10 +86,31 @@ class _Where:
         return tuple(where)
 
 
+def _numbers(which: Selection, what: str) -> Selection:
+    """Return positions or heads as numbers or a slice; a mask (True where it is meant) as the numbers of its Trues."""
+    if which is None or isinstance(which, slice):
+        return which
+    if isinstance(which, Tensor):
+        which = which.tolist()
+    try:
+        if isinstance(which, bool):
+            raise TypeError
+        if not isinstance(which, Iterable):
+            return whole_number(which)
+        given = list(which)
+        are_mask = bool(given) and all(isinstance(i, (bool, np.bool_)) for i in given)
+        numbers = [i for i, on in enumerate(given) if on] if are_mask else [whole_number(i) for i in given]
+    except TypeError:
+        raise ConfigError(f"`{what}` is a number, a list of numbers, a mask, or a slice. Got {which!r}.") from None
+    if not numbers:
+        raise ConfigError(f"`{what}` names none: {which!r}.")
+    return numbers
+
+
 def _kept(which: Selection, size: int, what: str) -> Any:
     if isinstance(which, slice):
         return which
-    numbers = [which] if isinstance(which, int) else [int(i) for i in which]  # type: ignore[union-attr]
+    numbers: Any = [which] if isinstance(which, int) else which
     for number in numbers:
         if not -size <= number < size:
             raise ValueError(f"there is no {what} {number}: there are {size}")

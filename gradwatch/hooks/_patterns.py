@@ -29,6 +29,10 @@ class Researched:
         """Return whether a pattern could match one of the names."""
         return False
 
+    def why_none(self) -> str:
+        """Return why the model has none of the names; empty where it has some, or nobody looked."""
+        return ""
+
     def attending(self) -> set[str]:
         """Return the paths of modules that are known to attend."""
         return set()
@@ -217,7 +221,9 @@ class Resolver:
         ]
         both += [f"{path}:{shown if shown in PARAMETER_PORTS else 'grad'}" for path in self.names.parameters]
         both += [alias for alias, point in self.aliases.items() if point.available]
-        return UnknownPathError(text, both, model_name=self.names.model_name, kind="hook point")
+        reason = self.researched.why_none() if "hook_" in str(text) else ""
+        note = f" It has no research names: {reason}." if reason else ""
+        return UnknownPathError(text, both, model_name=self.names.model_name, kind="hook point", note=note)
 
 
 def gradient_of(point: HookPoint) -> HookPoint:

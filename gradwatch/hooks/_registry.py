@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -95,9 +95,20 @@ class Registry:
             for entry in entries:
                 site: Any = self._site(entry.spot)
                 (site.replayed.append if on else site.replayed.remove)(entry)
-                touched[self._key(entry.spot)] = site
+                touched[self.place_of(entry.spot)] = site
             for key, site in touched.items():
                 self._fit_site(key, site)
+
+    def counts_from(self, calls: Mapping[tuple[str, int], int]) -> dict[int, int]:
+        """Return where the sites that are at these places now begin to count, so that the next calls have these
+        numbers: a site that was taken off in between is another one."""
+        counts: dict[int, int] = {}
+        for place, call in calls.items():
+            site: Any = self.sites.get(place)
+            for part in (site, getattr(site, "front", None)):
+                if part is not None:
+                    counts[part.key] = call
+        return counts
 
     def release(self, hooks: Iterable[Hook]) -> None:
         """Take hooks off the model, but let them act in the graphs that they were placed in."""
@@ -115,7 +126,7 @@ class Registry:
         if self.hooks.get(hook.id) is hook:
             del self.hooks[hook.id]
         for entry in hook.entries:
-            key = self._key(entry.spot)
+            key = self.place_of(entry.spot)
             site = self.sites.get(key)
             if site is None or entry not in site.entries:
                 continue
@@ -135,7 +146,7 @@ class Registry:
 
     def _to_front(self, hook: Hook) -> None:
         for entry in hook.entries:
-            site = self.sites.get(self._key(entry.spot))
+            site = self.sites.get(self.place_of(entry.spot))
             if isinstance(site, Site):
                 site.to_front()
 
@@ -148,7 +159,7 @@ class Registry:
         """Make torch's hooks fit: the hook was attached, enabled or disabled."""
         with self.lock:
             for entry in hook.entries:
-                site = self.sites.get(self._key(entry.spot))
+                site = self.sites.get(self.place_of(entry.spot))
                 if site is not None:
                     site.refresh()
             self._fit_root()
@@ -159,7 +170,8 @@ class Registry:
                 site.refresh()
 
     @staticmethod
-    def _key(point: HookPoint) -> tuple[str, int]:
+    def place_of(point: HookPoint) -> tuple[str, int]:
+        """Return what tells the site that a point belongs to."""
         port = READ_AT.get(point.port, point.port)
         if point.is_parameter:
             return "parameter", id(point.target)
@@ -170,23 +182,16 @@ class Registry:
         return "result" if projected else "attention", id(point.target)
 
     def _site(self, point: HookPoint) -> AnySite:
-        key = self._key(point)
+        key = self.place_of(point)
         if key not in self.sites:
             kind: Any = {"parameter": ParameterSite, "module": Site, "result": ResultSite}.get(key[0], AttentionSite)
             self.sites[key] = kind(point.path, point.target, self.runs, self)
         return self.sites[key]
 
     def _fit_root(self) -> None:
-        """Know when a forward pass begins: by a pre-hook on the root, or within its only output hook."""
-        active = [site for site in self.sites.values() if any(e.hook.is_enabled for e in site.entries)]
-        root = active[0] if len(active) == 1 and active[0].path == "" else None
-        alone = isinstance(root, Site) and not (root.inputs or root.input_gradients or root.full_hooks)
-        alone = alone and not self.runs.listeners
-        for site in active:
-            if isinstance(site, Site) and site.begins != (alone and site is root):
-                site.begins = alone and site is root
-                site.refresh()
-        wanted = bool(active or self.runs.listeners) and not alone
+        """Know when a forward pass begins: by a pre-hook on the root."""
+        active = any(e.hook.is_enabled for site in self.sites.values() for e in site.entries)
+        wanted = bool(active or self.runs.listeners)
         if wanted and self._root_handle is None:
             self._root_handle = WeakHook.of(self.runs.begin, keeps_owner=True).hang(
                 self.model.register_forward_pre_hook, prepend=True

@@ -34,7 +34,7 @@ class Replay:
         self._again, self._runs, self._registry, self.step = again, runs, registry, runs.local.step
         self._entries: dict[Entry, None] = {}
         self._weak: dict[int, weakref.ref[Entry]] = {}
-        self.calls: dict[int, int] = {}
+        self.calls: dict[tuple[str, int], int] = {}
 
     @classmethod
     def of(cls, holder: Any, name: str, runs: Runs, registry: Registry) -> Replay:
@@ -80,7 +80,7 @@ class Replay:
         before = local.replay, local.step, local.recalls
         entries = self.entries()
         self._registry.replay(entries, on=True)
-        local.replay, local.step, local.recalls = self, self.step, dict(self.calls)
+        local.replay, local.step, local.recalls = self, self.step, self._registry.counts_from(self.calls)
         try:
             return self._again(*args, **kwargs)
         finally:
@@ -88,14 +88,17 @@ class Replay:
             self._registry.replay(entries, on=False)
 
 
-def tie(entry: Entry, runs: Runs, key: int, call: int) -> bool:
-    """Let a hook that has just acted act again wherever checkpointing repeats the present forward; return whether it
-    ever may."""
+def tie(entry: Entry, runs: Runs, call: int) -> bool:
+    """Let a hook that has just acted in this call act again wherever checkpointing repeats the present forward.
+
+    Returns:
+        Whether it ever may.
+    """
     registry = entry.hook.registry
     around = [] if registry is None else checkpoints_around()
     for holder, name in around:
         assert registry is not None
         replay = Replay.of(holder, name, runs, registry)
-        replay.calls.setdefault(key, call)
+        replay.calls.setdefault(registry.place_of(entry.spot), call)
         replay.add(entry)
     return bool(around)

@@ -59,6 +59,7 @@ _OTHERS = (
     "hook_normalized_resid_post",
 )
 _LAST_PARTS = frozenset(name.rpartition(".")[2] for name in (*_IN_BLOCKS, *_OTHERS))
+_NOTHING_ATTENDS = "nothing attends in it, in a way that is known"
 _WILD = "*?]"
 
 
@@ -89,7 +90,7 @@ class ResearchNames(Researched):
         """
         found = self._probed({"": (args, kwargs)})
         if not self._attending:
-            reason = next((p.reason for p in found.values()), "nothing attends in it, in a way that is known")
+            reason = next((p.reason for p in found.values()), _NOTHING_ATTENDS)
             raise ConfigError(f"no research names for {type(self.model).__name__}: {reason}.")
         self._found = found
 
@@ -98,6 +99,11 @@ class ResearchNames(Researched):
             return True
         tail = pattern[max(pattern.rfind(c) for c in _WILD) + 1 :]
         return tail != pattern and bool(tail) and any(fnmatchcase(last, f"*{tail}") for last in _LAST_PARTS)
+
+    def why_none(self) -> str:
+        if self._found is None:
+            return "no inputs for it could be made up, and none were given: hooks.probe(inputs)"
+        return "" if self._found else _NOTHING_ATTENDS
 
     def attending(self) -> set[str]:
         self.names()

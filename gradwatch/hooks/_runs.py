@@ -82,7 +82,7 @@ class Runs:
     def begin(self, *_: Any) -> None:
         """Begin a forward pass: a forward pre-hook on the root."""
         local = self.local
-        if graph_task_id() != -1 or (any(local.begun.values()) and _calls_itself()):
+        if graph_task_id() != -1 or _calls_itself():
             return
         local.calls.clear()
         local.recalls.clear()

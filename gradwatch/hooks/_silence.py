@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
@@ -139,7 +140,7 @@ def model_kwargs_of(
         if known is None or name in known or _is_setting(manager.model, name):
             continue
         own = [n for n in inspect.signature(getattr(type(manager), method)).parameters if n not in ("self", "kwargs")]
-        elsewhere = _ELSEWHERE.get(name)
+        elsewhere = next((_ELSEWHERE[known] for known in get_close_matches(name, _ELSEWHERE, 1, 0.8)), None)
         hint = f"Did you mean {elsewhere!r}?" if elsewhere else suggest(name, [f"{n}=" for n in own])
         raise ConfigError(
             f"{method} has no keyword {name!r}, and {type(manager.model).__name__}.forward names none either: it would "
@@ -159,12 +160,37 @@ def _accepted(model: nn.Module) -> set[str] | None:
                 return None
             continue
         named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        named |= _read_by_wrappers(module.forward)
         found |= named
         rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
         if number == 0 and not rest:
             return named
         found |= {name for p in rest for name in _typed_keywords(p.annotation, module)}
     return found
+
+
+def _read_by_wrappers(forward: Any) -> set[str]:
+    """Return the names that decorators around a forward know: keywords they take for themselves, or hand on under
+    another name (a deprecated one)."""
+    found: set[str] = set()
+    function = getattr(forward, "__func__", forward)
+    while (inner := getattr(function, "__wrapped__", None)) is not None:
+        code = getattr(function, "__code__", None)
+        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_set(cell)]
+        for known in (*cells, *getattr(code, "co_consts", ())):
+            found.update(
+                name for name in (known if isinstance(known, (tuple, list)) else (known,)) if type(name) is str
+            )
+        function = inner
+    return found
+
+
+def _is_set(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - an empty one raises
+    except ValueError:
+        return False
+    return True
 
 
 def _typed_keywords(annotation: Any, module: nn.Module) -> set[str]:

@@ -223,3 +223,55 @@ def test_one_query_for_grouped_keys_is_shown_with_all_its_heads():
     _, whole = hooks.run_with_cache(tokens[:, :-1], points=points)
     for point in points:
         assert torch.allclose(cache[point], whole[point], atol=1e-5), point
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_heads_that_a_model_copies_out_of_a_fused_projection_are_those_alone(groups):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    grouped = {"new_decoder_architecture": True, "num_kv_heads": groups} if groups > 1 else {}
+    config = transformers.FalconConfig(**sizes, **grouped, bos_token_id=1, eos_token_id=2)
+    model, tokens = transformers.FalconForCausalLM(config).eval(), torch.arange(3, 9)[None]
+    fused = model.transformer.h[1].self_attention.query_key_value
+    given = torch.randn(1, 6, groups, 8)
+
+    def apart(output):
+        return output.unflatten(-1, (groups, -1, 8))
+
+    def written(module, args, output):
+        new = output.clone()
+        apart(new)[..., -1, :] = given
+        return new
+
+    with torch.no_grad():
+        handle = fused.register_forward_hook(written)
+        wanted = model(tokens).logits
+        handle.remove()
+        hooks = HookManager(model)
+        _, cache = hooks.run_with_cache(tokens, points=["*.hook_v", "*.hook_k", fused])
+        whole = apart(cache["transformer.h.1.self_attention.query_key_value:output"])
+        got = hooks.run_with_hooks(tokens, hooks=[("blocks.1.attn.hook_v", lambda t, p: given.clone())]).logits
+    assert torch.equal(cache["blocks.1.attn.hook_k"], whole[..., -2, :])
+    assert torch.equal(cache["blocks.1.attn.hook_v"], whole[..., -1, :])
+    assert torch.equal(got, wanted)
+    queries = hooks.points("blocks.1.attn.hook_q")[0]
+    assert queries.available == (groups == 1)
+    assert groups == 1 or "read them at hook_rot_q" in queries.reason
+
+
+def test_blocks_that_are_called_again_attend_in_one_way():
+    config = transformers.AlbertConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=50,
+        embedding_size=16,
+        attn_implementation="eager",
+    )
+    model, tokens = transformers.AlbertModel(config).eval(), torch.arange(3, 9)[None]
+    hooks = HookManager(model)
+    assert not [point.name for point in hooks.points("*hook_*") if "cross_attn" in point.name]
+    output, cache = hooks.run_with_cache(tokens, points="*.hook_pattern", output_attentions=True)
+    for call, pattern in enumerate(output.attentions):
+        assert torch.equal(cache["blocks.0.attn.hook_pattern", call], pattern)

@@ -158,6 +158,48 @@ def test_a_repeated_forward_is_told_its_own_step_and_calls(use_reentrant):
     assert set(seen[True]) == {(1, 0), (1, 1)}
 
 
+class Layered(nn.Module):
+    """The same two layers twice in a pass, each call in a checkpoint of its own (`mode` None: in none)."""
+
+    def __init__(self, mode):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mode = mode
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, x):
+        for layer in [*self.layers, *self.layers]:
+            x = layer(x) if self.mode is None else checkpoint(layer, x, use_reentrant=self.mode)
+        return x
+
+
+LAYERED = {
+    "by-call": [("layers.1.0", lambda t, p: t * (1 + p.call))],
+    "input-and-output-by-call": [
+        ("layers.0.2:input", lambda t, p: t * (1 + p.call)),
+        ("layers.0.2:output", lambda t, p: t * (3 + p.call)),
+    ],
+    "noise": [("layers.*", noise(0.3))],
+}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("specs", LAYERED.values(), ids=LAYERED.keys())
+@pytest.mark.parametrize("way", ["run", "stays"])
+def test_each_of_several_checkpoints_repeats_its_own_calls(specs, use_reentrant, way):
+    gradients = []
+    for mode in (None, use_reentrant):
+        model, x = Layered(mode), torch.ones(3, 4, requires_grad=True)
+        hooks = HookManager(model)
+        if way == "stays":
+            for spec in specs:
+                hooks.add(*spec)
+        hooks.run_with_hooks(x, hooks=specs if way == "run" else []).sum().backward()
+        gradients.append([x.grad, *(p.grad for p in model.parameters())])
+    for mine, theirs in zip(*gradients, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_a_graph_that_is_let_go_of_takes_its_interventions_with_it():
     """A function that keeps its tensors would keep the graph that keeps the function."""
     program = """

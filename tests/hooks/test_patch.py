@@ -178,3 +178,21 @@ def test_plot_without_matplotlib_names_the_extra(net, x, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'gradwatch\[plots\]'"):
         found.plot()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [[True, False, True], torch.tensor([True, False, True]), np.array([True, False, True])],
+    ids=["list", "tensor", "array"],
+)
+def test_a_mask_means_the_positions_where_it_is_true(mask):
+    x = torch.ones(2, 3, 4)
+    out = HookManager(nn.Identity()).run_with_hooks(x, hooks=[("", zero(positions=mask))])
+    assert [bool(out[:, i].any()) for i in range(3)] == [False, True, False]
+
+
+@pytest.mark.parametrize("positions", [[], [False, False], 1.5, [1.5], "3", True])
+@pytest.mark.parametrize("which", ["positions", "heads"])
+def test_positions_and_heads_that_are_none_or_no_numbers_are_refused(which, positions):
+    with pytest.raises(ConfigError, match=f"`{which}` (names none|is a number)"):
+        zero(**{which: positions})

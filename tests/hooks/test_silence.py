@@ -1,12 +1,13 @@
 """No silent nothing: what was asked for in a run and did not happen there is an error that says why."""
 
+import functools
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from gradwatch.errors import ConfigError, GradwatchWarning, HookNeverFired, UnknownNameError
+from gradwatch.errors import ConfigError, GradwatchWarning, HookNeverFired, UnknownNameError, UnknownPathError
 from gradwatch.hooks import HookManager, zero
 
 from .conftest import num_torch_hooks
@@ -133,6 +134,8 @@ class Open(nn.Module):
         ("hook", "hooks="),
         ("bwd_hooks", "hooks="),
         ("hoks", "hooks="),
+        ("fwd_hook", "hooks="),
+        ("name_filter", "points="),
         ("names_filter", "points="),
         ("point", "points="),
         ("incl_bwd", "gradients="),
@@ -145,6 +148,35 @@ def test_a_keyword_that_would_vanish_in_the_models_is_an_error(x, keyword, meant
             continue
         with pytest.raises(ConfigError, match=f"has no keyword '{keyword}'.*Did you mean .{meant}.*model_kwargs="):
             run(x, **{keyword: [("net", zero())]})
+
+
+def renames(old, new):
+    """A decorator that takes a keyword's old name too, and reads one for itself."""
+
+    def around(function):
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            kwargs.pop("return_dict", None)
+            if old in kwargs:
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    return around
+
+
+def test_keywords_that_a_decorator_of_the_forward_knows_pass(x):
+    class Renamed(Open):
+        @renames("targets", "labels")
+        def forward(self, x, labels=None, **kwargs):
+            return super().forward(x, labels, **kwargs)
+
+    hooks = HookManager(Renamed())
+    hooks.run_with_hooks(x, targets=3, return_dict=True, hooks=[("net", zero())])
+    assert hooks.model.got == {"labels": 3}
+    with pytest.raises(ConfigError, match="has no keyword 'target'"):
+        hooks.run_with_hooks(x, target=3)
 
 
 def test_keywords_that_the_forward_names_pass_and_model_kwargs_pass_anything(x):
@@ -189,3 +221,33 @@ def test_a_model_that_nobody_compiled_is_not_said_to_be(net, x):
         warnings.simplefilter("error")
         HookManager(net).add("head", lambda t, p: None).remove()
     assert num_torch_hooks(net) == 0
+
+
+def test_a_hook_on_attention_does_not_break_a_padded_batch_that_goes_as_a_nested_tensor():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    encoder, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 16)
+    padding = torch.tensor([[False] * 3 + [True] * 2, [False] * 5])
+    hooks = HookManager(encoder)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, of nested tensors
+        bare = encoder(x, src_key_padding_mask=padding)
+        with pytest.raises(HookNeverFired, match=r"nested tensor.*enable_nested_tensor=False"):
+            hooks.run_with_hooks(x, src_key_padding_mask=padding, hooks=[("blocks.0.attn.hook_pattern", zero())])
+        hooks.add("blocks.0.attn.hook_pattern", zero())
+        assert torch.allclose(encoder(x, src_key_padding_mask=padding), bare, atol=1e-5)
+
+
+def test_an_option_that_a_hook_does_not_have_is_an_error(net):
+    hooks = HookManager(net)
+    with pytest.raises(UnknownNameError, match=r"no option of a hook 'prority'\. Did you mean 'priority'"):
+        hooks.add("head", zero(), prority=1)
+    with pytest.raises(UnknownNameError, match=r"no option of a hook 'evry'\. Did you mean 'every'"):
+        hooks.add("head", zero()).set_options(evry=1)
+
+
+@pytest.mark.parametrize("looked", [False, True])
+def test_a_research_name_of_a_model_that_has_none_says_why(net, x, looked):
+    hooks = HookManager(net)
+    with pytest.raises(UnknownPathError, match="It has no research names: (nothing attends|no inputs)") as told:
+        hooks.run_with_cache(x, points="*.hook_pattern") if looked else hooks.add("*.hook_pattern", zero())
+    assert ("nothing attends" in str(told.value)) == looked

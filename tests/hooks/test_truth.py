@@ -328,6 +328,26 @@ def test_calls_of_a_module_that_calls_itself_pair_inputs_and_outputs(first):
     assert sorted(s.call for s in captured) == list(range(3 if first > 0 else 2))
 
 
+class Countdown(nn.Module):
+    """Calls itself twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x, left=2):
+        return self(x + 1, left - 1) * 2 if left else self.layer(x)
+
+
+@pytest.mark.parametrize("port", ["input", "output", "grad_output", "grad_input"])
+def test_each_call_of_a_root_that_calls_itself_has_its_number_in_one_pass(port):
+    model, seen = Countdown(), []
+    HookManager(model).observe(f":{port}", lambda t, p: seen.append((p.step, p.call)))
+    for _ in range(2):
+        model(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert sorted(seen) == [(step, call) for step in range(2) for call in range(3)]
+
+
 def test_calls_are_told_apart_where_several_passes_come_back_together(net, x):
     class Twice(nn.Module):
         def __init__(self):
