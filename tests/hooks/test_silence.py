@@ -248,6 +248,6 @@ def test_an_option_that_a_hook_does_not_have_is_an_error(net):
 @pytest.mark.parametrize("looked", [False, True])
 def test_a_research_name_of_a_model_that_has_none_says_why(net, x, looked):
     hooks = HookManager(net)
-    with pytest.raises(UnknownPathError, match="It has no research names: (nothing attends|no inputs)") as told:
+    with pytest.raises(UnknownPathError, match=r"It has no research names: (nothing attends|no inputs)") as told:
         hooks.run_with_cache(x, points="*.hook_pattern") if looked else hooks.add("*.hook_pattern", zero())
     assert ("nothing attends" in str(told.value)) == looked
