@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .runs import verdict as verdict
     from .treatments.surgery import Surgery as Surgery
     from .treatments.surgery import split as split
+    from .watch import RememberedBatches as RememberedBatches
     from .watch import StepOutcome as StepOutcome
     from .watch import Watch as Watch
 
@@ -34,6 +35,7 @@ _DOORS = {
     "Incident": "records",
     "Index": "records",
     "PreflightReport": "_preflight",
+    "RememberedBatches": "watch",
     "StepOutcome": "watch",
     "StepRecord": "records",
     "Surgery": "treatments.surgery",
@@ -56,6 +58,7 @@ __all__ = [
     "Incident",
     "Index",
     "PreflightReport",
+    "RememberedBatches",
     "StepOutcome",
     "StepRecord",
     "Surgery",

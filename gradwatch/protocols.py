@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from ._adopt import Bases, adopted
-from .records import Column, Finding, Incident, StepRecord, Verdict
+from .records import CaseFile, Column, Finding, Incident, StepRecord, Verdict
 from .requests import Request
 
 __all__ = [
@@ -227,6 +227,13 @@ class Sink:
 
     def incident(self, incident: Incident) -> None:
         """An incident began, changed or is over."""
+
+    def case(self, case: CaseFile, batch: bytes | None = None) -> None:
+        """Keep what is known of an incident: when it has opened, and once more when what came after is known.
+
+        Args:
+            batch: its batch as a safetensors file, once, where batches are saved.
+        """
 
     def annotate(self, **annotation: Any) -> None:
         """Keep what rules were told between two records (`text`, `silence`, `paths`, `rules`; or `closing`)."""

@@ -67,6 +67,7 @@ class GradWatch(SessionDoor, _Callback):
         history: records kept in `history`.
         local_norms: also measure each rank's own gradient norms.
         kind: what kind of training it is, which rules follow; `"auto"`: as model, loss and optimizers show it.
+        save_batch: save the batch of the step at which an incident began, beside its case file; see `MeasureOptions`.
         stop_on_unproven: end the fit where a vetoed step moved something that can't be put back.
         allow_code: a rules file may name classes as `module:Class`: importing them runs their code.
         on_incident: told of incidents in a thread of its own: a callable (each one, when it opens and when it is over),
@@ -104,6 +105,7 @@ class GradWatch(SessionDoor, _Callback):
         conflicts_every: int | None = None,
         history: int = 1000,
         local_norms: bool = False,
+        save_batch: bool = False,
         stop_on_unproven: bool = False,
         kind: str = "auto",
         allow_code: bool = False,
@@ -132,6 +134,7 @@ class GradWatch(SessionDoor, _Callback):
             conflicts_every=conflicts_every,
             history=history,
             local_norms=local_norms,
+            save_batch=save_batch,
             stop_on_unproven=stop_on_unproven,
             kind=kind,
             allow_code=allow_code,
@@ -203,12 +206,17 @@ class GradWatch(SessionDoor, _Callback):
         )
         self._bar.attach(trainer.progress_bar_callback)
 
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._live is not None:
+            self._live.cases.take_loader(trainer.train_dataloader)
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         session = self._live
         if session is not None:
             if self._preflight and trainer.global_step == 0 and self.preflight_report is None:
                 self.preflight_report = lightning_run.checked(session, pl_module, batch)
             self._batch, self._batch_idx = batch, batch_idx
+            session.see(batch)
             self._scale.begin(lightning_run.loss_scaler(trainer))
             session.before_forward(self._step(trainer))
             if self.settings.options.autopsy and pl_module.automatic_optimization:

@@ -6,6 +6,7 @@ Two things are kept apart in a column: a value that *is* nan, and a path that wa
 
 from __future__ import annotations
 
+from ._case_file import CASE_SCHEMA, CaseFile, CaseHistogram, CaseLayer, CaseTreatment, with_cases
 from ._causes import LEADS_TO, Ranked, consequences, rank_incidents
 from ._column_table import FAMILIES, FIELDS
 from ._columns import (
@@ -38,6 +39,7 @@ from ._verdict import (
 )
 
 __all__ = [
+    "CASE_SCHEMA",
     "ENDED_WELL",
     "FAMILIES",
     "FIELDS",
@@ -57,6 +59,10 @@ __all__ = [
     "TRAINING_KINDS",
     "Bools",
     "Buckets",
+    "CaseFile",
+    "CaseHistogram",
+    "CaseLayer",
+    "CaseTreatment",
     "Column",
     "Finding",
     "Floats",
@@ -84,6 +90,7 @@ __all__ = [
     "select_paths",
     "snake_case",
     "told_kinds",
+    "with_cases",
 ]
 
 SCHEMA_VERSION = 1

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ._case_file import CaseFile
 
 __all__ = ["SEVERITIES", "Finding", "Incident"]
 
@@ -51,6 +54,8 @@ class Incident:
         count: steps at which it fired.
         labels: the rule's own labels.
         details: anything else (autopsy, files written beside it), plain values.
+        case: what is known of it besides, in one place (see `CaseFile`); None where nobody kept it. No part of
+            `to_json`: it has a file of its own.
     """
 
     rule: str
@@ -72,6 +77,7 @@ class Incident:
     worst_path: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    case: CaseFile | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
@@ -106,11 +112,11 @@ class Incident:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; non-finite floats as the strings "nan", "inf" and "-inf", so that JSON stays JSON."""
-        return {f: _plain(getattr(self, f)) for f in self.__dataclass_fields__}
+        return {f: _plain(getattr(self, f)) for f in self.__dataclass_fields__ if f != "case"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Incident:
-        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
+        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__ and k != "case"}
         for name in ("paths", "treatments"):
             known[name] = tuple(known.get(name, ()))
         for name in ("value", "limit"):

@@ -208,7 +208,8 @@ class Exploding(Rule):
 
     def _findings(self, record: StepRecord, state: State, norm: float, limit: float) -> Findings:
         center = math.exp(median(state["window"]))
-        text = f"gradient norm {{value:.3g}}, {norm / center:.3g} times its recent level {center:.3g}"
+        what = "global gradient norm" if self.paths == ("*",) else "gradient norm of these paths together"
+        text = f"{what} {{value:.3g}}, {norm / center:.3g} times its recent level {center:.3g}"
         if record.loss < _FAR_BELOW:
             text += f"; the loss is {record.loss:.3g}: check the sign of its terms"
         whole = self.whole(record, True, norm, limit, text)
@@ -216,8 +217,14 @@ class Exploding(Rule):
         if past is None or column is None:
             return whole
         with np.errstate(all="ignore"):
-            jumped = np.log(column) - past > math.log(self.ratio) / 2
-        jumped &= select(record.index, self.paths) & record.measured("grad_norm")
-        positions = np.append(np.flatnonzero(jumped), len(record.index))
+            own = select(record.index, self.paths) & record.measured("grad_norm")
+            jumps = np.where(own, np.log(column) - past, np.nan)
+            jumped = jumps > math.log(self.ratio) / 2
+        if jumped.any():
+            far = int(np.nanargmax(jumps))
+            told = f"{column[far]:.3g}, {math.exp(jumps[far]):.3g} times its own level"
+            text += f"; furthest out {record.index.paths[far].replace('{', '{{').replace('}', '}}')}: {told}"
+        # The whole first: the number is its, and no layer's.
+        positions = np.append(len(record.index), np.flatnonzero(jumped))
         n = len(positions)
         return Findings(self, record, positions, np.full(n, norm), np.full(n, limit), text=text)

@@ -9,7 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnknownNameError
-from ..records import ENDED_WELL, Bools, Floats, Incident, Index, RuleCoverage, StepRecord, Verdict, judge_run
+from ..records import (
+    ENDED_WELL,
+    Bools,
+    CaseFile,
+    Floats,
+    Incident,
+    Index,
+    RuleCoverage,
+    StepRecord,
+    Verdict,
+    judge_run,
+    rank_incidents,
+)
 from ..sinks import blocks
 from ._health import Health
 from ._live import Live
@@ -43,6 +55,11 @@ class Recorded:
     def incidents(self) -> list[Incident]:
         """What the rules said while it ran; nothing where there were none."""
         return []
+
+    @property
+    def cases(self) -> list[CaseFile]:
+        """Case files of the incidents that have one, in the order of causes (see `rank_incidents`)."""
+        return [ranked.incident.case for ranked in rank_incidents(self.incidents) if ranked.incident.case is not None]
 
     @property
     def annotations(self) -> list[dict[str, Any]]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from .._warn import warn
 from ..errors import RunFormatError
-from ..records import Incident, Index, RuleCoverage
+from ..records import Incident, Index, RuleCoverage, with_cases
 from ..sinks._lock import is_being_written
 from ..sinks.blocks import Block, bare, is_sound
+from ._cases import CaseReader
 from ._folder import (
     BlockFile,
     read_annotations,
@@ -47,6 +48,7 @@ class Run(Recorded):
         self._files: dict[Path, BlockFile] = {}
         self._indices: dict[int, Index | None] = {}
         self._sound: dict[int, tuple[Block, Block | None]] = {}
+        self._cases = CaseReader(self.path)
         self._has_told_lines = False
         self._told: set[Hole | tuple[Path, int]] = set()
 
@@ -63,9 +65,9 @@ class Run(Recorded):
 
     @cached_property
     def incidents(self) -> list[Incident]:
-        """The last known state of every incident, in the order they began."""
+        """The last known state of every incident, in the order they began, each with its case where one was kept."""
         self._tell_lines()
-        return read_incidents(self.path, self._starts())
+        return with_cases(read_incidents(self.path, self._starts()), self._cases.read())
 
     @property
     def annotations(self) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ._case_names import CASES, batch_name, case_name
 from ._csv import CsvSink
 from ._duck import DuckSink
 from ._headline import SCALARS
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .tensorboard import TensorBoardSink
 
 __all__ = [
+    "CASES",
     "RUN_FORMAT",
     "SCALARS",
     "CsvSink",
@@ -36,6 +38,8 @@ __all__ = [
     "SafeSinks",
     "TensorBoardSink",
     "WandbSink",
+    "batch_name",
+    "case_name",
     "incident_key",
     "sinks_for_loggers",
 ]

@@ -28,6 +28,9 @@ OURS = (
     "records-*",
     "journal-*",
     "summary.md",
+    "case-*",
+    "batch-*",
+    "flight-*",
 )
 
 

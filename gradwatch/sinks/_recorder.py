@@ -180,9 +180,9 @@ class Recorder:
         except Exception as error:
             self._failed(error)
 
-    def put(self, name: str, text: str) -> None:
+    def put(self, name: str, content: str | bytes) -> None:
         """Write a whole file, at once or as soon as it can be written."""
-        self._whole[name] = text.encode()
+        self._whole[name] = content.encode() if isinstance(content, str) else content
         if self._trouble is None:
             try:
                 self._write_whole()

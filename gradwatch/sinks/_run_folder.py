@@ -15,8 +15,9 @@ from .._closing import end_all
 from .._warn import warn
 from ..errors import ConfigError, GradwatchError, RunFormatError
 from ..protocols import RunMeta, Sink
-from ..records import Incident, StepRecord, Verdict
+from ..records import CaseFile, Incident, StepRecord, Verdict
 from ._buffer import Held
+from ._case_names import case_name
 from ._files import contents, own_files, refuse_links, replace_whole
 from ._lock import FolderLock
 from ._plain import plain, sealed
@@ -148,6 +149,16 @@ class RunFolder(Sink):
         if self._is_mine:
             recorder.incident(incident)
             self._tell()
+
+    def case(self, case: CaseFile, batch: bytes | None = None) -> None:
+        """Write a case file, and the batch of its name beside it; no batch while the disk takes nothing."""
+        recorder = self._opened()
+        if not self._is_mine:
+            return
+        recorder.put(case_name(case), sealed(case.to_json()))
+        if batch is not None and not recorder.in_trouble:
+            recorder.put(case.batch_file, batch)
+        self._tell()
 
     def annotate(self, **annotation: Any) -> None:
         """Append to `annotations.jsonl` what rules were told after the last record: replay tells them too."""

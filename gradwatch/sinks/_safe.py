@@ -15,7 +15,7 @@ from .._closing import end_all
 from .._warn import one_line, warn
 from ..errors import ConfigError, GradwatchError
 from ..protocols import RunMeta, Sink, as_sink
-from ..records import Incident, StepRecord, Verdict
+from ..records import CaseFile, Incident, StepRecord, Verdict
 from ._buffer import size_of
 from ._lane import PATIENCE, Lane
 from ._paused import TRIES, Call, Paused, room_for
@@ -117,6 +117,9 @@ class SafeSinks(Sink):
 
     def incident(self, incident: Incident) -> None:
         self._each("writing an incident", lambda s: s.incident(incident))
+
+    def case(self, case: CaseFile, batch: bytes | None = None) -> None:
+        self._each("writing a case file", lambda s: s.case(case, batch))
 
     def resumed(self, step: int) -> None:
         self._each("saying where the run goes on", lambda s: s.resumed(step))

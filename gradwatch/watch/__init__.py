@@ -8,6 +8,7 @@ from ._forget_step import forget_step
 from ._guard import Guard
 from ._incident_target import IncidentTarget, incident_target
 from ._inventory import Inventory
+from ._loaders import RememberedBatches
 from ._options import MeasureOptions
 from ._paths import unwrap
 from ._prediction import Forward
@@ -35,6 +36,7 @@ __all__ = [
     "Inventory",
     "Look",
     "MeasureOptions",
+    "RememberedBatches",
     "ScaleReader",
     "Session",
     "Settings",

@@ -14,8 +14,10 @@ from ..protocols import Statistic, Treatment
 from ..records import Incident, StepRecord
 from ..requests import StopTraining
 from ..rules import RuleBook, treatments_of
+from ..stats import Gradients
 from ..torchside import Aside, in_backward, is_host, weakly
 from ..treatments import BufferKeeper, LearningRates, SkipStep
+from ._alarmed import Alarmed, note_histograms
 from ._announced import Announced
 from ._autopsy import Autopsy, Replay, examine, rng_state
 from ._completion import MAX_FAILURES, Completion
@@ -129,7 +131,7 @@ class Engine:
             guard=self.guard,
             buffers=self.buffers,
             rollbacks=self.rollbacks,
-            on_alarm=weakly(self._alarm),
+            on_alarm=weakly(self._alarm_in_step),
         )
         self._installed = attach(acts, model, self)
         self.treats_errors = bool(self._installed)
@@ -139,6 +141,7 @@ class Engine:
         self._current: Draft | None = None
         self._replays: list[Replay] = []
         self.autopsy: Autopsy | None = None
+        self.alarmed: Alarmed = {}
         self.produced = Produced(self.meter, self.guard, weakly(self._is_due))
         self._measuring = Measuring(self.meter, self.guard, self.own, self.produced)
         self._update_ratios = UpdateRatios(self.meter, self.guard)
@@ -296,12 +299,20 @@ class Engine:
             self._update_ratios.before(turn, moves=outcome.skip is not True)
         return outcome
 
-    def _alarm(self, opened: Sequence[Incident], step: int, params: Sequence[Tensor]) -> None:
+    def _alarm_in_step(self, opened: Sequence[Incident], step: int, grads: Gradients) -> None:
+        self._alarm(opened, step, grads.params, grads)
+
+    def _alarm(
+        self, opened: Sequence[Incident], step: int, params: Sequence[Tensor], grads: Gradients | None = None
+    ) -> None:
         """Look closer from here on where gradients explode or are not finite, and find out where it was born."""
         alarms = [i for i in opened if i.rule in ALARMS]
         if not alarms:
             return
         self.planner.look_closer(self._step + ALERT_STEPS)
+        if grads is not None and self.options.histograms_every is not None:
+            with self.guard("histograms at an alarm"), Aside():
+                note_histograms(self.alarmed, alarms, step, grads)
         if step != self._step or not self._replays or not self.guard.ok("autopsy"):
             return
         with self.guard("autopsy"):

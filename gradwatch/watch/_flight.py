@@ -12,6 +12,7 @@ import numpy as np
 
 from .._text import file_name
 from ..records import Incident, StepRecord, iter_scalars
+from ..sinks._files import replace_whole
 
 __all__ = ["NUM_RECORDS", "write_flight"]
 
@@ -44,7 +45,7 @@ def write_flight(
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"flight-{incident.first_step:06d}-{file_name(incident.name or incident.rule)}.json"
-    path.write_text(json.dumps(content), encoding="utf-8")
+    replace_whole(path, json.dumps(content).encode())
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from ..errors import ConfigError, UnknownNameError
 from ..records import TRAINING_KINDS
@@ -39,6 +40,9 @@ class MeasureOptions:
         conflicts_every: measure conflicts between task losses at one step in this many, without surgery; None never.
         kind: what kind of training it is, which rules follow: `"auto"`: what the model, its loss and its optimizers
             show; or `"supervised"`, `"adversarial"`, `"rl"`, `"bootstrapped"`, `"fine_tuning"`, `"mixture_of_experts"`.
+        save_batch: save the batch of the step at which an incident began in the run folder, as safetensors (extra
+            `gradwatch[cases]`): of the first incidents of a run. The batches of the recent steps are held for it,
+            within a fourth of `memory_limit_mb`.
         stop_on_unproven: end the training where a step that was vetoed moved something, and it can't be put back.
     """
 
@@ -55,6 +59,7 @@ class MeasureOptions:
     autopsy: bool = False
     local_norms: bool = False
     conflicts_every: int | None = None
+    save_batch: bool = False
     stop_on_unproven: bool = False
     kind: str = "auto"
 
@@ -72,8 +77,11 @@ class MeasureOptions:
         for name, known in named:
             if getattr(self, name) not in known:
                 raise UnknownNameError(f"`{name}`", getattr(self, name), known)
-        if not isinstance(self.stop_on_unproven, bool):
-            raise ConfigError(f"`stop_on_unproven` must be True or False. Got {self.stop_on_unproven!r}.")
+        for name in ("stop_on_unproven", "save_batch"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"`{name}` must be True or False. Got {getattr(self, name)!r}.")
+        if self.save_batch and find_spec("safetensors") is None:
+            raise ConfigError("`save_batch` writes safetensors files: pip install 'gradwatch[cases]'.")
         if not self.memory_limit_mb > 0:
             raise ConfigError(f"`memory_limit_mb` must be above 0. Got {self.memory_limit_mb}.")
         patterns = [self.paths] if isinstance(self.paths, str) else list(self.paths)

@@ -14,6 +14,8 @@ from ._ranks import are_several, world_size
 
 __all__ = ["ALERT_STEPS", "Planner", "StepPlan", "acts_in_step", "reasons_to_wait"]
 
+MAX_ALARMS = 32
+"""Alarms of a run after which histograms are taken, the first ones."""
 ALERT_STEPS = 3
 """Steps that are looked at closely after an alarm."""
 
@@ -58,6 +60,7 @@ class Planner:
     def __init__(self, options: MeasureOptions, meter: ModelMeter, *, waits: bool) -> None:
         self._options, self._meter, self._waits = options, meter, waits
         self._alert_until = -1
+        self._num_alarms, self._histograms_at = 0, -1
         self._step = -1
         self._plan: StepPlan | None = None
         # The steps, up to the second, at which nothing but norms is due.
@@ -79,10 +82,11 @@ class Planner:
     def _made(self, step: int) -> StepPlan:
         options, ranks = self._options, world_size()
         sampled = options.activations_every
-        is_alert = step <= self._alert_until and (ranks == 1 or self._judges_alike)
-        is_alert = is_alert or step <= self._meter.sample_until
+        is_alike = ranks == 1 or self._judges_alike
+        is_alert = (step <= self._alert_until and is_alike) or step <= self._meter.sample_until
         modules = sampled is not None and (is_alert or is_due(step, sampled))
-        histograms, spreads = is_due(step, options.histograms_every), step == 0
+        histograms = is_due(step, options.histograms_every) or (step == self._histograms_at and is_alike)
+        spreads = step == 0
         updates = is_due(step, options.updates_every)
         return StepPlan(
             measures=step % options.every == 0,
@@ -110,7 +114,10 @@ class Planner:
         return self._waits or is_host(self._meter.device)
 
     def look_closer(self, until: int) -> None:
-        """Sample modules at every step up to one."""
+        """Sample modules at every step up to one, and take histograms at the first that is not planned yet: how it was
+        just after an alarm, for its case file."""
+        if self._options.histograms_every is not None and self._num_alarms < MAX_ALARMS:
+            self._num_alarms, self._histograms_at = self._num_alarms + 1, self._step + 1
         self._alert_until = max(self._alert_until, until)
         self._plain = (0, 0)
 

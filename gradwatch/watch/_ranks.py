@@ -28,6 +28,7 @@ __all__ = [
     "is_writer",
     "merged_extras",
     "pack_extras",
+    "rank_and_size",
     "world_size",
 ]
 
@@ -74,6 +75,13 @@ def rank_of_this() -> int:
 def is_writer() -> bool:
     """Whether this rank writes: rank zero alone does."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return this process's rank, and how many there are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def _packed(scalars: Mapping[str, Tensor | float], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -25,6 +25,7 @@ from ..requests import Request
 from ..sinks import RunFolder, SafeSinks
 from ..torchside import member, weakly
 from ._batch import look, num_samples
+from ._case_files import CaseFiles
 from ._coverage import Standing, coverage
 from ._engine import Engine, StepOutcome
 from ._incident_target import IncidentTarget, incident_sink
@@ -88,7 +89,6 @@ class Session:
         self._tasks_state: Any = None
         self._numbers: dict[str, float] = {}
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self._told = ToldIncidents(self.run_dir, say or log)
         self.engine = Engine(
             self.model,
             optimizers,
@@ -100,6 +100,8 @@ class Session:
             on_incident=weakly(self._incident),
             on_record=weakly(self._record),
         )
+        self.cases = CaseFiles(self.engine, saves_batches=settings.options.save_batch)
+        self._told = ToldIncidents(self.run_dir, say or log, self.cases)
         strange = self.engine.meter.watched.strange
         if strange and self.engine.treats:
             path, why = next(iter(strange.items()))
@@ -129,7 +131,7 @@ class Session:
     def incidents(self) -> list[Incident]:
         """All incidents so far, as they stand now, in the order in which they began."""
         self.engine.catch_up()
-        return self.engine.judge.incidents
+        return self.cases.with_cases(self.engine.judge.incidents)
 
     @property
     def history(self) -> list[StepRecord]:
@@ -202,6 +204,9 @@ class Session:
         self.sinks.push(record)
         if self._told.has_news:
             self._tell()
+        if self.cases.is_waiting:
+            with self.engine.guard("case files"):
+                self.cases.follow(record.step, self.sinks)
 
     def _incident(self, incident: Incident) -> None:
         self._told.note(incident)
@@ -256,9 +261,18 @@ class Session:
         """Measure, judge and treat, with what surgery has to say put on record. Nothing, once the session is closed."""
         if self.tasks is not None and not self._closed:
             inputs.scalars = inputs.scalars | self.tasks.report()
+        if not self._closed:
+            self.see(inputs.batch)
+            self.cases.batches.stepped(inputs.step)
         if self._numbers:
             inputs.scalars, self._numbers = self._numbers | inputs.scalars, {}
         return StepOutcome() if self._closed else self.engine.after_backward(inputs, optimizers)
+
+    def see(self, batch: Any) -> None:
+        """Show a micro-batch, which may tell its samples. What `look` and `step` are given is seen already."""
+        if self.cases.batches.wants(batch):
+            with self.engine.guard("case files"):
+                self.cases.batches.see(batch)
 
     def after_step(self) -> None:
         self.engine.gates.stepped()
@@ -317,6 +331,7 @@ class Session:
         """Return what is kept of a forward pass, for `StepInputs.batch`: for trainers that see it end, and can't hold
         what it took and gave until the step."""
         self.engine.meter.is_told = True
+        self.see(batch)
         return look(batch, outputs, self.engine.guard, sampled=self.engine.meter.armed)
 
     def carry_out(self, request: Request, home: Home) -> None:
@@ -400,6 +415,7 @@ class Session:
         if scalars:
             self.sinks.annotate(closing=dict(scalars))
         self._tell()
+        self._finish_cases()
         self.sinks.summary(self.summary())
 
     def close(self, why: str = "") -> None:
@@ -426,8 +442,13 @@ class Session:
         finally:
             self.engine.listen(weakly(self._record), weakly(self._incident))
 
+    def _finish_cases(self) -> None:
+        with self.engine.guard("case files"):
+            self.cases.finish(self.sinks)
+
     def _write_last(self, why: str) -> None:
         self._tell()
+        self._finish_cases()
         if why:
             self.sinks.ended(why)
         self.sinks.judged(self.verdict(), self._ended)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..records import Incident
 from ..sinks import SafeSinks
+from ._case_files import CaseFiles
 from ._engine import ALARMS, Engine
 from ._flight import write_flight
 from ._ranks import is_writer
@@ -24,10 +25,12 @@ class ToldIncidents:
     Args:
         run_dir: folder for flight recorders; None: none are written.
         say: shows one line to the user.
+        cases: of the run.
     """
 
-    def __init__(self, run_dir: Path | None, say: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: Path | None, say: Callable[[str], None], cases: CaseFiles) -> None:
         self.say = say
+        self._cases = cases
         self._run_dir = run_dir
         self._num_lines = 0
         self._said: set[tuple[int, str]] = set()
@@ -60,6 +63,9 @@ class ToldIncidents:
         if key not in self._said and incident.rule in ALARMS:
             incident = self._record_flight(incident, engine)
         sinks.incident(incident)
+        if key not in self._said:
+            with engine.guard("case files"):
+                self._cases.open(incident, sinks)
         if key in self._said and not incident.resolved:
             return
         if key not in self._said and incident.severity != "info" and is_writer():

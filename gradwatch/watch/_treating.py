@@ -44,7 +44,7 @@ class Treating:
         treats: there are treatments, here or behind rules.
         waits: every step waits for its numbers, and is judged before it is treated.
         buffers: puts the model's buffers back where a step is vetoed; None where nobody asked for that.
-        on_alarm: told of incidents that open in the step they belong to, with it and its parameters.
+        on_alarm: told of incidents that open in the step they belong to, with it and its gradients, untreated.
         rollbacks: takes the training back; None where no rule asks for that.
         num_failed: treatments that raised, since somebody last set it to 0.
     """
@@ -59,7 +59,7 @@ class Treating:
     gates: Gates
     guard: Guard
     buffers: BufferKeeper | None
-    on_alarm: Callable[[Sequence[Incident], int, Sequence[Tensor]], object]
+    on_alarm: Callable[[Sequence[Incident], int, Gradients], object]
     rollbacks: Rollbacks | None = None
     num_failed: int = 0
     _remeasured: set[int] = field(default_factory=set)
@@ -117,7 +117,7 @@ class Treating:
         record = self.completion.build(draft, None if again is norms else again)
         judgement = self.judge.judge(record, "early")
         draft.judged, draft.findings = True, judgement.findings
-        self.on_alarm(judgement.opened, draft.step, grads.params)
+        self.on_alarm(judgement.opened, draft.step, grads)
         # Nothing seen: nothing to treat, or to learn of.
         jobs = [Job(t) for t in self.treatments if len(grads)]
         limits = self.judge.limits(draft.optimizer)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -34,6 +34,8 @@ from ._training import is_transparent
 from ._validation import validation_scalars
 
 __all__ = ["Watch"]
+
+_Batch = TypeVar("_Batch")
 
 
 class Watch:
@@ -136,6 +138,7 @@ class Watch:
         self._stack = ExitStack()
         self._micro_losses: list[Any] = []
         self._num_samples = 0
+        self._epoch = self._batch_idx = -1
         self.session = Session(
             model,
             self.optimizers,
@@ -266,6 +269,7 @@ class Watch:
 
     def micro_batch(self, loss: Any = None, batch: Any = None) -> None:
         """Hand over what a micro-batch gave whose gradients accumulate; the last one of a step is `step`'s."""
+        self.session.see(batch)
         self._micro_losses += [] if loss is None else [loss]
         self._num_samples += num_samples(batch)
 
@@ -286,6 +290,8 @@ class Watch:
         stepping, scaler = [s.raw for s in known], self.scaler
         inputs = StepInputs(
             step=self._step,
+            epoch=self._epoch,
+            batch_idx=self._batch_idx,
             losses=self._micro_losses + (self._losses if loss is None else [loss]),
             batch=batch,
             outputs=outputs,
@@ -325,6 +331,23 @@ class Watch:
             self._carry_out(self.session.take_requests())
         if self._stops:
             self._stop_if_asked()
+
+    def batches(self, loader: Iterable[_Batch]) -> Iterator[_Batch]:
+        """Give the batches of an epoch, and count them: records and case files then say which batch it was, and which
+        samples of the data set, where the loader tells (see `RememberedBatches`).
+
+        ```python
+        for epoch in range(10):
+            for x, y in watch.batches(loader):
+                ...
+        ```
+        """
+        self._epoch += 1
+        self.session.cases.take_loader(loader)
+        for self._batch_idx, batch in enumerate(loader):
+            self.session.see(batch)
+            yield batch
+        self._batch_idx = -1
 
     def validation(self, loss: Any = None, **metrics: Any) -> None:
         """Hand over validation values; they stand on the next step's record as `val_loss` and `val_<metric>`;
