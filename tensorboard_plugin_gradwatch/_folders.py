@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gradwatch.errors import GradwatchError
-from gradwatch.records import MODULE, PARAMETER, Column, Verdict, column_of, rank_incidents
+from gradwatch.records import MODULE, PARAMETER, Column, Verdict, column_of, rank_incidents, told_columns
 from gradwatch.runs import Run
 from gradwatch.runs._recorded import SINGLE
 from gradwatch.sinks import RUN_FORMAT
@@ -75,7 +75,7 @@ class FolderRun:
 
     def about(self) -> dict[str, Any]:
         with self._reading() as run:
-            own = _own(run.meta)
+            own = told_columns(run.meta)
             statistics = {name: _about(run, name, own) for name in run.columns}
             return {
                 "id": self.id,
@@ -85,14 +85,13 @@ class FolderRun:
                 "has_histograms": run.has_histograms,
                 "stamp": [len(run), self.last_time],
                 "notes": [f"{gap[:1].upper()}{gap[1:]}." for gap in run.health.gaps],
-                "from_folder": True,
             }
 
     def statistic(self, name: str) -> Table:
         with self._reading() as run:
             if name not in run.columns:
                 raise Unreadable(f"{self.id} has no statistic {name!r}. It has {', '.join(sorted(run.columns))}.")
-            chosen = _rows(run, _about(run, name, _own(run.meta))["over"])
+            chosen = _rows(run, _about(run, name, told_columns(run.meta))["over"])
             is_all = len(chosen) == len(run.index)
             steps, parts = [], []
             for when, values, measured in run.parts(name):
@@ -115,7 +114,8 @@ class FolderRun:
 
     def incidents(self) -> tuple[Sequence[Mapping[str, Any]], Verdict]:
         with self._reading() as run:
-            told = [incident.to_json() for incident, _ in rank_incidents(run.incidents)]
+            ranked = [incident for incident, _ in rank_incidents(run.incidents)]
+            told = [i.to_json() if i.case is None else {**i.to_json(), "case": i.case.lines()} for i in ranked]
             return [{**i, "paths": i["paths"][:MAX_PATHS], "num_paths": len(i["paths"])} for i in told], run.verdict()
 
     def histograms(self, path: str) -> Sequence[HistogramRow]:
@@ -247,14 +247,6 @@ def _below(path: Path, root: Path) -> str:
         return path.relative_to(root).as_posix()
     except ValueError:
         return path.name
-
-
-def _own(meta: Mapping[str, Any]) -> dict[str, Column]:
-    """Return what the run says of columns that are not built in."""
-    options = meta.get("options")
-    written = options.get("columns", ()) if isinstance(options, Mapping) else ()
-    told = [Column.from_json(entry) for entry in written] if isinstance(written, (list, tuple)) else []
-    return {column.name: column for column in told if column is not None}
 
 
 def _about(run: Run, name: str, own: Mapping[str, Column]) -> dict[str, Any]:

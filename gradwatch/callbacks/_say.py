@@ -1,18 +1,28 @@
-"""Lines for the user of a running program: a stream that can't take them must not end the run."""
+"""Lines for the user of a running program, on stderr: stdout is the program's own, and may go into a pipe.
+
+A stream that can't take them must not end the run.
+"""
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from .._text import printable
 from ..watch import Session
 
-__all__ = ["say", "say_ending"]
+__all__ = ["fitted", "say", "say_beside", "say_ending"]
 
 
-def say(text: str, via: Callable[[str], object] = print) -> None:
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def say(text: str, via: Callable[[str], object] = _to_stderr) -> None:
     """Print a text; what the stream can't encode is escaped, and where it is full or closed the text is lost.
 
     Args:
@@ -25,8 +35,46 @@ def say(text: str, via: Callable[[str], object] = print) -> None:
         try:
             via(text)
         except UnicodeEncodeError:
-            encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+            encoding = getattr(sys.stderr, "encoding", None) or "ascii"
             via(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def say_beside(bar: Any, text: str) -> None:
+    """Print a text without breaking a Lightning progress bar; None: there is none."""
+
+    def through(line: str) -> None:
+        try:
+            bar.print(line, file=sys.stderr)
+        except TypeError:  # a bar of the user's that takes a text alone
+            _to_stderr(line)
+
+    say(text, _to_stderr if bar is None else through)
+
+
+def fitted(text: str, width: int | None = None) -> str:
+    """Return text whose lines fit the terminal; what goes on is set in.
+
+    Args:
+        width: of the terminal, where it is known.
+    """
+    width = max(40, width or shutil.get_terminal_size((80, 24)).columns)
+    return "\n".join(_fitted(line, width) for line in text.split("\n"))
+
+
+def _fitted(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()))
+    more = f"{indent}    "
+    wrapped = textwrap.wrap(
+        line.strip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=more,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(wrapped)
 
 
 def say_ending(session: Session, *, no_files: str = "") -> None:
@@ -36,7 +84,7 @@ def say_ending(session: Session, *, no_files: str = "") -> None:
         session: that has come to its end.
         no_files: why nothing was written, where something could have been.
     """
-    say(session.summary())
+    say(fitted(session.summary()))
     if session.wrote:
         say(f"gradwatch wrote {session.run_dir}; `gradwatch report` turns it into a page")
     elif session.run_dir is not None:

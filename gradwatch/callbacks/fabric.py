@@ -38,7 +38,7 @@ from ..watch import (
 )
 from ._backward_end import BackwardEnd, Pass
 from ._run_dir import free_run_dir
-from ._say import say
+from ._say import fitted, say
 
 __all__ = ["GradWatch"]
 
@@ -348,7 +348,7 @@ class GradWatch:
         watches = [partial(w.__exit__, None if error is None else type(error), error, None) for w in self.watches]
         insist(partial(end_all, self._let_go, *watches))
         if was_open and self._verbose and self._fabric.is_global_zero:
-            say(self.summary())
+            say(fitted(self.summary()))
 
     def _let_go(self) -> None:
         hooks = [end.close for _, end in self._ends.values()] + ([] if self._hook is None else [self._hook.remove])

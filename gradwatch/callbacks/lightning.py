@@ -24,7 +24,7 @@ from ._left import when_left
 from ._lightning_base import callback_bases
 from ._own_names import own_names
 from ._quiet import run_quietly
-from ._say import say, say_ending
+from ._say import say_beside, say_ending
 
 __all__ = ["GradWatch"]
 
@@ -362,8 +362,7 @@ class GradWatch(SessionDoor, _Callback):
     def _say(self, trainer: Any, line: str) -> None:
         if not self._verbose or not trainer.is_global_zero:
             return
-        bar = trainer.progress_bar_callback
-        say(line, print if bar is None else bar.print)
+        say_beside(trainer.progress_bar_callback, line)
 
     def __getstate__(self) -> dict[str, Any]:
         # Spawned processes get the callback as it was before the fit. What the Trainer puts here holds its module.

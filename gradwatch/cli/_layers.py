@@ -61,7 +61,7 @@ def layer_grid(data: ReportData, *, max_layers: int = 40, biases: bool = False) 
 def incident_grid(incidents: Iterable[Incident]) -> Grid:
     """Return the incidents, each behind what it follows from."""
     grid = Grid(
-        ["step", "severity", "rule", "where", "value", "limit", "state", "treated by"], right=(0, 4, 5), flexible=3
+        ["step", "severity", "rule", "where", "value", "bar", "state", "treated by"], right=(0, 4, 5), flexible=3
     )
     for i, _ in rank_incidents(list(incidents)):
         more = f" +{len(i.paths) - 1}" if len(i.paths) > 1 else ""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, GradwatchError
 from ._find import add_run, open_run
 from ._outcome import FINE, add_fail_on, outcome
 from ._terminal import STYLES, columns, printable, rich_console, say
 
 if TYPE_CHECKING:
-    from ..runs import Run
+    from ..runs import Log, Run
     from ._live import Frame
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -23,6 +25,13 @@ HELP = "a running job, live: norms, worst layers, incidents"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="how long to wait for a run that is not there yet (default: until it comes; with --once not at all)",
+    )
     parser.add_argument("--once", action="store_true", help="show it once, and end")
     parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
     parser.add_argument("--layers", type=int, default=12, metavar="N", help="layers shown (default: 12)")
@@ -37,7 +46,10 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.every > 0:
         raise ConfigError(f"--every takes seconds above 0. Got {options.every}.")
-    opened = open_run(options.run)
+    try:
+        opened = _awaited(options)
+    except KeyboardInterrupt:
+        return FINE
     if not isinstance(opened, Run):
         raise ConfigError(f"{opened.path} is another program's log; `watch` takes a run folder. Try gradwatch summary.")
     view = _view(options)
@@ -55,6 +67,28 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return FINE
     return outcome(opened.verdict(), opened.incidents, options.fail_on)
+
+
+def _awaited(options: argparse.Namespace) -> Run | Log:
+    """Return the run, as soon as it is there.
+
+    Raises:
+        ConfigError: it did not come in time.
+    """
+    until = time.monotonic() + (0.0 if options.once else options.wait)
+    told = False
+    while True:
+        try:
+            return open_run(options.run)
+        except GradwatchError as error:
+            path = Path(options.run).expanduser()
+            # A folder that is empty, or holds no run yet, is one to come; a file that is none never will be.
+            if time.monotonic() >= until or path.is_file():
+                raise
+            if not told:
+                say(f"waiting for a run at {options.run!r}: {error} Ctrl-C ends the wait.")
+                told = True
+        time.sleep(min(options.every, 1.0))
 
 
 def _look(run: Run, max_layers: int) -> Frame:

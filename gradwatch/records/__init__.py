@@ -21,6 +21,7 @@ from ._columns import (
     is_scalar_name,
     own_columns,
     snake_case,
+    told_columns,
 )
 from ._histogram import NUM_BINS, Buckets, Histogram, HistogramTable
 from ._incident import SEVERITIES, Finding, Incident
@@ -89,6 +90,7 @@ __all__ = [
     "rank_incidents",
     "select_paths",
     "snake_case",
+    "told_columns",
     "told_kinds",
     "with_cases",
 ]

@@ -59,6 +59,8 @@ class CaseFile:
 
     Attributes:
         rule, name, id, step: of the incident, and its first step: what tells incidents apart.
+        value, bar, worst_path: what the rule saw, what it held it against, and where ("": in the whole model). A limit
+            is another thing: what a treatment clips to.
         epoch, batch_idx: as the trainer counts; -1 where it does not.
         num_samples: in the step's batches; 0 where unknown.
         rank, num_ranks: whose batch it was.
@@ -68,7 +70,7 @@ class CaseFile:
         steps: of the curves: some before the incident, and some after.
         curves: name -> one number for each of `steps`, nan where there is none: `loss`, `lr`, `global_norm` (as
             produced), `global_norm_after` (gradwatch's treatments), `global_norm_applied` (as the optimizer got it),
-            `bar` (the smallest global norm that would make a rule fire) and `limit` (what a treatment clips to).
+            `accepted` (the largest global norm that all rules take as usual) and `limit` (what a treatment clips to).
         layers: parameters whose gradients were furthest above their own level, those first.
         histograms: of gradients that the incident is of: the last before it, at its step, the first after it.
         born_in, phase: what the autopsy found: the module where the first bad value was made, in "forward" or
@@ -85,6 +87,9 @@ class CaseFile:
     step: int
     name: str = ""
     id: int = 0
+    value: float = float("nan")
+    bar: float = float("nan")
+    worst_path: str = ""
     epoch: int = -1
     batch_idx: int = -1
     num_samples: int = 0
@@ -148,6 +153,8 @@ class CaseFile:
             known[name] = tuple(known.get(name, ()))
         known["steps"] = tuple(map(int, data.get("steps", ())))
         known["modules"] = tuple(dict(row) for row in data.get("modules", ()))
+        for name in ("value", "bar"):
+            known[name] = float(known.get(name, "nan"))
         for name in ("step", "id", "epoch", "batch_idx", "num_samples", "rank", "num_ranks"):
             if name in known:
                 known[name] = int(known[name])
@@ -159,7 +166,8 @@ class CaseFile:
             ("where", self._where()),
             ("loss", self._around("loss")),
             ("global norm", self._around("global_norm")),
-            ("bar and limit", self._limits()),
+            ("bar", self._bar()),
+            ("limit", self._limit()),
             ("layers", "; ".join(map(_layer, self.layers[:3]))),
             ("born in", f"{self.born_in} ({self.phase})" if self.born_in else ""),
             ("done", self._done()),
@@ -218,10 +226,17 @@ class CaseFile:
         words.append(f"{at:.3g} at the step")
         return ", ".join([*words, f"{after:.3g} at the next"] if not np.isnan(after) else words)
 
-    def _limits(self) -> str:
-        bar, limit = self.at("bar"), self.at("limit")
-        words = [f"a rule fires above {bar:.3g}"] if np.isfinite(bar) else []
-        return "; ".join([*words, f"gradients are clipped to {limit:.3g}"] if np.isfinite(limit) else words)
+    def _bar(self) -> str:
+        if np.isnan(self.bar):
+            return ""
+        where = self.worst_path or "the whole model"
+        accepted = self.at("accepted")
+        usual = f"; global norms up to {accepted:.3g} pass as usual" if np.isfinite(accepted) else ""
+        return f"{self.value:.3g} in {where}, against the rule's bar of {self.bar:.3g}{usual}"
+
+    def _limit(self) -> str:
+        limit = self.at("limit")
+        return f"gradients are clipped to {limit:.3g}" if np.isfinite(limit) else ""
 
     def _done(self) -> str:
         now = [t for t in self.treatments if t.step >= self.step]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "is_scalar_name",
     "own_columns",
     "snake_case",
+    "told_columns",
 ]
 
 SCALAR = "scalar"
@@ -147,3 +148,11 @@ def is_scalar_name(name: str) -> bool:
     """Return whether a name stands for one number per step: one told of, or of a family such as `val_...`."""
     known = column_of(name)
     return known.kind == SCALAR if known is not None else name.startswith(tuple(FAMILIES))
+
+
+def told_columns(meta: Mapping[str, Any]) -> dict[str, Column]:
+    """Return what a run's meta says of columns that are not built in, by name."""
+    options = meta.get("options")
+    written = options.get("columns", ()) if isinstance(options, Mapping) else ()
+    found = [Column.from_json(entry) for entry in written] if isinstance(written, (list, tuple)) else []
+    return {column.name: column for column in found if column is not None}

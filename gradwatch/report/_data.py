@@ -80,6 +80,7 @@ class ReportData:
         overhead_seconds: spent by gradwatch; nan where not measured.
         total_seconds: of the run, between the first and the last record.
         verdict: on the run; None: nobody has told what its rules judged.
+        folder: of the run, as it was given; "" where it has none.
     """
 
     name: str = "run"
@@ -98,6 +99,7 @@ class ReportData:
     overhead_seconds: float = math.nan
     total_seconds: float = math.nan
     verdict: Verdict | None = None
+    folder: str = ""
 
     @classmethod
     def from_run(cls, run: Run, *, notes: Sequence[str] = (), overhead_seconds: float = math.nan) -> ReportData:
@@ -136,6 +138,7 @@ class ReportData:
             overhead_seconds=_overhead(scalars, overhead_seconds),
             total_seconds=float(times[-1] - times[0]) if len(times) > 1 else math.nan,
             verdict=run.verdict(),
+            folder=str(run.path),
         )
 
     @classmethod

@@ -6,7 +6,9 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape as escape_html
 from typing import Any
 
@@ -16,11 +18,23 @@ from numpy.typing import NDArray
 from tensorboard_plugin_gradwatch import MISSING, STATIC, pool
 
 from .._text import printable
-from ..records import MODULE, PARAMETER, Column, Floats, Verdict, columns, own_columns, rank_incidents
+from ..records import (
+    MODULE,
+    PARAMETER,
+    Column,
+    Floats,
+    Incident,
+    Verdict,
+    columns,
+    own_columns,
+    rank_incidents,
+    told_columns,
+)
 from ._bundle import bundle, styles
 from ._data import COLUMNS, ReportData, Table
 from ._quantise import encode_histograms, encode_tables, squeeze
-from ._summary import Story, Summary, summarise
+from ._summary import Story, Summary, summarise, verdict_of
+from ._svg import static_picture
 
 __all__ = ["LIMIT", "to_html"]
 
@@ -55,29 +69,43 @@ PAGE = """<!DOCTYPE html>
 """
 
 
-def to_html(data: ReportData, *, limit: int = LIMIT) -> str:
-    """Return a report as one file of at most about `limit` bytes; long runs are pooled to fit.
+def to_html(data: ReportData | Sequence[ReportData], *, limit: int = LIMIT) -> str:
+    """Return a report of one run, or of several over each other, as one file of at most about `limit` bytes a run; long
+    runs are pooled to fit.
 
     The policy is `default-src 'none'`: the page can ask for nothing, and only the two inline blocks whose hashes it
     names take effect. Names out of the run go in as text.
     """
-    summary = summarise(data)
+    runs = _named_apart([data] if isinstance(data, ReportData) else data)
     script, style = bundle("report.js"), styles()
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
     )
-    words = _words(data, summary)
+    words = "".join(_words(run, summarise(run), place, len(runs)) for place, run in enumerate(runs))
     licence = (STATIC / "vendor" / "LICENSE-uPlot").read_text(encoding="utf-8").strip()
-    room = limit - sum(len(part.encode()) for part in (PAGE, script, style, words, licence))
+    room = limit * len(runs) - sum(len(part.encode()) for part in (PAGE, script, style, words, licence))
+    payloads = [_payload(run, max(20_000, room // len(runs))) for run in runs]
     return PAGE.format(
         policy=policy,
-        title=escape(f"gradwatch: {data.name}"),
+        title=escape(f"gradwatch: {', '.join(run.name for run in runs)}"),
         style=style,
         script=script,
         words=words,
         licence=licence.replace("--", "- -"),
-        data=_inert(_payload(data, max(20_000, room))),
+        data=_inert(payloads[0] if len(payloads) == 1 else {"runs": payloads}),
     )
+
+
+def _named_apart(runs: Sequence[ReportData]) -> list[ReportData]:
+    """Return the runs with names that differ: the page asks for each by its name."""
+    names: list[str] = []
+    for run in runs:
+        name, number = run.name, 1
+        while name in names:
+            number += 1
+            name = f"{run.name} ({number})"
+        names.append(name)
+    return [run if run.name == name else replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def escape(text: object) -> str:
@@ -103,16 +131,18 @@ def _payload(data: ReportData, room: int) -> dict[str, Any]:
         "index": squeeze(json.dumps(data.index.to_json()).encode()),
         "meta": {"model": str(data.meta.get("model", ""))},
         "incidents": [
-            {**i.to_json(), "treatments": list(i.done), "labels": {}, "details": {}}
+            {**i.to_json(), "treatments": list(i.done), "labels": {}, "details": {}, "case": _case_lines(i)}
             for i, _ in rank_incidents(data.incidents)
         ],
         "scalars": _scalars(data),
+        "verdict": verdict_of(data).to_json() | {"coverage": []},
     }
     room -= len(_inert(fixed)) + 4000
     told = list(dict.fromkeys(p for i in data.incidents for p in (i.first_path, *i.paths[:5])))
     histograms = encode_histograms(data.histograms, told, int(0.15 * room))
     room -= len(_inert(histograms))
-    own = _own(data)
+    own = told_columns(data.meta)
+    own |= {column.name: column for column in own_columns()}
     names = _shown(data, own)
     over = {name: _over(data, data.tables[name]) for name in names}
     rows = {name: _rows(data, over[name], told) for name in names}
@@ -129,12 +159,8 @@ def _payload(data: ReportData, room: int) -> dict[str, Any]:
     return {**fixed, "histograms": histograms, "tables": tables}
 
 
-def _own(data: ReportData) -> dict[str, Column]:
-    """Return what the run, or this process, says of columns that are not built in."""
-    options = data.meta.get("options")
-    written = options.get("columns", ()) if isinstance(options, Mapping) else ()
-    told = [Column.from_json(entry) for entry in written] if isinstance(written, (list, tuple)) else []
-    return {column.name: column for column in (*told, *own_columns()) if column is not None}
+def _case_lines(incident: Incident) -> list[tuple[str, str]]:
+    return [] if incident.case is None else incident.case.lines()
 
 
 def _shown(data: ReportData, own: Mapping[str, Column]) -> list[str]:
@@ -185,22 +211,36 @@ def _scalars(data: ReportData) -> dict[str, Any]:
     }
 
 
-def _words(data: ReportData, summary: Summary) -> str:
-    """Return the summary as HTML. Every text is escaped here and nowhere else."""
+def _words(data: ReportData, summary: Summary, place: int = 0, count: int = 1) -> str:
+    """Return the summary as HTML. Every text is escaped here and nowhere else.
+
+    Args:
+        place, count: of the run among those of the page.
+    """
     facts = "".join(f"<li>{escape(fact)}</li>" for fact in summary.facts)
-    stories = "".join(_story(story) for story in summary.stories)
+    stories = "".join(_story(story, place) for story in summary.stories)
+    button = '<button type="button" id="theme" hidden>light or dark</button>' if place == 0 else ""
     notes = "".join(f"<li>{escape(note)}</li>" for note in summary.notes)
     return (
         f'<header class="gw-report gw-state-{summary.state}">'
         f'<div class="gw-top"><span class="gw-brand">gradwatch</span><h1>{escape(data.name)}</h1>'
-        '<button type="button" id="theme" hidden>light or dark</button></div>'
+        f"{button}</div>"
         f'<p class="gw-headline">{escape(summary.headline)}</p>'
         f"{stories}"
         f'<ul class="gw-facts">{facts}</ul>'
         f"{_coverage(summary.verdict)}"
         + (f'<h2>Not seen</h2><ul class="gw-facts">{notes}</ul>' if notes else "")
+        + _replay(data)
         + "</header>"
+        + f'<div class="gw-static">{static_picture(data)}</div>'
     )
+
+
+def _replay(data: ReportData) -> str:
+    if not data.folder or not data.incidents:
+        return ""
+    command = f"gradwatch replay {shlex.quote(data.folder)} --rules rules.yaml"
+    return f'<p class="gw-quiet">What other rules would have said of it: <code>{escape(command)}</code></p>'
 
 
 def _coverage(verdict: Verdict) -> str:
@@ -228,17 +268,25 @@ def _marked(text: str) -> str:
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
-def _story(story: Story) -> str:
+def _case(story: Story) -> str:
+    if not story.case:
+        return ""
+    rows = "".join(f"<dt>{escape(head)}</dt><dd>{escape(text)}</dd>" for head, text in story.case)
+    return f'<details class="gw-case"><summary>The case file</summary><dl>{rows}</dl></details>'
+
+
+def _story(story: Story, place: int) -> str:
     lines = [
         f'<p class="gw-place">{escape(story.place)}</p>',
         f"<p><b>What it means.</b> {escape(story.meaning)}</p>",
         f"<p><b>What to do.</b> {_marked(story.advice)}</p>" if story.advice else "",
         f"<p><b>What was done.</b> {escape(story.treated)}</p>" if story.treated else "",
+        _case(story),
     ]
     first = story.incidents[0]
     return (
         f'<section class="gw-story gw-{escape(story.severity)}" data-incident="{int(first.id)}"'
-        f' data-rule="{escape(story.rule)}" data-step="{int(first.first_step)}">'
+        f' data-rule="{escape(story.rule)}" data-step="{int(first.first_step)}" data-run="{place}">'
         f'<h2><span class="gw-part">{PARTS[story.part]}</span>'
         f" {escape(story.title)} <code>{escape(story.name)}</code></h2>"
         f"{''.join(lines)}</section>"

@@ -37,7 +37,9 @@ def to_json(data: ReportData) -> str:
             }
             for s in summary.stories
         ],
-        "incidents": [i.to_json() for i in data.incidents],
+        "incidents": [
+            i.to_json() if i.case is None else {**i.to_json(), "case": i.case.to_json()} for i in data.incidents
+        ],
         "treatments": [asdict(t) for t in data.treatments],
         "steps": {
             "first": data.first_step,

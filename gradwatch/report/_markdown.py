@@ -62,8 +62,10 @@ def _story(story: Story) -> list[str]:
         lines += ["", f"**What to do.** {_safe(story.advice)}"]
     if story.treated:
         lines += ["", f"**What was done.** {_safe(story.treated)}"]
+    if story.case:
+        lines += ["", *(f"- {head}: {_safe(text)}" for head, text in story.case)]
     if len(story.incidents) > 1:
-        lines += ["", "| steps | where | value | limit |", "|---|---|---|---|"]
+        lines += ["", "| steps | where | value | bar |", "|---|---|---|---|"]
         for i in story.incidents[:20]:
             where = f"`{_code(i.first_path)}`" if i.first_path else "whole model"
             value = number(i.value) if not np.isnan(i.value) or i.rule == "non_finite" else ""

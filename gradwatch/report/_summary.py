@@ -26,6 +26,7 @@ class Story:
         advice: what to do.
         treated: what was done about it, as a sentence, or "".
         incidents: in order of their first step.
+        case: what the case file of the first of them says: headings and sentences; () where there is none.
     """
 
     rule: str
@@ -38,6 +39,7 @@ class Story:
     advice: str
     treated: str
     incidents: tuple[Incident, ...]
+    case: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,7 @@ def _story(group: Sequence[Incident], part: str) -> Story:
         advice=first.advice,
         treated=f"gradwatch ran {_join(list(treatments))} for it{more}." if treatments else "",
         incidents=incidents,
+        case=tuple(next((i.case.lines() for i in incidents if i.case is not None), ())),
     )
 
 
@@ -198,13 +201,19 @@ def _facts(data: ReportData) -> list[str]:
     if data.num_skipped:
         facts.append(f"At {_times(data.num_skipped)} the optimizer was kept from moving anything.")
     if math.isfinite(data.overhead_seconds):
-        share = ""
-        if data.total_seconds > 0:
-            share = (
-                f", {100 * data.overhead_seconds / data.total_seconds:.2g} % of the run's {data.total_seconds:.3g} s"
-            )
-        facts.append(f"gradwatch itself took {data.overhead_seconds:.3g} s{share}.")
+        facts.append(_cost(data))
     return facts
+
+
+def _cost(data: ReportData) -> str:
+    steps = max(data.num_steps, 1)
+    own = data.overhead_seconds / steps
+    whole = f", of {_seconds(data.total_seconds / steps)} that a step took" if data.total_seconds > 0 else ""
+    return f"gradwatch itself took {_seconds(own)} a step{whole}; {_seconds(data.overhead_seconds)} in all."
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2g} ms" if seconds < 0.1 else f"{seconds:.3g} s"
 
 
 def _times(count: int) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from ..errors import RunFormatError, UnknownNameError
+from ..errors import ConfigError, RunFormatError, UnknownNameError
 from ..runs import Run, read_run
 from ._data import ReportData
 from ._html import to_html
@@ -21,31 +21,39 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "report_text", "write_report", "write_session"]
 
+Reported: TypeAlias = "Run | ReportData | str | os.PathLike[str]"
 FORMATS = ("html", "md", "json", "png")
 TEXTS: dict[str, Callable[[ReportData], str]] = {"html": to_html, "md": to_markdown, "json": to_json}
 ENDINGS = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".json": "json", ".png": "png"}
 
 
 def write_report(
-    run: Run | ReportData | str | os.PathLike[str],
+    run: Reported | Sequence[Reported],
     path: str | os.PathLike[str],
     format: str | None = None,  # noqa: A002
 ) -> Path:
     """Write a report and return its path.
 
     Args:
-        run: a run folder (its path, or as read), or what was gathered from live objects.
+        run: a run folder (its path, or as read), or what was gathered from live objects; or several, to be seen over
+            each other in one HTML file.
         path: the file; folders above it are made.
         format: one of `FORMATS`; None: by the file's ending, else HTML.
 
     Raises:
         UnknownNameError: there is no such format.
-        ConfigError: a PNG is asked for without matplotlib.
+        ConfigError: a PNG is asked for without matplotlib, or several runs in another form than HTML.
     """
     target = Path(path)
     chosen = format if format is not None else ENDINGS.get(target.suffix.lower(), "html")
     if chosen not in FORMATS:
         raise UnknownNameError("report format", chosen, FORMATS)
+    if isinstance(run, Sequence) and not isinstance(run, str):
+        if chosen != "html":
+            raise ConfigError(f"several runs go into one HTML report alone. Got {chosen!r}.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(to_html([_gather(each) for each in run]), encoding="utf-8")
+        return target
     data = _gather(run)
     target.parent.mkdir(parents=True, exist_ok=True)
     if chosen == "png":
@@ -72,7 +80,7 @@ def write_session(session: Session, path: str | os.PathLike[str], format: str | 
     return write_report(data, path, format)
 
 
-def report_text(run: Run | ReportData | str | os.PathLike[str], format: str = "md") -> str:  # noqa: A002
+def report_text(run: Reported, format: str = "md") -> str:  # noqa: A002
     """Return a report as text: HTML, markdown or JSON.
 
     Raises:
@@ -83,7 +91,7 @@ def report_text(run: Run | ReportData | str | os.PathLike[str], format: str = "m
     return TEXTS[format](_gather(run))
 
 
-def _gather(run: Run | ReportData | str | os.PathLike[str]) -> ReportData:
+def _gather(run: Reported) -> ReportData:
     if isinstance(run, ReportData):
         return run
     return ReportData.from_run(run if isinstance(run, Run) else read_run(run))

@@ -57,7 +57,8 @@ def _read(path: Path) -> CaseFile | None:
 
 
 def _is_sound(case: CaseFile) -> bool:
-    texts = (case.rule, case.name, case.samples_from, case.batch_file, case.born_in, case.phase, case.flight_recorder)
+    texts = [case.rule, case.name, case.worst_path, case.samples_from]
+    texts += [case.batch_file, case.born_in, case.phase, case.flight_recorder]
     return (
         all(isinstance(text, str) for text in (*texts, *case.notes, *case.consequences))
         and all(isinstance(sample, (int, str)) for sample in case.samples)

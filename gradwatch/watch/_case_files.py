@@ -167,7 +167,10 @@ class CaseFiles:
         return self._waiting.pop(key).packed(about)
 
 
-_LATER = ("curves", "steps", "layers", "histograms", "treatments", "born_in", "phase", "modules", "flight_recorder")
+_LATER = (
+    *("value", "bar", "worst_path", "curves", "steps", "layers", "histograms", "treatments"),
+    *("born_in", "phase", "modules", "flight_recorder"),
+)
 """What is known better when the steps after an incident are over."""
 
 

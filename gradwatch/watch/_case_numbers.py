@@ -42,6 +42,9 @@ def gathered(incident: Incident, history: Sequence[StepRecord], autopsy: Autopsy
         name=incident.name,
         id=incident.id,
         step=first,
+        value=float(incident.value),
+        bar=float(incident.limit),
+        worst_path=incident.worst_path or "",
         epoch=-1 if at is None else at.epoch,
         batch_idx=-1 if at is None else at.batch_idx,
         num_samples=0 if at is None else at.num_samples,
@@ -65,7 +68,7 @@ def _curves(records: Sequence[StepRecord]) -> dict[str, tuple[float, ...]]:
             "global_norm": r.global_norm,
             "global_norm_after": r.global_norm_after,
             "global_norm_applied": r.scalars.get("global_norm_applied", nan),
-            "bar": r.scalars.get("limit", nan),
+            "accepted": r.scalars.get("limit", nan),
             "limit": _clip_of(r),
         }
         for r in records

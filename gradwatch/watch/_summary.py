@@ -12,6 +12,11 @@ from ..records import HEALTHY, Floats, Incident, StepRecord, Verdict, heading, k
 __all__ = ["summarize"]
 
 MAX_LAYERS = 40
+LEAST_LAYERS = 8
+LEAST_COST = 20
+"""Steps from which on it is said what a step cost."""
+STEPS_A_LAYER = 12
+"""A short run has a short summary: one line of the table for so many steps."""
 
 
 def summarize(
@@ -23,7 +28,7 @@ def summarize(
     remarks: Iterable[str] = (),
     notes: Iterable[str] = (),
     why_nothing: str = "",
-    max_layers: int = MAX_LAYERS,
+    max_layers: int | None = None,
 ) -> str:
     """Return a table of the recent records, one line per parameter of two or more dimensions, then the incidents.
 
@@ -35,7 +40,8 @@ def summarize(
         remarks: what is to be known of the norms on record.
         notes: what gradwatch could not see, or switched off.
         why_nothing: why there is no record, where there is none.
-        max_layers: lines of the table; the layers with the smallest and largest gradients stay.
+        max_layers: lines of the table; the layers with the smallest and largest gradients stay. None: as the length
+            of the run deserves.
     """
     if not history:
         lines = [f"gradwatch: no step was measured{': ' if why_nothing else ''}{why_nothing}."]
@@ -43,7 +49,7 @@ def summarize(
     last = history[-1]
     lines = [f"gradwatch: {len(history)} records, steps {history[0].step} to {last.step}", verdict.headline]
     lines += filter(None, [told_kinds(kinds_in(last.scalars))])
-    lines += _table(history, max_layers)
+    lines += _table(history, max_layers or min(MAX_LAYERS, max(LEAST_LAYERS, len(history) // STEPS_A_LAYER)))
     norms = np.asarray([r.global_norm for r in history if r.has_gradient])
     said = f"median {_short(_median(norms))}, largest {_short(_max(norms))}" if len(norms) else "not seen at any step"
     lines.append(f"global gradient norm: {said}")
@@ -51,6 +57,7 @@ def summarize(
     if treated or num_skipped:
         lines.append(f"treated steps: {treated} of the last {len(history)}; skipped in all: {num_skipped}")
     lines += remarks
+    lines += _cost(history)
     if incidents:
         lines.append(f"{len(incidents)} incident{'s' if len(incidents) > 1 else ''}:")
         for incident, cause in rank_incidents(incidents):
@@ -63,6 +70,21 @@ def summarize(
         lines.append("no incidents.")
     lines += [f"note: {_flat(note)}" for note in notes]
     return printable("\n".join(lines))
+
+
+def _cost(history: Sequence[StepRecord]) -> list[str]:
+    """Return what gradwatch itself took of a step, and the step in all: medians, so that what is done once in a run (a
+    compilation, the first step) counts for no step."""
+    spent = np.asarray([r.scalars.get("overhead_seconds", np.nan) for r in history])
+    whole = np.diff([r.time for r in history]) / np.maximum(np.diff([r.step for r in history]), 1)
+    own = _median(spent)
+    if len(history) < LEAST_COST or not np.isfinite(own):
+        return []
+    return [f"gradwatch itself: {_millis(float(own))} a step, of {_millis(float(np.median(whole)))}"]
+
+
+def _millis(seconds: float) -> str:
+    return f"{1e3 * seconds:.2g} ms" if seconds < 0.1 else f"{seconds:.2g} s"
 
 
 def _flat(text: str) -> str:
@@ -84,16 +106,16 @@ def _table(history: Sequence[StepRecord], max_layers: int) -> list[str]:
         order = rows[np.argsort(np.nan_to_num(median[rows], nan=np.inf))]
         keep = {*order[: max_layers // 2].tolist(), *order[-(max_layers - max_layers // 2) :].tolist()}
         shown = np.asarray([i for i in rows if i in keep])
-    width = min(max((len(index.paths[i]) for i in shown), default=10), 48)
+    width = min(max((len(index.paths[i]) for i in shown), default=10), 32)
     norm, ratio = heading("grad_norm"), heading("update_ratio")
-    head = f"{'parameter':<{width}}  {norm:>13} {'median':>10} {'largest':>10} {ratio:>13}"
+    head = f"{'parameter':<{width}}  {norm:>13} {'median':>9} {'largest':>9} {ratio:>12}"
     lines = [head]
     for i in shown:
         path = _flat(index.paths[i])
         path = path if len(path) <= width else "..." + path[3 - width :]
         cells = [_short(norms[-1, i]), _short(median[i]), _short(top[i])]
         ratio = _short(_median(ratios[:, i])) if np.isfinite(ratios[:, i]).any() else "-"
-        lines.append(f"{path:<{width}}  {cells[0]:>13} {cells[1]:>10} {cells[2]:>10} {ratio:>13}")
+        lines.append(f"{path:<{width}}  {cells[0]:>13} {cells[1]:>9} {cells[2]:>9} {ratio:>12}")
     if len(rows) > len(shown):
         lines.append(f"... and {len(rows) - len(shown)} layers between these")
     return lines

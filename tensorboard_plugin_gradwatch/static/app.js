@@ -5,11 +5,17 @@ import {Detail, Tasks, emptyNote} from './detail.js';
 import {clear, el, keep, number, power} from './dom.js';
 import {incidentTable, verdict} from './incidents.js';
 import {bindKeys, keyHelp} from './keys.js';
-import {columnAt, spanText} from './matrix.js';
+import {columnAt, displayValues, spanText} from './matrix.js';
+import {Over} from './over.js';
 import {Panel} from './panel.js';
 import {rowOf} from './rows.js';
-import {foldedSet, foldedText} from './state.js';
+import {foldedSet, foldedText, listed, listText} from './state.js';
 import {describe, sortStatistics} from './statistics.js';
+
+/** Runs on view at once. */
+const MOST_RUNS = 6;
+/** Width of a printed page: A4 without its margins. */
+const PAPER = 700;
 
 export class App {
   /**
@@ -24,7 +30,9 @@ export class App {
       select: (step, row) => this.select(step, row?.path), zoom: (from, to) => this.change({from, to}, true),
       fold: (block) => this.fold(block), incident: (incident) => this.goTo(incident),
     };
-    this.pool = [new Panel(on), new Panel(on)];
+    this.pool = [];
+    this.on = on;
+    this.over = new Over(on);
     this.detail = new Detail(source, on);
     this.tasks = new Tasks(on);
     this.#build();
@@ -40,7 +48,6 @@ export class App {
     }
     const readable = this.runs.filter((r) => !r.message);
     this.#options(this.runSelect, this.runs.map((r) => [r.id, r.id + (r.message ? ' (unreadable)' : '')]));
-    this.#options(this.otherSelect, [['', '–'], ...readable.map((r) => [r.id, r.id])]);
     this.otherSelect.parentElement.hidden = readable.length < 2;
     this.runSelect.parentElement.hidden = this.verdict.hidden = Boolean(this.source.single);
     if (!this.runs.length) {
@@ -48,17 +55,20 @@ export class App {
         + 'TensorBoardSink to a Watch, and train: the first points appear after the first logged step.');
     }
     if (!this.runs.some((r) => r.id === this.state.run)) this.state.run = newest(readable.length ? readable : this.runs).id;
-    if (!readable.some((r) => r.id === this.state.other)) this.state.other = '';
+    this.readable = readable.map((r) => r.id);
+    this.#options(this.otherSelect, [['', '–'], ...readable.map((r) => [r.id, r.id])]);
+    this.state.other = listText(listed(this.state.other).filter((id) => this.readable.includes(id)));
     return this.load();
   }
 
   /** Fetch the chosen runs, statistic and steps, then draw. An older answer that arrives late is dropped. */
   async load() {
     const ask = (this.asked += 1), {state} = this;
-    const ids = [state.run, state.other].filter((id, i) => id && (i === 0 || id !== state.run));
+    const ids = [...new Set([state.run, ...listed(state.other)])].slice(0, MOST_RUNS);
     const found = await Promise.all(ids.map((id) => this.#fetch(id)));
     if (ask !== this.asked) return;
     this.panels = found.map((data, i) => {
+      this.pool[i] ??= new Panel(this.on);
       this.pool[i].load(data);
       return this.pool[i];
     });
@@ -102,7 +112,7 @@ export class App {
     const about = Object.assign({}, ...panels.map((p) => p.data.info?.statistics || {}));
     const stat = (this.stat = describe(state.stat, about[state.stat]?.about));
     this.runSelect.value = state.run;
-    this.otherSelect.value = state.other;
+    this.#others();
     this.#options(this.statSelect, sortStatistics(Object.keys(about)).map((n) => [n, describe(n, about[n].about).label]));
     this.statSelect.value = state.stat;
     this.statSelect.title = stat.help;
@@ -110,17 +120,19 @@ export class App {
     this.biases.checked = state.biases;
     for (const button of this.views.children) button.setAttribute('aria-pressed', String(button.dataset.view === state.view));
     this.resetZoom.hidden = state.from === '' && state.to === '';
-    const full = (this.full = Math.max(280, this.root.clientWidth - 32));
-    const beside = panels.length > 1 && full >= 1100;
+    const full = (this.full = this.printing ? PAPER : Math.max(280, this.root.clientWidth - 32));
+    const beside = panels.length === 2 && full >= 1100;
     const width = beside ? Math.floor((full - 24) / 2) : full;
     const gutter = Math.round(Math.min(230, Math.max(150, width * 0.2)));
     this.panelsBox.classList.toggle('gw-beside', beside);
-    const range = (this.range = rangeOf(panels.flatMap((p) => p.shown(state.biases)), stat.linear));
+    const range = (this.range = rangeOf(panels.flatMap((p) => p.displayed(state, stat, foldedSet(state))), stat.linear));
+    this.over.draw({panels, stat, state, width: full, gutter: Math.round(Math.min(230, Math.max(150, full * 0.2)))});
     keep(this.panelsBox, ...panels.map((p) => p.root));
     for (const panel of panels) panel.draw({state, stat, range, dark, width, gutter, folded: foldedSet(state), titled: panels.length > 1});
     this.#legend(range, dark, stat);
     this.#said();
     this.#slider();
+    this.#cell();
     this.tasks.draw({panels, state, width: full});
     this.#showDetail(full);
     this.empty.hidden = true;
@@ -138,7 +150,9 @@ export class App {
     if (step !== undefined && step !== null) this.state.step = step;
     if (path !== undefined) this.state.path = path;
     for (const panel of this.panels) panel.mark(this.state);
+    this.over.mark(this.state.step);
     this.#slider();
+    this.#cell();
     this.#showDetail(this.full);
     this.view.write(this.state);
   }
@@ -234,6 +248,28 @@ export class App {
     this.stepText.textContent = spanText(matrix, at);
   }
 
+  /** The chosen cell in words, for whoever walks over the picture by keys and for screen readers. */
+  #cell() {
+    const panel = this.panels[0], {state} = this, row = panel?.layout?.rows.find((r) => r.path === state.path);
+    const {matrix} = panel?.data || {};
+    if (!row || !matrix?.count || state.step === '') return void (this.cellText.textContent = '');
+    const at = columnAt(matrix.steps, state.step), value = displayValues(matrix, row, this.stat.combine)[at];
+    this.cellText.textContent = `${row.path || '(root)'}, ${spanText(matrix, at)}: ${value === -Infinity ? 'not measured' : number(value)}`;
+  }
+
+  /** The runs beside the first: one by the list, more by a box for each. */
+  #others() {
+    const chosen = listed(this.state.other), others = (this.readable || []).filter((id) => id !== this.state.run);
+    this.otherSelect.value = chosen.find((id) => id !== this.state.run) || '';
+    this.more.hidden = others.length < 2;
+    const shown = others.map((id) => id + (chosen.includes(id) ? '+' : '')).join('\n');
+    if (shown === this.shownOthers) return;
+    this.shownOthers = shown;
+    const toggle = (id, on) => this.change({other: listText(on ? [...chosen, id] : chosen.filter((other) => other !== id)), from: '', to: ''}, true);
+    clear(this.moreList, ...others.map((id) => el('label', {}, el('input', {type: 'checkbox', checked: chosen.includes(id),
+      disabled: !chosen.includes(id) && chosen.length + 1 >= MOST_RUNS, onchange: (event) => toggle(id, event.target.checked)}), id)));
+  }
+
   #legend(range, dark, stat) {
     const bar = el('span', {className: 'gw-ramp', style: {background: `linear-gradient(90deg, ${[0, 0.25, 0.5, 0.75, 1].map((t) => css(rgbAt(t))).join(',')})`}});
     const end = (v) => (range.linear ? number(v) : number(Number((10 ** v).toPrecision(2))));
@@ -259,7 +295,9 @@ export class App {
     const labelled = (text, control) => el('label', {className: 'gw-field'}, el('span', {}, text), control);
     const button = (text, title, onclick, more = {}) => el('button', {type: 'button', title, onclick, ...more}, text);
     this.runSelect = el('select', {id: 'gw-run', onchange: () => this.change({run: this.runSelect.value, from: '', to: ''}, true)});
-    this.otherSelect = el('select', {id: 'gw-other', onchange: () => this.change({other: this.otherSelect.value, from: '', to: ''}, true)});
+    this.otherSelect = el('select', {id: 'gw-other', onchange: () => this.change({other: listText([this.otherSelect.value].filter(Boolean)), from: '', to: ''}, true)});
+    this.moreList = el('div', {className: 'gw-more-list'});
+    this.more = el('details', {className: 'gw-more', hidden: true}, el('summary', {title: `More runs over each other, ${MOST_RUNS} at most`}, 'more'), this.moreList);
     this.statSelect = el('select', {id: 'gw-stat', onchange: () => this.#chooseStatistic(this.statSelect.value)});
     this.filter = el('input', {id: 'gw-filter', type: 'search', placeholder: 'e.g. attn or h.1*', oninput: () => this.change({filter: this.filter.value})});
     this.biases = el('input', {id: 'gw-biases', type: 'checkbox', onchange: () => this.change({biases: this.biases.checked})});
@@ -271,7 +309,8 @@ export class App {
       this.select(matrix.steps[Number(this.slider.value)]);
     }});
     this.stepText = el('output');
-    this.stepBox = el('div', {className: 'gw-step'}, this.slider, this.stepText);
+    this.cellText = el('output', {className: 'gw-cell', 'aria-live': 'polite'});
+    this.stepBox = el('div', {className: 'gw-step'}, this.slider, this.stepText, this.cellText);
     this.resetZoom = button('Whole run', 'Show all steps again (double click)', () => this.change({from: '', to: ''}, true), {className: 'gw-reset'});
     this.help = keyHelp();
     this.legend = el('div', {className: 'gw-legend'});
@@ -280,13 +319,19 @@ export class App {
     this.table = el('div', {className: 'gw-incidents'});
     this.empty = el('div', {hidden: true});
     this.main = el('main', {hidden: true},
-      el('header', {className: 'gw-bar'}, labelled('Run', this.runSelect), labelled('beside', this.otherSelect), labelled('Statistic', this.statSelect),
+      el('header', {className: 'gw-bar'}, labelled('Run', this.runSelect), labelled('beside', this.otherSelect), this.more, labelled('Statistic', this.statSelect),
         labelled('Filter', this.filter), el('label', {className: 'gw-check', title: 'Biases and other one-dimensional parameters (b)'}, this.biases, 'biases'),
         button('Fold', 'Fold or unfold all blocks (c)', () => this.foldAll()), button('?', 'Keys', () => this.help.toggle())),
-      this.help.node, this.verdict, el('div', {className: 'gw-tools'}, this.views, this.stepBox, this.resetZoom, this.legend), this.panelsBox,
+      this.help.node, this.verdict, el('div', {className: 'gw-tools'}, this.views, this.stepBox, this.resetZoom, this.legend), this.over.root, this.panelsBox,
       el('section', {}, el('h2', {}, 'Incidents'), this.table), this.detail.root, this.tasks.root);
     this.root.classList.add('gw-root');
     clear(this.root, this.empty, this.main);
+    const print = (printing) => {
+      this.printing = printing;
+      if (this.panels.length) this.draw();
+    };
+    window.addEventListener('beforeprint', () => print(true));
+    window.addEventListener('afterprint', () => print(false));
     let timer = 0;
     window.addEventListener('resize', () => {
       clearTimeout(timer);

@@ -1,7 +1,7 @@
 // What lies behind one cell: the layer's curve, and its histograms over time. Below, the cosines between tasks.
 
 import {el, clear, cssColor} from './dom.js';
-import {LineChart} from './lines.js';
+import {LineChart, union} from './lines.js';
 import {rowValues, scalarColumn} from './matrix.js';
 import {Ridge, zeroShare} from './ridge.js';
 
@@ -90,18 +90,6 @@ function weightOf(path, index) {
   if (index.kinds[at] === 'parameter') return path;
   return index.paths.find((p, i) => index.kinds[i] === 'parameter' && p === `${path}.weight`)
     || index.paths.find((p, i) => index.kinds[i] === 'parameter' && p.startsWith(`${path}.`)) || '';
-}
-
-/** Several curves on the union of their steps. */
-function union(curves) {
-  const steps = [...new Set(curves.flatMap((c) => Array.from(c.steps)))].sort((a, b) => a - b);
-  const place = new Map(steps.map((s, i) => [s, i]));
-  const columns = curves.map((c) => {
-    const out = new Float32Array(steps.length).fill(-Infinity);
-    c.steps.forEach((s, i) => (out[place.get(s)] = c.values[i]));
-    return out;
-  });
-  return {steps, columns};
 }
 
 export class Tasks {

@@ -18,7 +18,8 @@ export class Heatmap {
     this.tip = el('div', {className: 'gw-tip', hidden: true});
     this.top = el('div', {className: 'gw-ticks'});
     this.axis = el('canvas', {className: 'gw-axis'});
-    this.plot = el('div', {className: 'gw-plot'}, this.canvas, this.overlay, this.tip);
+    this.plot = el('div', {className: 'gw-plot', tabIndex: 0, role: 'group', 'aria-label': 'Heatmap: arrow keys walk over its cells'},
+      this.canvas, this.overlay, this.tip);
     this.body = el('div', {className: 'gw-body'}, this.gutter, this.plot);
     this.root = el('div', {className: 'gw-heat'}, this.top, this.body, this.axis);
     this.#listen();

@@ -2,7 +2,7 @@
 
 import {breakable, clear, el, marked, number} from './dom.js';
 
-const HEADS = ['step', 'rule', 'where it began', 'value', 'limit', 'treatment', 'what was seen, what to do'];
+const HEADS = ['step', 'rule', 'where it began', 'value', 'bar', 'treatment', 'what was seen, what to do'];
 
 /**
  * Fill `place` with a table.
@@ -44,11 +44,17 @@ function line(entry, {several, chosen, onChoose}) {
     el('td', {className: 'gw-num'}, limited(incident.limit)),
     el('td', {}, (incident.treatments || []).join(', ') || '–'),
     el('td', {className: 'gw-advice'}, el('div', {}, incident.message ? el('b', {}, incident.message) : null,
-      incident.message && incident.advice ? ' ' : null, ...marked(incident.advice || ''))),
+      incident.message && incident.advice ? ' ' : null, ...marked(incident.advice || '')), entry === chosen ? caseFile(incident) : null),
   ];
   if (several) cells.unshift(el('td', {}, run));
   row.append(...cells);
   return row;
+}
+
+/** What the case file says, of the chosen incident. */
+function caseFile(incident) {
+  if (!incident.case?.length) return null;
+  return el('dl', {className: 'gw-case'}, ...incident.case.flatMap(([head, text]) => [el('dt', {}, head), el('dd', {}, text)]));
 }
 
 function span(incident) {

@@ -13,7 +13,8 @@ const SEVERITY = {critical: '--gw-critical', warning: '--gw-warning', info: '--g
  *
  * @param {HTMLElement} place where it is drawn; emptied first.
  * @param {object} spec {title, steps, series: [{label, values, color, width, dash}], width, height, gutter, linear,
- *   range: [min, max], guide: {value, label}, incidents, low, high, step, on: {zoom, step}}.
+ *   range: [min, max], quiet: no legend, bands: [{series: [upper, lower], fill}], spans: true where a curve goes on over steps it has no point at,
+ *   guide: {value, label}, incidents, low, high, step, on: {zoom, step}}.
  */
 export class LineChart {
   constructor(place) {
@@ -44,7 +45,7 @@ export class LineChart {
     const muted = () => cssColor('--gw-muted'), grid = {stroke: () => cssColor('--gw-grid'), width: 1};
     return {
       width: spec.width, height: spec.height, padding: [8, MARGIN, 0, 0],
-      title: spec.title || '', legend: {live: true},
+      title: spec.title || '', legend: {live: true, show: !spec.quiet},
       cursor: {drag: {x: true, y: false, setScale: false}, points: {size: 5}},
       scales: {
         x: {time: false, range: () => [spec.low, Math.max(spec.high, spec.low + 1)]},
@@ -53,16 +54,18 @@ export class LineChart {
       axes: [
         {stroke: muted, grid, ticks: grid, size: 28, font: '11px system-ui, sans-serif', space: 80},
         {stroke: muted, grid, ticks: {show: false}, size: spec.gutter, font: '11px system-ui, sans-serif',
+          ...(spec.linear ? {} : {splits: (u, i, low, high) => powers(low, high), filter: (u, splits) => splits}),
           values: (u, splits) => splits.map((v) => (v === null ? '' : number(v)))},
       ],
       series: [
         {label: 'step', value: (u, v) => (v === null ? '' : String(v))},
         ...spec.series.map((one, i) => ({
-          label: one.label, stroke: one.color, width: one.width || 1.5, dash: one.dash, spanGaps: false,
+          label: one.label, stroke: one.color, width: one.width || 1.5, dash: one.dash, spanGaps: Boolean(spec.spans),
           points: {show: drawn[i].filter((v) => v !== null).length < 60, size: 4},
           value: (u, v, s, at) => (at === null || at === undefined ? '' : said(this.bad[i][at])),
         })),
       ],
+      bands: spec.bands || [],
       hooks: {
         draw: [(u) => this.#extras(u)],
         setSelect: [(u) => {
@@ -101,7 +104,7 @@ export class LineChart {
     };
     for (const incident of spec.incidents || []) {
       if (incident.first_step < spec.low || incident.first_step > spec.high) continue;
-      line(incident.first_step, cssColor(SEVERITY[incident.severity] || '--gw-info'), 1, [3 * ratio, 3 * ratio]);
+      line(incident.first_step, incident.color || cssColor(SEVERITY[incident.severity] || '--gw-info'), 1, [3 * ratio, 3 * ratio]);
     }
     if (spec.guide) {
       const y = Math.round(u.valToPos(spec.guide.value, 'y', true));
@@ -144,10 +147,30 @@ function padded(a, b) {
   return [a - room, b + room];
 }
 
+/** Where a logarithmic axis has its lines: at powers of ten alone, at every second or third where there are many. */
+function powers(low, high) {
+  const first = Math.ceil(Math.log10(low) - 1e-9), last = Math.floor(Math.log10(high) + 1e-9);
+  const stride = Math.max(1, Math.ceil((last - first) / 6)), found = [];
+  for (let p = first; p <= last; p += stride) found.push(10 ** p);
+  return found;
+}
+
 /** Whole decades around the data, at least one of them. */
 function decades(a, b, spec) {
   const values = [a, b, spec.guide?.value].filter((v) => v > 0 && Number.isFinite(v));
   if (!values.length) return [0.1, 1];
   const low = Math.floor(Math.log10(Math.min(...values)) + 1e-9), high = Math.ceil(Math.log10(Math.max(...values)) - 1e-9);
   return [10 ** low, 10 ** Math.max(high, low + 1)];
+}
+
+/** Several curves on the union of their steps. */
+export function union(curves) {
+  const steps = [...new Set(curves.flatMap((c) => Array.from(c.steps)))].sort((a, b) => a - b);
+  const place = new Map(steps.map((s, i) => [s, i]));
+  const columns = curves.map((c) => {
+    const out = new Float32Array(steps.length).fill(-Infinity);
+    c.steps.forEach((s, i) => (out[place.get(s)] = c.values[i]));
+    return out;
+  });
+  return {steps, columns};
 }

@@ -4,7 +4,7 @@ import {clear, cssColor, el, keep} from './dom.js';
 import {Flow} from './flow.js';
 import {Heatmap} from './heatmap.js';
 import {LineChart} from './lines.js';
-import {extent, rowValues, scalarColumn} from './matrix.js';
+import {displayValues, extent, rowValues, scalarColumn} from './matrix.js';
 import {layoutRows, pathsOf} from './rows.js';
 
 const ROOM = 480;
@@ -38,10 +38,11 @@ export class Panel {
       : `${unseen} rows (biases, and what was not measured) are left out to keep this file small.`;
   }
 
-  /** The values of the rows that may be on view: what is hidden must not stretch the colours. */
-  shown(biases) {
-    const wide = biases ? this.paths : this.paths.filter((p) => !p.flat);
-    return (wide.length ? wide : this.paths).map((p) => rowValues(this.data.matrix, p.place));
+  /** The values of the rows as they are drawn, a folded block's as one: what the colours span. */
+  displayed(state, stat, folded) {
+    if (!this.data.matrix || !this.paths.length) return [];
+    const {rows} = layoutRows(this.paths, {filter: '', biases: state.biases, folded}, ROOM);
+    return rows.map((row) => displayValues(this.data.matrix, row, stat.combine));
   }
 
   draw({state, stat, range, dark, width, gutter, folded, titled}) {
@@ -123,7 +124,7 @@ export class Panel {
       series.push({label: 'as the optimizer got it', values: applied, color: cssColor('--gw-line-3')});
     }
     if (limit && limit.some((v) => Number.isFinite(v))) {
-      series.push({label: 'limit', values: limit, color: cssColor('--gw-critical'), width: 1, dash: [6, 4]});
+      series.push({label: 'a rule’s bar, a clip’s limit', values: limit, color: cssColor('--gw-critical'), width: 1, dash: [6, 4]});
     }
     this.norm.draw({steps: headline.steps, series, width, height: 190, gutter, incidents, low, high, step: state.step,
       on: {zoom: this.on.zoom, step: (step) => this.on.select(step, null)}});

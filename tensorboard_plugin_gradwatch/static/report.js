@@ -2,7 +2,7 @@
 
 import {App} from './app.js';
 import {columnAt} from './matrix.js';
-import {format, parse} from './state.js';
+import {format, listText, parse} from './state.js';
 
 const FIRST = 4; // codes below it: not measured, zero, NaN, infinite
 
@@ -43,6 +43,14 @@ function part(matrix, {from = '', to = ''}, row = null) {
     rows: rows.length, values};
 }
 
+/** One source over the runs of a file: each is asked of its own. */
+function all(runs) {
+  const sources = new Map(runs.map((data) => [data.name, embedded(data)]));
+  const of = (name) => (run, ...rest) => sources.get(run)[name](run, ...rest);
+  return {runs: async () => ({runs: runs.map((data) => ({id: data.name, message: ''}))}),
+    run: of('run'), incidents: of('incidents'), headline: of('headline'), scalars: of('scalars'), matrix: of('matrix'), histograms: of('histograms')};
+}
+
 function embedded(data) {
   const held = {};
   const once = (key, make) => (held[key] ??= make());
@@ -58,7 +66,7 @@ function embedded(data) {
     runs: async () => ({runs: [{id: data.name, message: ''}]}),
     run: async () => ({index: data.index, stamp: 0, meta: data.meta, notes: [], has_histograms: true,
       statistics: Object.fromEntries(Object.entries(data.tables).map(([name, t]) => [name, {over: t.over, about: t.about}]))}),
-    incidents: async () => ({incidents: data.incidents}),
+    incidents: async () => ({incidents: data.incidents, verdict: data.verdict}),
     headline: scalars,
     scalars,
     matrix: async (run, statistic, query) => {
@@ -91,9 +99,11 @@ async function start() {
     dark: () => chosen ?? system.matches,
   };
   document.body.classList.toggle('gw-dark', view.dark());
-  const data = JSON.parse(document.getElementById('data').textContent);
-  data.index = JSON.parse(new TextDecoder().decode(await inflate(data.index)));
-  const app = new App(document.getElementById('app'), embedded(data), view);
+  document.body.classList.add('gw-live');
+  const held = JSON.parse(document.getElementById('data').textContent), runs = held.runs || [held];
+  for (const data of runs) data.index = JSON.parse(new TextDecoder().decode(await inflate(data.index)));
+  const app = new App(document.getElementById('app'), runs.length > 1 ? all(runs) : embedded(runs[0]), view);
+  if (runs.length > 1 && !app.state.run) Object.assign(app.state, {run: runs[0].name, other: listText(runs.slice(1).map((data) => data.name))});
   button.hidden = false;
   button.addEventListener('click', () => {
     chosen = !view.dark();
@@ -102,13 +112,14 @@ async function start() {
   system.addEventListener('change', () => app.draw());
   await app.reload();
   for (const story of document.querySelectorAll('[data-incident]')) {
+    const data = runs[Number(story.dataset.run || 0)];
     const incident = data.incidents.find((i) => i.id === Number(story.dataset.incident) && i.rule === story.dataset.rule
       && i.first_step === Number(story.dataset.step));
     if (!incident) continue;
     const show = document.createElement('button');
     show.type = 'button';
     show.textContent = 'Show it in the picture';
-    show.addEventListener('click', () => app.goTo(incident));
+    show.addEventListener('click', () => app.goTo(incident, data.name));
     story.append(show);
   }
   document.body.dataset.ready = String(Math.round(performance.now()));

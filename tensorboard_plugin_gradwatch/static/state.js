@@ -35,6 +35,21 @@ export function format(state, prefix = '', hash = '') {
   return '#' + [...others, ...mine].join('&');
 }
 
+/** Names of runs: a comma between them, each escaped where it must be. A single one may stand as it is. */
+export function listed(text) {
+  return text.split(',').filter(Boolean).map((part) => {
+    try {
+      return decodeURIComponent(part);
+    } catch {
+      return part;
+    }
+  });
+}
+
+export function listText(names) {
+  return names.map((name) => name.replaceAll('%', '%25').replaceAll(',', '%2C')).join(',');
+}
+
 /** The blocks that are folded: a comma between names, each escaped. */
 export function foldedSet(state) {
   const names = new Set();

@@ -76,7 +76,7 @@ def test_a_script_is_watched_without_a_changed_line(
     trainer = fit(tmp_path, pytorch_lightning)
     (watch,) = (c for c in trainer.callbacks if isinstance(c, GradWatch))
     assert [r.step for r in watch.history if r.skipped] == [3]
-    assert "non_finite" in capsys.readouterr().out
+    assert "non_finite" in capsys.readouterr().err
 
 
 def test_a_fabric_script_is_watched_without_a_changed_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

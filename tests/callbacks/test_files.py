@@ -94,7 +94,7 @@ def test_incidents_that_were_not_written_are_said_so_where_that_was_not_asked_fo
     monkeypatch.chdir(tmp_path)
     run(GradWatch(run_dir=run_dir), logger=False, enable_checkpointing=False)
     line = "gradwatch wrote no files: the Trainer has no log folder. `run_dir=` names a folder for them\n"
-    assert (line in capsys.readouterr().out) == (run_dir is None)
+    assert (line in capsys.readouterr().err) == (run_dir is None)
 
 
 def test_with_a_logger_that_has_no_folder_files_go_where_checkpoints_go(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_the_fabric_example_finds_the_step_at_which_the_rate_was_raised(capsys: 
     found = [i for i in watch.incidents if i.severity != "info"]
     assert found
     assert 195 <= found[0].first_step <= 220
-    assert "incident" in capsys.readouterr().out
+    assert "incident" in capsys.readouterr().err
 
 
 def test_the_accelerate_example_skips_the_corrupt_batch() -> None:

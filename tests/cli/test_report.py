@@ -8,12 +8,36 @@ from gradwatch.cli import FINE, FOUND, USAGE, main
 
 
 def test_report_is_written_where_asked(spiked, tmp_path, capsys) -> None:
-    target = tmp_path / "new" / "page.html"
+    target = tmp_path / "page.html"
     assert main(["report", str(spiked), "-o", str(target)]) == FINE
     out, err = capsys.readouterr()
     assert out == f"{target}\n"
     assert "The likely cause: the gradient exploded." in err
     assert "The gradient exploded" in target.read_text()
+
+
+def test_a_folder_that_is_not_there_is_not_made(spiked, tmp_path, capsys) -> None:
+    assert main(["report", str(spiked), "-o", str(tmp_path / "new" / "page.html")]) == USAGE
+    assert f"there is no folder {str(tmp_path / 'new')!r} for 'page.html'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_several_runs_go_into_one_page(spiked, healthy, tmp_path, capsys) -> None:
+    target = tmp_path / "page.html"
+    assert main(["report", str(spiked), str(healthy), "-o", str(target), "--fail-on", "warning"]) == FOUND
+    out, err = capsys.readouterr()
+    assert out == f"{target}\n"
+    assert "spiked: Not healthy since step 30." in err
+    assert "healthy: Healthy" in err
+    page = target.read_text()
+    assert page.count('<header class="gw-report') == 2
+    assert page.count("<svg ") == 2
+
+
+@pytest.mark.parametrize("options", [["--format", "md"], ["-o", "-"], ["--json"]])
+def test_several_runs_are_one_page_alone(options, spiked, healthy, capsys) -> None:
+    assert main(["report", str(spiked), str(healthy), *options]) == USAGE
+    assert "one HTML file alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -75,3 +75,22 @@ def test_ctrl_c_ends_the_view_of_a_running_job_with_0(healthy) -> None:
             assert job.wait(timeout=30) == FINE
         finally:
             job.kill()
+
+
+def test_a_run_that_is_not_there_yet_is_waited_for(tmp_path) -> None:
+    command = [sys.executable, "-m", "gradwatch", "watch", str(tmp_path / "soon"), "--json", "--every", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        try:
+            assert job.stderr is not None
+            assert "waiting for a run at" in job.stderr.readline()
+            write_run(tmp_path / "soon", steps=40)
+            told = json.loads(job.communicate(timeout=120)[0].splitlines()[-1])
+        finally:
+            job.kill()
+    assert (told["step"], told["over"]) == (39, True)
+
+
+@pytest.mark.parametrize("options", [["--once"], ["--wait", "0.1", "--every", "0.05"]])
+def test_a_run_that_does_not_come_is_an_error(options, tmp_path, capsys) -> None:
+    assert main(["watch", str(tmp_path / "never"), *options]) == USAGE
+    assert "there is no run" in capsys.readouterr().err

@@ -70,7 +70,8 @@ def test_a_case_tells_the_samples_and_the_numbers_around_its_step() -> None:
 
 def test_the_alarm_s_bar_and_the_clip_s_limit_are_two_numbers() -> None:
     case = spike_case(train(rules="autoclip"))
-    assert case.at("global_norm") > case.at("bar") > 0
+    assert case.value == case.at("global_norm") > case.bar > case.at("accepted") > 0
+    assert case.worst_path == ""
     assert case.at("limit") > 0
     (done,) = [t for t in case.treatments if t.step == SPIKE]
     assert done.before == pytest.approx(case.at("global_norm"))

@@ -161,10 +161,10 @@ def test_a_function_behind_a_rule_that_does_not_come_back_is_waited_for_once():
 def test_what_was_written_is_said_only_where_it_was(tmp_path, capsys):
     watch = train(run_dir=tmp_path / "run")
     say_ending(watch.session)
-    assert f"gradwatch wrote {tmp_path / 'run'};" in capsys.readouterr().out
+    assert f"gradwatch wrote {tmp_path / 'run'};" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run")
     say_ending(watch.session)
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert "gradwatch wrote" not in out
     assert "could not write all" in out
 
@@ -180,6 +180,6 @@ def test_a_recording_that_failed_is_not_said_to_be_written(tmp_path, capsys, mon
         warnings.simplefilter("ignore")
         watch = train(run_dir=tmp_path / "run")
         say_ending(watch.session)
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert "gradwatch wrote" not in out
     assert "No space left on device" in out

@@ -1,0 +1,159 @@
+"""Tab, report and terminal tell the same story of a run, in the same order: twelve kinds of runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradwatch import Watch
+from gradwatch.cli import main
+from gradwatch.records import rank_incidents
+from gradwatch.report import ReportData, summarise, to_html, to_json, to_markdown
+from gradwatch.runs import read_run
+from tensorboard_plugin_gradwatch._folders import FolderRun, run_folder_at
+
+STEPS = 160
+Batch = tuple[Tensor, Tensor]
+
+
+def relu(depth: int = 2, width: int = 16) -> nn.Sequential:
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), *layers, nn.Linear(width, 1))
+
+
+def sigmoid() -> nn.Sequential:
+    layers = [layer for _ in range(8) for layer in (nn.Linear(16, 16), nn.Sigmoid())]
+    return nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), *layers, nn.Linear(16, 1))
+
+
+def dead() -> nn.Sequential:
+    model = relu()
+    nn.init.constant_(model[2].bias, -50.0)
+    return model
+
+
+def usual(step: int) -> Batch:
+    x = torch.randn(32, 8)
+    return x, x.sum(1, keepdim=True)
+
+
+def at(*steps: int, factor: float) -> Callable[[int], Batch]:
+    def batch(step: int) -> Batch:
+        x, y = usual(step)
+        return x, y * factor if step in steps else y
+
+    return batch
+
+
+def spike_then_nan(step: int) -> Batch:
+    x, y = usual(step)
+    return x, y * {80: 1000.0, 120: float("nan")}.get(step, 1.0)
+
+
+def unnormalised(step: int) -> Batch:
+    x, y = usual(step)
+    return 300.0 + 100.0 * x, y
+
+
+def constant(step: int) -> Batch:
+    return usual(step)[0], torch.ones(32, 1)
+
+
+# What it is called: model, batches, learning rate, rules, and what else goes wrong.
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch], float, str, str]] = {
+    "healthy": (relu, usual, 1e-2, "default", ""),
+    "spike": (relu, at(80, factor=1000.0), 1e-3, "default", ""),
+    "spike, treated": (relu, at(80, factor=1000.0), 1e-3, "autoclip", ""),
+    "nan batch": (relu, at(80, factor=float("nan")), 1e-3, "default", ""),
+    "nan batch, treated": (relu, at(80, 81, factor=float("nan")), 1e-3, "autoclip", ""),
+    "spike, then nan": (relu, spike_then_nan, 1e-3, "default", ""),
+    "vanishing": (sigmoid, usual, 1e-2, "default", ""),
+    "dead units": (dead, usual, 1e-2, "default", ""),
+    "weights not held": (relu, usual, 1e-2, "default", "not held"),
+    "rate too high": (relu, usual, 3.0, "default", ""),
+    "not reset, not held, unnormalised": (relu, unnormalised, 1e-3, "default", "not reset, not held"),
+    "constant targets": (relu, constant, 1e-2, "default", ""),
+}
+
+
+def train(folder: Path, kind: str) -> Watch:
+    torch.manual_seed(0)
+    make, batch, rate, rules, wrong = KINDS[kind]
+    model = make()
+    held = list(model.parameters())[2:] if "not held" in wrong else list(model.parameters())
+    optimizer = torch.optim.SGD(held, lr=rate)
+    with Watch(model, optimizer, rules=rules, run_dir=folder, on_error="raise") as watch:
+        for step in range(STEPS):
+            x, y = batch(step)
+            output = model(x)
+            loss = (output - y).square().mean()
+            loss.backward()
+            watch.step(loss, batch=(x, y), outputs=output, targets=y)
+            if "not reset" not in wrong:
+                optimizer.zero_grad()
+    return watch
+
+
+def live(watch: Watch) -> list[tuple[str, int]]:
+    found = re.findall(r"\[(?:info|warning|critical)\] step (\d+): (\S+) in", watch.summary())
+    return [(rule, int(step)) for step, rule in found]
+
+
+def terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, list[tuple[str, int]]]:
+    capsys.readouterr()
+    main(["summary", str(folder)])
+    said = capsys.readouterr().out
+    rows = re.findall(r"^ *(\d+)  (?:info|warning|critical) +(\S+)  ", said, re.MULTILINE)
+    return said, [(rule, int(step)) for step, rule in rows]
+
+
+def rules_of(story: list[tuple[str, int]]) -> list[str]:
+    return list(dict.fromkeys(rule for rule, _ in story))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tab_report_and_terminal_tell_one_story(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    watch = train(folder, kind)
+    run, verdict = read_run(folder), watch.verdict()
+    story = [(i.name or i.rule, i.first_step) for i, _ in rank_incidents(run.incidents)]
+    assert (not story) == (kind == "healthy"), story
+
+    # The tab, over its own reader.
+    meta = run_folder_at(folder)
+    assert meta is not None
+    told, said = FolderRun(folder, tmp_path, meta).incidents()
+    assert [(i["name"] or i["rule"], i["first_step"]) for i in told] == story
+
+    # The terminal, at the end of the run and afterwards.
+    assert live(watch) == story
+    printed, rows = terminal(folder, capsys)
+    assert rows == story
+
+    # The report, in each of its forms.
+    data = ReportData.from_run(run)
+    summary = summarise(data)
+    assert [s.name for s in summary.stories] == rules_of(story)
+    page, markdown = to_html(data), to_markdown(data)
+    names = {s.title: s.name for s in summary.stories}
+    assert re.findall(r'<section class="gw-story [^>]*data-rule="([^"]*)"', page) == [s.rule for s in summary.stories]
+    assert [names[t] for t in re.findall(r"^## \d+\. (.*)$", markdown.replace("\\", ""), re.MULTILINE)] == rules_of(
+        story
+    )
+
+    # One verdict.
+    assert verdict.state == said.state == run.verdict().state == summary.verdict.state
+    assert verdict.headline == said.headline == run.verdict().headline
+    assert verdict.headline in watch.summary()
+    assert summary.headline in printed
+    assert f'"verdict": {{\n  "state": "{verdict.state}"' in to_json(data)
+
+    # The page's first incident is the verdict's.
+    if story:
+        assert said.first is not None
+        assert said.first[:2] == (told[0]["rule"], told[0]["first_step"])

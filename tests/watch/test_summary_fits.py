@@ -1,0 +1,105 @@
+"""The words at the end of a run: as many as it deserves, within 80 columns, on stderr, with a fair cost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from gradwatch import Watch
+from gradwatch.callbacks._say import fitted, say_beside, say_ending
+
+PROGRAM = """
+import sys, torch
+from torch import nn
+from gradwatch import Watch
+from gradwatch.callbacks._say import say_ending
+model = nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with Watch(model, optimizer) as watch:
+    for i in range(5):
+        loss = model(torch.ones(2, 4)).square().mean() * (float("nan") if i == 3 else 1)
+        loss.backward()
+        watch.step(loss)
+        optimizer.zero_grad()
+say_ending(watch.session)
+print("result")
+"""
+
+
+def train(steps: int, layers: int = 60) -> Watch:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Watch(model, optimizer, on_error="raise") as watch:
+        for _ in range(steps):
+            model(torch.ones(2, 4)).square().mean().backward()
+            watch.step()
+            optimizer.zero_grad()
+    return watch
+
+
+def test_a_short_run_has_a_short_summary() -> None:
+    lines = train(24).summary().split("\n")
+    assert len(lines) <= 24
+    assert any(line.startswith("... and 52 layers between these") for line in lines)
+
+
+@pytest.mark.slow
+def test_a_long_run_has_its_forty_layers() -> None:
+    assert sum(".weight " in line for line in train(490).summary().split("\n")) == 40
+
+
+def test_every_line_fits_eighty_columns() -> None:
+    text = fitted(train(24).summary(), 80)
+    assert max(map(len, text.split("\n"))) <= 80
+
+
+def test_what_goes_on_in_the_next_line_is_set_in() -> None:
+    text = "  " + "word " * 30
+    first, second, *_ = fitted(text.rstrip(), 60).split("\n")
+    assert first.startswith("  word")
+    assert second.startswith("      word")
+
+
+def test_the_cost_is_said_of_a_step_and_never_as_a_share_alone() -> None:
+    (line,) = [line for line in train(24, layers=2).summary().split("\n") if "gradwatch itself" in line]
+    assert line.startswith("gradwatch itself: ")
+    assert " a step, of " in line
+    assert "%" not in line
+
+
+def test_of_a_few_steps_no_cost_is_said() -> None:
+    assert "gradwatch itself" not in train(5, layers=2).summary()
+
+
+def test_nothing_is_printed_between_a_program_and_its_pipe() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "result\n"
+    assert "non_finite" in done.stderr
+
+
+def test_beside_a_bar_lines_go_where_the_bar_is(capsys: pytest.CaptureFixture[str]) -> None:
+    class Plain:
+        def print(self, *texts: str) -> None:
+            raise AssertionError("the pipe's")
+
+    class Bar:
+        def print(self, *texts: str, file=None) -> None:
+            print(*texts, file=file)
+
+    for bar in (None, Plain(), Bar()):
+        say_beside(bar, "a line")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "a line\n" * 3
+
+
+def test_an_ending_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    say_ending(train(24, layers=2).session)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("gradwatch: 24 records") == 1
