@@ -32,6 +32,23 @@ if TYPE_CHECKING:
 __all__ = ["BaseManager"]
 
 
+def _present(model: nn.Module) -> list[int]:
+    """Return what tells whether modules or parameters have come or gone: `model.modules()`, without its cost."""
+    found: list[int] = []
+    seen: set[int] = set()
+    waiting: list[Any] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        own = module.__dict__
+        found.append(id(module))
+        found += map(id, (own.get("_parameters") or {}).values())
+        waiting += (own.get("_modules") or {}).values()
+    return found
+
+
 class BaseManager:
     """What `HookManager` does with hooks in general. See there."""
 
@@ -67,10 +84,7 @@ class BaseManager:
     @property
     def _resolver(self) -> Resolver:
         """The names, looked up afresh when modules or parameters have come or gone."""
-        present: list[int] = []
-        for module in self.model.modules():
-            present.append(id(module))
-            present += map(id, (module.__dict__.get("_parameters") or {}).values())
+        present = _present(self.model)
         how = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
         present.append(hash(how) if isinstance(how, str) else 0)
         if self._known is None or self._known[0] != present:

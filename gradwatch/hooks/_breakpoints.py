@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._warn import warn
 from ..errors import ConfigError, HookBreak, UnreadableError
+from ..torchside import Values
 from ._functions import Observer
 from ._monitor import readable
 from ._points import Point
@@ -22,11 +23,22 @@ Condition = Callable[[Tensor, Point], Any]
 """`condition(tensor, point)`: a bool, or a tensor that is read as one."""
 
 
+def _numbers(tensor: Tensor) -> Values:
+    """Return the elements of a tensor, which the answer will be read from.
+
+    Raises:
+        UnreadableError: there are none to read.
+    """
+    if tensor.is_meta:
+        raise UnreadableError("a tensor on the meta device has no numbers")
+    return readable(tensor)
+
+
 def non_finite(tensor: Tensor, point: Point | None = None) -> bool:
     """Return whether any element is nan or inf."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return False
-    return not bool(torch.isfinite(readable(tensor).piece).all())
+    return not bool(torch.isfinite(_numbers(tensor).piece).all())
 
 
 def exceeds(limit: float) -> Condition:
@@ -35,7 +47,7 @@ def exceeds(limit: float) -> Condition:
         raise ConfigError(f"`limit` is a number. Got {limit!r}.")
 
     def above(tensor: Tensor, point: Point | None = None) -> bool:
-        piece = readable(tensor).piece
+        piece = _numbers(tensor).piece
         return piece.numel() > 0 and not bool(piece.abs().max() <= limit)
 
     above.__name__ = f"exceeds({limit:g})"
@@ -44,7 +56,7 @@ def exceeds(limit: float) -> Condition:
 
 def dead(tensor: Tensor, point: Point | None = None) -> bool:
     """Return whether every element is exactly zero."""
-    piece, num_zeros = readable(tensor)
+    piece, num_zeros = _numbers(tensor)
     return piece.numel() + num_zeros > 0 and not bool(piece.any())
 
 

@@ -29,6 +29,7 @@ __all__ = ["GradientCall", "Site"]
 
 MOST_CALLS = 1024
 """Calls remembered whose backward has not come."""
+_NO_CALLS: deque[tuple[int, int]] = deque(maxlen=0)
 
 FORWARD_PORTS = ("input", "grad_at_input", "output", "grad_output", "grad_input")
 
@@ -88,7 +89,7 @@ def shade(site: Any, entry: Entry, call: int) -> None:
 def _before_others(entries: Sequence[Entry]) -> list[Entry]:
     """Return those that run before torch hooks of others: the prepended ones, and what has to run before these."""
     found: list[Entry] = []
-    for port in FORWARD_PORTS if any(e.hook.options.prepend for e in entries) else ():
+    for port in FORWARD_PORTS if [e for e in entries if e.hook.options.prepend] else ():
         here = sorted((e for e in entries if e.spot.port == port), key=in_order)
         last = max((i for i, e in enumerate(here) if e.hook.options.prepend), default=-1)
         found += here[: last + 1]
@@ -216,8 +217,8 @@ class Site:
         self.front: Site | None = None
         # Calls that backward has come to and whose input's gradient is not there yet: of one that calls itself several;
         # and those whose input has none, where torch's full hook comes first. The last to begin is the first to end.
-        self.arrived: deque[tuple[int, int]] = deque(maxlen=MOST_CALLS)
-        self.without_input: deque[tuple[int, int]] = deque(maxlen=MOST_CALLS)
+        self.arrived: deque[tuple[int, int]] = _NO_CALLS
+        self.without_input: deque[tuple[int, int]] = _NO_CALLS
         self.inputs: tuple[Entry, ...] = ()
         self.outputs: tuple[Entry, ...] = ()
         self.gradients: tuple[Entry, ...] = ()
@@ -259,6 +260,8 @@ class Site:
             after = self._fast() or self.after
         before = self.before if self.inputs or self.input_gradients else None
         full = self.full if self.full_hooks else None
+        if full is not None and self.arrived is _NO_CALLS:
+            self.arrived, self.without_input = deque(maxlen=MOST_CALLS), deque(maxlen=MOST_CALLS)
         for kind, wanted in (("before", before), ("after", after), ("full", full)):
             if wanted is not None or kind in self.handles:
                 self._fit(kind, wanted)
@@ -281,12 +284,12 @@ class Site:
         return self.quick
 
     def _fit(self, kind: str, wanted: Callable[..., Any] | None) -> None:
-        old, handle = self.handles.get(kind, (None, None))
+        old, hook = self.handles.get(kind, (None, None))
         if old == wanted:
             return
-        if handle is not None:
+        if hook is not None:
             del self.handles[kind]
-            handle.remove()
+            hook.take_off()
             if kind == "full" and not self.module._backward_hooks:
                 # torch never takes this mark back, and refuses the other kind of backward hook for ever.
                 self.module._is_full_backward_hook = self._full_before
@@ -294,26 +297,25 @@ class Site:
             return
         hook = wanted if isinstance(wanted, OwnedHook) else WeakHook.of(wanted, keeps_owner=True)
         if kind == "before":
-            handle = hook.hang(self.module.register_forward_pre_hook, with_kwargs=True, prepend=self.first)
+            hook.hang(self.module.register_forward_pre_hook, with_kwargs=True, prepend=self.first)
         elif kind == "after":
             with_kwargs = wanted == self.after
-            handle = hook.hang(self.module.register_forward_hook, with_kwargs=with_kwargs, prepend=self.first)
+            hook.hang(self.module.register_forward_hook, with_kwargs=with_kwargs, prepend=self.first)
         else:
             self._full_before = self.module._is_full_backward_hook
-            handle = hook.hang(self.module.register_full_backward_hook, prepend=self.first)
-        self.handles[kind] = (wanted, handle)
+            hook.hang(self.module.register_full_backward_hook, prepend=self.first)
+        self.handles[kind] = (wanted, hook)
 
     def take_off(self) -> None:
-        self.entries, self.replayed = [], []
-        for site in (self, self.front):
-            if site is not None:
-                site._attend([])
-        self.quick = None
-        for site in (self, self.front):
-            for handle in site.leaf_handles.values() if site is not None else ():
-                handle.remove()
+        if self.front is not None:
+            self.front.take_off()
+        self.entries, self.replayed, self.front, self.quick = [], [], None, None
+        self.inputs = self.outputs = self.gradients = self.input_gradients = self.full_hooks = ()
+        for kind in tuple(self.handles):
+            self._fit(kind, None)
+        for handle in self.leaf_handles.values():
+            handle.remove()
         self.leaf_handles.clear()
-        self.front = None
 
     @untraced
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -261,7 +261,7 @@ def zero(*, positions: Selection = None, heads: Selection = None, **where: Any) 
     """Return an intervention that puts in zeros (ablates).
 
     Args:
-        positions: only these, along `position_dim` (1): a number, list or slice.
+        positions: only these, along `position_dim` (1): a number, list, mask or slice.
         heads: only these, along the dimension before the last: at aliases that show heads apart, as `attn.hook_z`, or
             anywhere with `num_heads`.
         **where: `index` (anything that indexes the tensor, instead of the two), `num_heads`, `position_dim`.

@@ -51,6 +51,7 @@ class Resolver:
         self.names = names
         self.given = given
         self.researched = researched or Researched()
+        self._matched: dict[tuple[str, str, tuple[str, ...]], list[tuple[str, str]]] = {}
 
     @property
     def aliases(self) -> Mapping[str, HookPoint]:
@@ -202,13 +203,16 @@ class Resolver:
         return found
 
     def _from_expression(self, pattern: re.Pattern[str], port: str, ports: tuple[str, ...]) -> list[HookPoint]:
-        found = [
-            self.point(path, one)
-            for one in ports
-            if one not in ATTENTION_PORTS
-            for name, path in self.names.spellings(parameters=one in PARAMETER_PORTS)
-            if pattern.fullmatch(f"{name}:{one}") or (one == port and pattern.fullmatch(name))
-        ]
+        asked = pattern.pattern, port, ports
+        if asked not in self._matched:
+            self._matched[asked] = [
+                (path, one)
+                for one in ports
+                if one not in ATTENTION_PORTS
+                for name, path in self.names.spellings(parameters=one in PARAMETER_PORTS)
+                if pattern.fullmatch(f"{name}:{one}") or (one == port and pattern.fullmatch(name))
+            ]
+        found = [self.point(path, one) for path, one in self._matched[asked]]
         known = self._candidates(pattern.pattern, wide=not found)
         return found + self._aliased(lambda name: pattern.fullmatch(name) is not None, None, known)
 

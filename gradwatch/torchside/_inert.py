@@ -52,6 +52,9 @@ class OwnedHook:
         """Take the hook off, where it hangs. May be called twice."""
         if self._handle is not None:
             self._handle.remove()
+        owner = self._owner()
+        if owner is not None:  # whose end is no concern of it any more
+            self._owner = weakref.ref(owner)
 
     def __copy__(self) -> Any:
         return _NOTHING

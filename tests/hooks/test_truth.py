@@ -62,8 +62,8 @@ def test_what_only_looks_never_ends_a_run_whatever_the_tensors_are(kind, look):
     if (kind, look) == ("meta", "monitor"):
         pytest.skip("a monitor on meta tensors has sums on meta")
     if kind == "meta" and look != "capture":
-        with pytest.raises(HookError):  # there is no number to ask for: an own condition would fail as well
-            model(x)
+        with pytest.warns(GradwatchWarning, match="meta device has no numbers"):
+            assert model(x) is not None
         return
     assert model(x) is not None
 
