@@ -212,7 +212,7 @@ def read_summary(folder: Path, checksum: Any) -> str:
     text = _text(folder / "summary.md") or ""
     if is_count(checksum) and zlib.crc32(text.encode()) != checksum:
         warn(f"{folder / 'summary.md'} is not what was written.", stacklevel=3)
-    return text
+    return text.removeprefix("```\n").removesuffix("\n```")
 
 
 def tell_missing_lines(folder: Path, sessions: Sequence[Mapping[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from ._lock import FolderLock
 from ._plain import plain, sealed
 from ._recorder import Recorder
 from ._signals import off_termination, on_termination
+from ._text import fenced
 from .blocks import FOLDER_SCHEMA, Block, encode
 
 __all__ = ["RUN_FORMAT", "RunFolder"]
@@ -172,7 +173,8 @@ class RunFolder(Sink):
             self.annotate(judged=[entry.to_json() for entry in verdict.coverage])
 
     def summary(self, text: str) -> None:
-        """Write the words said at the end of a run that came to its end to `summary.md`."""
+        """Write the words said at the end of a run that came to its end to `summary.md`, as a block of code."""
+        text = fenced(text)
         recorder = self._opened()
         self._session |= {"complete": True, "summary": zlib.crc32(text.encode())}
         if self._is_mine:

@@ -214,3 +214,12 @@ def test_a_rule_of_any_name_asks_for_a_checkpoint_in_the_folder_alone():
         context = Context()
         Checkpoint().act(Incident(rule="a", name=name, first_step=1, last_step=2), context)
         assert re.fullmatch(r"[\w.-]+", context.filename)
+
+
+def test_the_words_at_the_end_lie_in_a_run_folder_as_words(run):
+    folder = run[0]
+    page = (folder / "run" / "summary.md").read_text(encoding="utf-8")
+    assert page.startswith("```\n")
+    assert page.count("```") == 2  # nothing within ends the block of code
+    assert CONTROL.findall(page.replace("\n", "")) == []
+    assert page == f"```\n{read_run(folder / 'run').summary}\n```"
