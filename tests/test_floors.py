@@ -9,10 +9,23 @@ import gradwatch
 
 ROOT = Path(gradwatch.__file__).parent
 FLOORS = [
-    {"errors", "records", "requests", "protocols", "_adopt", "_closing", "_address", "_text", "_version", "_warn"},
+    {
+        "errors",
+        "records",
+        "requests",
+        "protocols",
+        "_adopt",
+        "_closing",
+        "_address",
+        "_markup",
+        "_text",
+        "_version",
+        "_warn",
+    },
     {"torchside"},
     {"stats"},
     {"hooks", "rules", "treatments", "sinks", "precision"},
+    {"notebook"},
     {"watch", "book", "runs"},
     {"report", "_preflight", "ahead"},
     {"callbacks", "testing"},

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from .._markup import Prints, card, escape, number, table, told
 from ..records import SEVERITIES, Incident
 
 __all__ = ["PreflightFinding", "PreflightReport"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PreflightFinding:
+class PreflightFinding(Prints):
     """One thing that a check found before training.
 
     Attributes:
@@ -39,7 +40,7 @@ class PreflightFinding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreflightReport:
+class PreflightReport(Prints):
     """All findings, worst first. Prints as a table; true where `ok`.
 
     Attributes:
@@ -79,12 +80,33 @@ class PreflightReport:
         return iter(self.findings)
 
     def __str__(self) -> str:
-        lines = [f"Pre-flight: {self._verdict()} ({len(self.checks)} checks in {self.seconds:.1f} s)"]
+        lines = [self._headline()]
         for finding in self.findings:
             lines.append(str(finding))
             lines += [f"    {label}: {text}" for label, text in _reasons(finding) if text]
         lines += [f"not checked: {name} ({why})" for name, why in self.skipped.items()]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                told(f.severity, f.severity),
+                f"<code>{escape(f.check)}</code>",
+                escape(f.path or "whole model"),
+                escape(f.message)
+                + "".join(f"<br><b>{label}:</b> {escape(text)}" for label, text in _reasons(f) if text),
+            )
+            for f in self.findings
+        ]
+        worst = self.findings[0].severity if self.findings else "good"
+        made = table(("severity", "check", "where", "what"), rows) if rows else ""
+        left = "".join(f"<div>not checked: {escape(name)} ({escape(why)})</div>" for name, why in self.skipped.items())
+        taken = ((f"<code>{escape(name)}</code>", escape(number(value))) for name, value in self.measures.items())
+        more = f"<details><summary>measured on the way</summary>{table(('number', 'value'), taken)}</details>"
+        return card(self._headline(), worst, made, left, more if self.measures else "")
+
+    def _headline(self) -> str:
+        return f"Pre-flight: {self._verdict()} ({len(self.checks)} checks in {self.seconds:.1f} s)"
 
     def _verdict(self) -> str:
         num_alarms, num_remarks = len(self.alarms), len(self.findings) - len(self.alarms)

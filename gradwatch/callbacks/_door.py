@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..records import Incident, StepRecord, Verdict, judge_run
+from .._markup import Text
+from ..records import Incident, Incidents, StepRecord, Verdict, judge_run
 from ..report import write_report, write_session
 from ..watch import Session, summarize
 from ._elsewhere import Elsewhere
@@ -29,7 +30,7 @@ class SessionDoor:
         if self._session is not None:
             return self._session.incidents
         run = self._elsewhere.read()
-        return [] if run is None else list(run.incidents)
+        return Incidents([] if run is None else run.incidents)
 
     @property
     def history(self) -> list[StepRecord]:
@@ -51,16 +52,27 @@ class SessionDoor:
         run = self._elsewhere.read()
         return judge_run() if run is None else run.verdict()
 
+    def __repr__(self) -> str:
+        watched = "no training has begun" if self._session is None else f"watches {type(self._session.model).__name__}"
+        return f"<{type(self).__name__}: {watched}>"
+
     def _repr_html_(self) -> str:
-        return self.verdict()._repr_html_()
+        if self._session is not None:
+            return self._session.card().html()
+        run = self._elsewhere.read()
+        return judge_run()._repr_html_() if run is None else run._repr_html_()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
 
     def summary(self) -> str:
         """Return a text table of layers, and the incidents with advice."""
         if self._session is not None:
-            return self._session.summary()
+            return Text(self._session.summary(), self._session.card().html)
         run = self._elsewhere.read()
         if run is not None:
-            return str(run.summary) or summarize(list(run.records()), list(run.incidents), verdict=run.verdict())
+            told = str(run.summary) or summarize(list(run.records()), list(run.incidents), verdict=run.verdict())
+            return Text(told, run._repr_html_)
         if self._elsewhere.began:
             return "gradwatch: the training ran in processes of its own, and left no run folder that can be read here."
         return "gradwatch: no training has begun."

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .._closing import end_all, insist
+from .._markup import Text
 from .._warn import warn
 from ..errors import ConfigError, TrainingStopped
-from ..records import HEALTHY, NOT_ENOUGH_SEEN, NOT_HEALTHY, Incident, StepRecord, Verdict, judge_run
+from ..records import HEALTHY, NOT_ENOUGH_SEEN, NOT_HEALTHY, Incident, Incidents, StepRecord, Verdict, judge_run
 from ..sinks import sinks_for_loggers
 from ..torchside import WeakHook
 from ..treatments import MicroBatchSurgery
@@ -74,8 +75,9 @@ class GradWatch:
         on_checkpoint: called with a file name when a rule asks for a checkpoint.
         name: of this callback: its tags begin with it.
         verbose: print the summary at the end.
-        **options: `treatments`, `sinks`, `log_every` as in `Watch`, and those of `MeasureOptions`. `surgery` is between
-            the task losses that are handed to `gradwatch.split(a=..., b=...)`, of the first model that was set up.
+        **options: `treatments`, `sinks`, `log_every`, `live` as in `Watch`, and those of `MeasureOptions`. `surgery` is
+            between the task losses that are handed to `gradwatch.split(a=..., b=...)`, of the first model that was set
+            up.
 
     Raises:
         ConfigError: a setting that can't be, with the nearest valid names.
@@ -129,7 +131,7 @@ class GradWatch:
     @property
     def incidents(self) -> list[Incident]:
         """All incidents so far, as they stand now, of one optimizer after the other."""
-        return [i for w in self.watches for i in w.incidents]
+        return Incidents(i for w in self.watches for i in w.incidents)
 
     @property
     def history(self) -> list[StepRecord]:
@@ -138,7 +140,8 @@ class GradWatch:
 
     def summary(self) -> str:
         """Return a text table of layers, and the incidents with advice, for each optimizer."""
-        return "\n\n".join(w.summary() for w in self.watches) or "gradwatch: no optimizer has stepped."
+        told = "\n\n".join(w.summary() for w in self.watches) or "gradwatch: no optimizer has stepped."
+        return Text(told, self._repr_html_)
 
     def verdict(self) -> Verdict:
         """Return whether all is well, or why that can't be said; of several optimizers, the worst."""
@@ -146,7 +149,10 @@ class GradWatch:
         return min(told, key=lambda v: (NOT_HEALTHY, NOT_ENOUGH_SEEN, HEALTHY).index(v.state))
 
     def _repr_html_(self) -> str:
-        return self.verdict()._repr_html_()
+        return "".join(w._repr_html_() for w in self.watches) or judge_run()._repr_html_()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
 
     def record(self, **values: Any) -> None:
         """Put numbers of your own on the next step's record, of every optimizer; see `Watch.record`."""

@@ -72,6 +72,7 @@ class GradWatch(SessionDoor, _Callback):
         allow_code: a rules file may name classes as `module:Class`: importing them runs their code.
         on_incident: told of incidents in a thread of its own: a callable (each one, when it opens and when it is over),
             an http(s) address that takes a POST of JSON, or `"module:function"`.
+        live: in a notebook, a cell that shows the run while it trains: True, or seconds between two drawings.
         verbose: print incidents and the summary.
 
     Raises:
@@ -110,6 +111,7 @@ class GradWatch(SessionDoor, _Callback):
         kind: str = "auto",
         allow_code: bool = False,
         on_incident: Callable[[Incident], Any] | str | None = None,
+        live: bool | float = False,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -138,6 +140,7 @@ class GradWatch(SessionDoor, _Callback):
             stop_on_unproven=stop_on_unproven,
             kind=kind,
             allow_code=allow_code,
+            live=live,
         )
         self._run_dir = run_dir
         self._on_incident = incident_target(on_incident)

@@ -81,7 +81,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         name: of this callback: its tags and its state in checkpoints begin with it. A second one of the same name in a
             training goes by `<name>-2`.
         verbose: print incidents and the summary.
-        **options: see `MeasureOptions`.
+        **options: `live` as in `Watch`; and see `MeasureOptions`.
 
     Raises:
         ConfigError: a setting that can't be, with the nearest valid names.

@@ -7,7 +7,7 @@ Two things are kept apart in a column: a value that *is* nan, and a path that wa
 from __future__ import annotations
 
 from ._case_file import CASE_SCHEMA, CaseFile, CaseHistogram, CaseLayer, CaseTreatment, with_cases
-from ._causes import LEADS_TO, Ranked, consequences, rank_incidents
+from ._causes import LEADS_TO, Incidents, Ranked, consequences, rank_incidents
 from ._column_table import FAMILIES, FIELDS
 from ._columns import (
     KINDS,
@@ -27,6 +27,7 @@ from ._histogram import NUM_BINS, Buckets, Histogram, HistogramTable
 from ._incident import SEVERITIES, Finding, Incident
 from ._index import MODULE, PARAMETER, Bools, Floats, Index, select_paths
 from ._kind import TRAINING_KINDS, kind_scalars, kinds_in, told_kinds
+from ._shown import incidents_html
 from ._step import StepRecord, TreatmentReport, iter_scalars
 from ._verdict import (
     ENDED_WELL,
@@ -70,6 +71,7 @@ __all__ = [
     "Histogram",
     "HistogramTable",
     "Incident",
+    "Incidents",
     "Index",
     "Ranked",
     "RuleCoverage",
@@ -82,6 +84,7 @@ __all__ = [
     "consequences",
     "heading",
     "is_scalar_name",
+    "incidents_html",
     "iter_scalars",
     "judge_run",
     "kind_scalars",

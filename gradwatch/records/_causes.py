@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from .._text import printable
 from ._incident import SEVERITIES, Incident
+from ._shown import incidents_html
 
-__all__ = ["LEADS_TO", "Ranked", "consequences", "rank_incidents"]
+__all__ = ["LEADS_TO", "Incidents", "Ranked", "consequences", "rank_incidents"]
 
 LAG = 256
 """Steps that a cause may be found after what follows from it: rules for causes wait until they are sure."""
@@ -91,6 +93,22 @@ def consequences(rule: str) -> frozenset[str]:
         found |= new
         todo += new
     return frozenset(found)
+
+
+class Incidents(list[Incident]):
+    """Incidents in the order in which they began. A notebook shows each below what it follows from."""
+
+    def __str__(self) -> str:
+        ranked = rank_incidents(self)
+        return (
+            "\n".join(("" if cause is None else "  ") + str(incident) for incident, cause in ranked) or "no incidents"
+        )
+
+    def _repr_html_(self) -> str:
+        return incidents_html(rank_incidents(self))
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(printable(self))
 
 
 def rank_incidents(incidents: Sequence[Incident]) -> list[Ranked]:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._markup import Prints
+from ._shown import incident_html
+
 if TYPE_CHECKING:
     from ._case_file import CaseFile
 
@@ -36,7 +39,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Incident:
+class Incident(Prints):
     """Findings of one rule grouped over paths and steps, with a beginning and an end.
 
     Attributes:
@@ -109,6 +112,9 @@ class Incident:
     def _owned(self, text: str) -> str:
         # A sentence on the whole model says so itself.
         return f"{self.worst_path}: {text}" if self.worst_path and self.worst_elsewhere else text
+
+    def _repr_html_(self) -> str:
+        return incident_html(self)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; non-finite floats as the strings "nan", "inf" and "-inf", so that JSON stays JSON."""

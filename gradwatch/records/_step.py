@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .._markup import Prints
 from ._histogram import Histogram
 from ._index import Bools, Floats, Index
+from ._shown import record_html, record_text
 
 __all__ = ["StepRecord", "TreatmentReport", "iter_scalars"]
 
@@ -35,7 +37,7 @@ class TreatmentReport:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class StepRecord:
+class StepRecord(Prints):
     """All that was measured at one optimizer step.
 
     Norms are L2, of gradients as the optimizer will use them: unscaled, accumulated, reduced over ranks, whole.
@@ -82,6 +84,16 @@ class StepRecord:
     skipped: bool = False
     has_gradient: bool = True
     unseen: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        loss = f", loss={self.loss:.6g}" if self.has_loss else ""
+        return f"StepRecord(step={self.step}{loss}, global_norm={self.global_norm:.6g}, {len(self.index)} paths)"
+
+    def __str__(self) -> str:
+        return record_text(self)
+
+    def _repr_html_(self) -> str:
+        return record_html(self)
 
     def __getitem__(self, key: tuple[str, str]) -> float:
         """Return one number: `record["grad_norm", "encoder.0.weight"]`.

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape as escape_html
 from typing import Any
 
-from .._text import printable
+from .._markup import Prints, card, escape, table
 from ._causes import rank_incidents
 from ._incident import SEVERITIES, Incident
 
@@ -125,7 +124,7 @@ def merged(coverage: Iterable[RuleCoverage]) -> tuple[RuleCoverage, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Verdict(Prints):
     """What can be said of a run. Prints as its headline.
 
     Attributes:
@@ -165,7 +164,7 @@ class Verdict:
         """Return plain values."""
         return {
             "state": self.state,
-            "tone": {HEALTHY: "good", NOT_HEALTHY: "bad"}.get(self.state, "unseen"),
+            "tone": self.tone,
             "headline": self.headline,
             "reasons": list(self.reasons),
             "judged": list(self.judged),
@@ -176,14 +175,21 @@ class Verdict:
         }
 
     def _repr_html_(self) -> str:
-        """Return it as a notebook shows it: the headline, and a strip for every rule."""
-        rows = "".join(
-            f"<tr><td>{escape(c.name)}</td><td><code>{escape(c.bars)}</code></td>"
-            f"<td>{c.judged:,} of {c.seen:,}</td><td>{escape(c.need)}</td></tr>"
+        return card(self.headline, self.tone, self.judged_html())
+
+    def judged_html(self) -> str:
+        """Return a strip for every rule, as a table that opens; "" where nobody told of any."""
+        rows = [
+            (escape(c.name), f"<code>{escape(c.bars)}</code>", f"{c.judged:,} of {c.seen:,}", escape(c.need))
             for c in self.coverage
-        )
-        table = f"<details><summary>what each rule judged</summary><table>{rows}</table></details>" if rows else ""
-        return f"<div><b>{escape(self.headline)}</b>{table}</div>"
+        ]
+        judged = table(("rule", "judged over the run", "times", "what it would need"), rows)
+        return f"<details><summary>what each rule judged</summary>{judged}</details>" if rows else ""
+
+    @property
+    def tone(self) -> str:
+        """The word that pages colour it by: "good", "bad" or "unseen"."""
+        return {HEALTHY: "good", NOT_HEALTHY: "bad"}.get(self.state, "unseen")
 
 
 def judge_run(
@@ -226,10 +232,6 @@ def judge_run(
         num_steps=num_steps,
         first=None if leading is None else (leading.rule, leading.first_step, leading.id),
     )
-
-
-def escape(text: str) -> str:
-    return escape_html(printable(text))
 
 
 def _rank(incident: Incident) -> int:

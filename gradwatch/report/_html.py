@@ -9,7 +9,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from html import escape as escape_html
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from tensorboard_plugin_gradwatch import MISSING, STATIC, pool
 
-from .._text import printable
+from .._markup import escape
 from ..records import (
     MODULE,
     PARAMETER,
@@ -106,11 +105,6 @@ def _named_apart(runs: Sequence[ReportData]) -> list[ReportData]:
             name = f"{run.name} ({number})"
         names.append(name)
     return [run if run.name == name else replace(run, name=name) for run, name in zip(runs, names, strict=True)]
-
-
-def escape(text: object) -> str:
-    """Return text as HTML shows it: no markup, and nothing that a terminal or an encoder would stumble over."""
-    return escape_html(printable(text))
 
 
 def _hash(text: str) -> str:

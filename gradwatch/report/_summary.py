@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .._markup import number
 from ..records import HEALTHY, NOT_ENOUGH_SEEN, SEVERITIES, Incident, Verdict, judge_run, rank_incidents
 from ._data import ReportData
 from ._words import explain
@@ -88,13 +89,6 @@ def verdict_of(data: ReportData) -> Verdict:
     if data.verdict is not None:
         return data.verdict
     return judge_run(incidents=data.incidents, coverage=None, num_steps=data.num_steps)
-
-
-def number(value: float) -> str:
-    """Return three digits, and words for what is not finite."""
-    if math.isnan(value):
-        return "NaN"
-    return ("∞" if value > 0 else "-∞") if math.isinf(value) else f"{value:.3g}"
 
 
 def _rank(severity: str) -> int:

@@ -23,6 +23,7 @@ from ..records import (
     rank_incidents,
 )
 from ..sinks import blocks
+from ._card import card_of
 from ._health import Health
 from ._live import Live
 
@@ -87,7 +88,7 @@ class Recorded:
         return str(health.state), str(health)
 
     def _repr_html_(self) -> str:
-        return self.verdict()._repr_html_()
+        return card_of(self, self._where).html()
 
     @property
     def summary(self) -> str:

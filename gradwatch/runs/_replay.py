@@ -6,7 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..records import ENDED_WELL, Finding, Incident, StepRecord, Verdict, judge_run
+from .._markup import card
+from ..records import (
+    ENDED_WELL,
+    Finding,
+    Incident,
+    Incidents,
+    StepRecord,
+    Verdict,
+    incidents_html,
+    judge_run,
+    rank_incidents,
+)
 from ..rules import RuleBook, RuleCoverage, RuleEngine, RuleMemory
 from ._recorded import Recorded
 
@@ -34,7 +45,7 @@ class Replay:
         ending: how the run ended, as `judge_run` takes it, and in words.
     """
 
-    incidents: list[Incident] = field(default_factory=list)
+    incidents: list[Incident] = field(default_factory=Incidents)
     findings: list[Finding] = field(default_factory=list)
     coverage: list[RuleCoverage] = field(default_factory=list)
     num_records: int = 0
@@ -49,7 +60,10 @@ class Replay:
         )
 
     def _repr_html_(self) -> str:
-        return self.verdict()._repr_html_()
+        verdict = self.verdict()
+        return card(
+            verdict.headline, verdict.tone, incidents_html(rank_incidents(self.incidents)), verdict.judged_html()
+        )
 
     def __iter__(self) -> Iterator[Incident]:
         return iter(self.incidents)
@@ -117,7 +131,7 @@ def replay(run: Recorded, book: Any, *, on_error: str = "warn", allow_code: bool
         if run.complete:
             engine.finish(last_step, closing)
         result.coverage += engine.coverage()
-    result.incidents = sorted((i for e in engines.values() for i in e.incidents), key=lambda i: i.first_step)
+    result.incidents = Incidents(sorted((i for e in engines.values() for i in e.incidents), key=lambda i: i.first_step))
     if run.thinned:
         result.notes.append(
             "Columns of some early steps were dropped to keep the folder small; rules did not see them."

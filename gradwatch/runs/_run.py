@@ -10,7 +10,7 @@ from typing import Any
 
 from .._warn import warn
 from ..errors import RunFormatError
-from ..records import Incident, Index, RuleCoverage, with_cases
+from ..records import Incident, Incidents, Index, RuleCoverage, with_cases
 from ..sinks._lock import is_being_written
 from ..sinks.blocks import Block, bare, is_sound
 from ._cases import CaseReader
@@ -67,7 +67,7 @@ class Run(Recorded):
     def incidents(self) -> list[Incident]:
         """The last known state of every incident, in the order they began, each with its case where one was kept."""
         self._tell_lines()
-        return with_cases(read_incidents(self.path, self._starts()), self._cases.read())
+        return Incidents(with_cases(read_incidents(self.path, self._starts()), self._cases.read()))
 
     @property
     def annotations(self) -> list[dict[str, Any]]:

@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from .._closing import end_all
 from .._warn import log, one_line, warn
 from ..errors import ConfigError
+from ..notebook import LiveCell, RunCard, Series
 from ..protocols import Sink
-from ..records import ENDED_WELL, GOING_ON, Incident, StepRecord, Verdict, judge_run
+from ..records import ENDED_WELL, GOING_ON, Incident, Incidents, StepRecord, Verdict, judge_run
 from ..requests import Request
 from ..sinks import RunFolder, SafeSinks
 from ..torchside import member, weakly
@@ -112,6 +113,8 @@ class Session:
             chosen.insert(0, RunFolder(self.run_dir))
         if on_incident is not None and is_writer():
             chosen.append(incident_sink(on_incident))
+        if settings.live and is_writer():
+            chosen.append(LiveCell(settings.live))
         self.sinks = SafeSinks(chosen, log_every=log_every, on_error=settings.options.on_error)
         try:
             self.sinks.open(run_meta(self.settings, self.model, self.run_dir, start_step))
@@ -131,7 +134,7 @@ class Session:
     def incidents(self) -> list[Incident]:
         """All incidents so far, as they stand now, in the order in which they began."""
         self.engine.catch_up()
-        return self.cases.with_cases(self.engine.judge.incidents)
+        return Incidents(self.cases.with_cases(self.engine.judge.incidents))
 
     @property
     def history(self) -> list[StepRecord]:
@@ -198,6 +201,17 @@ class Session:
             notes=self.notes,
             why_nothing=why_nothing(self.engine.meter, self.engine.announced),
         )
+
+    def card(self) -> RunCard:
+        """Return the run as a notebook shows it, from the records in memory."""
+        history, skipped = self.history, self.engine.completion.num_skipped
+        model, facts = type(self.model).__name__, []
+        if history:
+            facts.append(f"{model}: {len(history):,} records, steps {history[0].step:,} to {history[-1].step:,}")
+        facts += (
+            [f"the optimizer was kept from moving at {skipped:,} step{'s' if skipped > 1 else ''}"] if skipped else []
+        )
+        return RunCard.of(self.verdict(), Series(history), self.incidents, facts=facts, notes=self.notes)
 
     def _record(self, record: StepRecord) -> None:
         self._num_records += 1

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..book import load_rules, load_statistics
 from ..errors import ConfigError, UnknownNameError
+from ..notebook import LiveCell
 from ..protocols import Sink, Statistic, Treatment, as_sink
 from ..rules import RuleBook
 from ..treatments import MicroBatchSurgery, Surgery
@@ -30,6 +31,7 @@ class Settings:
         name: of the run; tags and state keys begin with it.
         log_every: optimizer steps between two log entries; None: the trainer's own.
         statistics: the user's own measurements, those of the rules file among them.
+        live: seconds between two drawings of a live cell; 0: none.
     """
 
     book: RuleBook
@@ -40,9 +42,10 @@ class Settings:
     name: str
     log_every: int | None
     statistics: tuple[Statistic, ...] = ()
+    live: float = 0.0
 
 
-def resolve(
+def resolve(  # noqa: PLR0913 - the doors' flat names
     *,
     rules: Any = "default",
     treatments: Any = (),
@@ -52,6 +55,7 @@ def resolve(
     log_every: int | None = None,
     statistics: Any = (),
     allow_code: bool = False,
+    live: bool | float = False,
     **options: Any,
 ) -> Settings:
     """Check and resolve what a door was given.
@@ -65,7 +69,7 @@ def resolve(
             raise UnknownNameError(
                 "option",
                 option,
-                [*known, "rules", "treatments", "surgery", "sinks", "statistics", "name", "allow_code"],
+                [*known, "rules", "treatments", "surgery", "sinks", "statistics", "name", "allow_code", "live"],
             )
     if not isinstance(name, str) or not name or "/" in name:
         raise ConfigError(f"`name` must be a word without '/'. Got {name!r}.")
@@ -82,7 +86,14 @@ def resolve(
         name=name,
         log_every=log_every,
         statistics=tuple({s.name: s for s in (*book.statistics, *own)}.values()),
+        live=_live(live),
     )
+
+
+def _live(given: Any) -> float:
+    if given is False or given is None:
+        return 0.0
+    return (LiveCell() if given is True else LiveCell(given)).seconds
 
 
 def _surgery(given: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._markup import Text
 from ..errors import ConfigError, TrainingStopped
 from ..protocols import Sink, Treatment
 from ..records import Incident, StepRecord, Verdict
@@ -68,7 +69,8 @@ class Watch:
             an http(s) address that takes a POST of JSON, or `"module:function"`.
         on_checkpoint: called with a file name when a rule asks for a checkpoint.
         name: of the run; tags and state keys begin with it.
-        options: `paths`, `every`, `activations_every`, `updates_every`, `histograms_every`, `backward`,
+        options: `live`: in a notebook, a cell that shows the run while it trains (True, or seconds between two
+            drawings); `paths`, `every`, `activations_every`, `updates_every`, `histograms_every`, `backward`,
             `memory_limit_mb`, `on_error`, ...: see `MeasureOptions`; and `allow_code`: a rules file may name classes as
             `module:Class`, whose code runs when they are imported.
 
@@ -392,12 +394,18 @@ class Watch:
         """Return whether all is well, or why that can't be said; see `gradwatch.verdict`."""
         return self.session.verdict()
 
+    def __repr__(self) -> str:
+        return f"Watch({type(self.session.model).__name__}, step {self._step})"
+
     def _repr_html_(self) -> str:
-        return self.verdict()._repr_html_()
+        return self.session.card().html()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.summary())
 
     def summary(self) -> str:
         """Return a text table of layers, and the incidents with advice."""
-        return self.session.summary()
+        return Text(self.session.summary(), self.session.card().html)
 
     def report(self, path: str | Path) -> Path:
         """Write the run as one self-contained file (.html, .md, .json or .png)."""

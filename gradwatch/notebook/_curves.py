@@ -1,0 +1,130 @@
+"""Curves over steps as a small SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .._markup import TONES, escape, number
+from ..records import Floats, Incident
+
+__all__ = ["Curve", "curves"]
+
+WIDTH, HEIGHT, LEFT, TOP = 720, 92, 64, 12
+RIGHT = WIDTH - 8
+MOST_TICKS = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One line: `values` (T,) over the chart's steps, -inf where there is none; drawn in `color`."""
+
+    name: str
+    values: Floats
+    color: str
+
+
+def curves(
+    title: str, steps: Floats, last_step: int, lines: Sequence[Curve], incidents: Sequence[Incident], *, is_log: bool
+) -> str:
+    """Return a chart. Steps at which a line is nan or infinite are red bars along the top; incidents are triangles.
+
+    Args:
+        title: what is drawn, with its unit.
+        steps: (T,) ascending, the first of each point.
+        last_step: of the last point.
+        lines: at least one number in any of them, else "" is returned.
+        incidents: marked at their first step.
+        is_log: draw log10; what is not above zero is left out.
+    """
+    drawn = [(line, _scaled(line.values, is_log=is_log)) for line in lines]
+    seen = np.concatenate([values[np.isfinite(values)] for _, values in drawn])
+    if not len(seen):
+        return ""
+    frame = _Frame.around(float(steps[0]), float(last_step), float(seen.min()), float(seen.max()))
+    parts = [_path(frame, steps, values, line.color) for line, values in drawn]
+    broken = np.any([~np.isfinite(line.values) & (line.values != -np.inf) for line in lines], axis=0)
+    parts += [_tick(frame.x(step)) for step in steps[broken][:MOST_TICKS].tolist()]
+    parts += [_mark(frame.x(i.first_step), i) for i in incidents if frame.first <= i.first_step <= frame.last]
+    parts += [*frame.labels(is_log=is_log), _caption(title, lines)]
+    said = f"{escape(title)} from step {frame.first:,.0f} to {frame.last:,.0f}"
+    return (
+        f'<svg role="img" aria-label="{said}" viewBox="0 0 {WIDTH} {HEIGHT + 22}"'
+        f' style="display:block;width:100%;font:11px sans-serif">{"".join(parts)}</svg>'
+    )
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The steps and values (as drawn) of a chart, and where they lie."""
+
+    first: float
+    last: float
+    low: float
+    high: float
+
+    @classmethod
+    def around(cls, first: float, last: float, low: float, high: float) -> _Frame:
+        """Return a frame that is nowhere of no width."""
+        half = 0.5 if high - low < 1e-9 * max(abs(high), 1.0) else 0.0
+        return cls(first, max(last, first + 1), low - half, high + half)
+
+    def x(self, step: float) -> float:
+        return LEFT + (RIGHT - LEFT) * (step - self.first) / (self.last - self.first)
+
+    def y(self, value: float) -> float:
+        return TOP + (HEIGHT - TOP) * (1 - (value - self.low) / (self.high - self.low))
+
+    def labels(self, *, is_log: bool) -> list[str]:
+        """Return the axes, and words at their ends."""
+        low, high = (10**self.low, 10**self.high) if is_log else (self.low, self.high)
+        return [
+            f'<path d="M{LEFT} {TOP}V{HEIGHT}H{RIGHT}" fill="none" stroke="currentColor" opacity=".3"/>',
+            _label(LEFT - 6, TOP + 8, number(high), "end"),
+            _label(LEFT - 6, HEIGHT, number(low), "end"),
+            _label(LEFT, HEIGHT + 16, f"step {self.first:,.0f}", "start"),
+            _label(RIGHT, HEIGHT + 16, f"{self.last:,.0f}", "end"),
+        ]
+
+
+def _caption(title: str, lines: Sequence[Curve]) -> str:
+    names = [f'<tspan dx="8" fill="{line.color}">{escape(line.name)}</tspan>' for line in lines if len(lines) > 1]
+    place = f'x="{WIDTH / 2:.0f}" y="{HEIGHT + 16}" text-anchor="middle" fill="currentColor"'
+    return f"<text {place}>{escape(title)}{''.join(names)}</text>"
+
+
+def _tick(x: float) -> str:
+    return f'<rect x="{x:.1f}" y="{TOP}" width="2" height="6" fill="#e5002e"/>'
+
+
+def _scaled(values: Floats, *, is_log: bool) -> Floats:
+    if not is_log:
+        return np.where(np.isfinite(values), values, np.nan)
+    sized = np.isfinite(values) & (values > 0)
+    return np.where(sized, np.log10(np.where(sized, values, 1.0)), np.nan)
+
+
+def _path(frame: _Frame, steps: Floats, values: Floats, color: str) -> str:
+    """Return a line that breaks where there is no number; a number alone is a dot."""
+    commands, is_down = [], False
+    for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+        if math.isnan(value):
+            is_down = False
+            continue
+        commands.append(f"{'L' if is_down else 'M'}{frame.x(step):.1f} {frame.y(value):.1f}{'' if is_down else 'h.1'}")
+        is_down = True
+    return f'<path d="{"".join(commands)}" fill="none" stroke="{color}" stroke-width="1.4" stroke-linecap="round"/>'
+
+
+def _mark(x: float, incident: Incident) -> str:
+    color = TONES.get(incident.severity, TONES["warning"])
+    return f'<path d="M{x - 5:.1f} 0h10l-5 9z" fill="{color}"><title>{escape(incident)}</title></path>'
+
+
+def _label(x: float, y: float, text: str, anchor: str) -> str:
+    return (
+        f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="currentColor" opacity=".75">{escape(text)}</text>'
+    )
