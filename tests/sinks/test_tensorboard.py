@@ -279,7 +279,7 @@ def test_summary_given_by_the_trainer_is_shown_once_column_under_column(tmp_path
 def test_histogram_is_log10_of_the_magnitude_with_outer_edges_at_its_bounds(tmp_path):
     counts = histogram(n100=5, m110=7, n0=3, n255=1)
     log = logged(tmp_path, [[record(0, histograms={"blocks.0.weight": counts}), record(1)]])
-    (event,) = log.events.Histograms("gradwatch_histograms/blocks.0.weight")
+    (event,) = log.events.Histograms("gradwatch log10 |gradient|/blocks.0.weight")
     found = event.histogram_value
     assert event.step == 0
     assert found.num == 12
@@ -290,7 +290,7 @@ def test_histogram_is_log10_of_the_magnitude_with_outer_edges_at_its_bounds(tmp_
     # and as the dashboard gets it, after TensorBoard has made it over:
     (file,) = (p for p in tmp_path.iterdir() if "tfevents" in p.name)
     tags = (v for e in EventFileLoader(str(file)).Load() for v in e.summary.value)
-    (value,) = (v for v in tags if v.tag == "gradwatch_histograms/blocks.0.weight")
+    (value,) = (v for v in tags if v.tag == "gradwatch log10 |gradient|/blocks.0.weight")
     buckets = tensor_util.make_ndarray(value.tensor)
     np.testing.assert_allclose(buckets[[0, -1], [0, 1]], [found.min, found.max], rtol=1e-6)
     np.testing.assert_allclose(buckets[1:, 0], buckets[:-1, 1])
@@ -305,13 +305,13 @@ def test_histograms_travel_packed_for_the_tab(tmp_path):
     np.testing.assert_allclose(rows[0, :5], [1, 3, 1, -27 * np.log10(2), np.log10(2)], rtol=1e-6)
     assert rows[0, 5:9].tolist() == [5, 0, 0, 7]
     assert rows[1, :5].tolist() == [2, 9, 0, 0, 0]
-    assert "gradwatch_histograms/blocks.2.weight" not in log.tags["histograms"]
+    assert "gradwatch log10 |gradient|/blocks.2.weight" not in log.tags["histograms"]
 
 
 def test_signed_histogram_keeps_the_sign_and_counts_everything_finite(tmp_path):
     counts = histogram(n120=5, m90=7, n0=3, m255=1)
     log = logged(tmp_path, [[record(0, histograms={"blocks.0.weight": counts})]], histogram_scale="signed")
-    (event,) = log.events.Histograms("gradwatch_histograms/blocks.0.weight")
+    (event,) = log.events.Histograms("gradwatch gradient/blocks.0.weight")
     found = event.histogram_value
     assert found.num == 15
     assert found.min < 0 < found.max
@@ -344,7 +344,7 @@ def test_number_of_stock_histograms_is_bounded(tmp_path):
 def test_stock_histograms_are_some_steps_apart_and_the_tab_gets_all(tmp_path):
     counts = {"blocks.1.weight": histogram(n100=5)}
     log = logged(tmp_path, [[record(step, histograms=counts) for step in range(12)]], histograms_apart=5)
-    stock = log.events.Histograms("gradwatch_histograms/blocks.1.weight")
+    stock = log.events.Histograms("gradwatch log10 |gradient|/blocks.1.weight")
     assert [event.step for event in stock] == [0, 5, 10]
     assert list(log.tensors("gradwatch/_histograms")) == list(range(12))
 
@@ -375,16 +375,68 @@ def test_buckets_of_many_histograms_are_those_of_neighbouring_exponents(seed):
         assert again.tolist() == merged.tolist()
 
 
-def test_layout_is_written_once_into_a_sub_run_and_names_tags_that_exist(tmp_path):
+def layouts_of(path):
+    """Every layout in the events of a folder, in order."""
+    found = []
+    for file in sorted(p for p in path.iterdir() if "tfevents" in p.name):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.tag == "custom_scalars__config__":
+                    found.append(layout_pb2.Layout.FromString(tensor_util.make_ndarray(value.tensor).item()))
+    return found
+
+
+def test_layout_is_written_once_into_the_run_itself_and_names_tags_that_exist(tmp_path):
     for _ in range(2):
         log = logged(tmp_path, [[record(0)]])
-    assert len([p for p in (tmp_path / "gradwatch").iterdir() if "tfevents" in p.name]) == 1
-    sub = Log(tmp_path / "gradwatch")
-    (proto,) = sub.tensors("custom_scalars__config__").values()
-    layout = layout_pb2.Layout.FromString(proto.item())
+    (layout,) = layouts_of(tmp_path)
     (series,) = layout.category[0].chart[0].margin.series
     assert {series.value, series.lower, series.upper} <= set(log.tags["scalars"])
-    assert "custom_scalars__config__" not in log.tags["tensors"]
+    # A sub-run would be one more entry in every list of runs.
+    assert all("tfevents" in p.name for p in tmp_path.iterdir())
+
+
+def test_layout_of_the_users_own_is_kept_beside_ours(tmp_path):
+    mine = {"mine": {"losses": ["Multiline", ["loss/a", "loss/b"]]}}
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_custom_scalars(mine)
+        sink = TensorBoardSink(writer)
+        sink.open(RunMeta())
+        sink.write(record(0))
+        sink.close()
+    *_, last = layouts_of(tmp_path)
+    assert [category.title for category in last.category] == ["mine", "gradwatch"]
+    assert list(last.category[0].chart[0].multiline.tag) == ["loss/a", "loss/b"]
+
+
+def test_layout_is_left_out_where_asked_or_where_one_that_is_there_can_not_be_read(tmp_path, monkeypatch):
+    logged(tmp_path / "none", [[record(0)]], layout=False)
+    assert layouts_of(tmp_path / "none") == []
+    monkeypatch.setattr("gradwatch.sinks.tensorboard._events.MOST_BYTES", 0)
+    logged(tmp_path / "large", [[record(0)]])
+    assert layouts_of(tmp_path / "large") == []
+
+
+def test_first_value_of_a_tag_says_what_it_is_and_in_which_unit(tmp_path):
+    counts = {"blocks.1.weight": histogram(n100=5)}
+    log = logged(
+        tmp_path, [[record(step, histograms=counts)] for step in (0, 20)], incidents=[incident(0, advice="Clip.")]
+    )
+    (file,) = (p for p in tmp_path.iterdir() if "tfevents" in p.name)
+    told = {}
+    for event in EventFileLoader(str(file)).Load():
+        for value in event.summary.value:
+            told.setdefault(value.tag, []).append(value.metadata)
+    stock = ("scalars", "histograms", "text")
+    described = [tag for tag, found in told.items() if found[0].plugin_data.plugin_name in stock]
+    tags = {"gradwatch/loss", "gradwatch/incident_log", "gradwatch log10 |gradient|/blocks.1.weight"}
+    assert tags <= set(described)
+    assert len(described) > 10
+    for tag in described:
+        first, *others = (metadata.summary_description for metadata in told[tag])
+        assert "Unit: " in first, tag
+        assert not any(others), tag
+    assert set(log.tags["scalars"]) <= set(described)
 
 
 def test_bands_are_quantiles_over_weights(tmp_path):
@@ -513,7 +565,8 @@ def test_two_sinks_of_different_names_share_a_writer(tmp_path):
             sink.close()
     log = Log(tmp_path)
     assert log.content("gan/grad_norm")["name"] == "gan"
-    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"gan", "gradwatch"}
+    *_, layout = layouts_of(tmp_path)
+    assert [category.title for category in layout.category] == ["gan", "gradwatch"]
     assert any((tmp_path / "gan").iterdir())
 
 

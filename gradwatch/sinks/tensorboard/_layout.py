@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto import types_pb2
-from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from ...records import StepRecord
 from .._headline import newest, weights
+from ._descriptions import BAND_TITLES, Descriptions
+from ._events import events_of
 from ._values import scalar
 
-__all__ = ["band_values", "write_layout"]
+__all__ = ["band_values", "layout_value", "layouts_in"]
 
-BANDS = {
-    "grad_norm": "Gradient norm of the layers",
-    "update_ratio": "Update / weight of the layers",
-    "output_rms": "Activation RMS of the layers",
-}
+TAG = "custom_scalars__config__"
+
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
 
-def band_values(name: str, window: Sequence[StepRecord]) -> list[Any]:
+def band_values(name: str, window: Sequence[StepRecord], about: Descriptions) -> list[Any]:
     """Return the quantiles over layers of what the window measured; nan counts as the largest of all."""
     values = []
-    for column in BANDS:
+    for column in BAND_TITLES:
         record = newest(window, column)
         if record is None:
             continue
@@ -40,30 +36,39 @@ def band_values(name: str, window: Sequence[StepRecord]) -> list[Any]:
         layers = np.sort(record.columns[column][modules] if modules.any() else weights(record, column))
         if len(layers):
             # The nearest one, not between two of them: inf minus inf is nan.
-            values += [
-                scalar(f"{name}_bands/{column}/{q}", float(layers[round(share * (len(layers) - 1))]))
-                for q, share in QUANTILES.items()
-            ]
+            for quantile, share in QUANTILES.items():
+                tag = f"{name}_bands/{column}/{quantile}"
+                value = float(layers[round(share * (len(layers) - 1))])
+                values.append(scalar(tag, value, about.band(tag, column, quantile)))
     return values
 
 
-def write_layout(name: str, log_dir: str) -> None:
-    """Write the layout once into the sub-run `<log_dir>/<name>`, where it merges with a layout of the user's own.
+def layouts_in(folder: str) -> Any | None:
+    """Return the newest layout in a log's files, an empty one where there is none; None where they can't be looked
+    through."""
+    events = events_of(folder)
+    if events is None:
+        return None
+    found = layout_pb2.Layout()
+    for event in events:
+        for value in event.summary.value:
+            if value.tag == TAG and value.tensor.string_val:
+                found = layout_pb2.Layout.FromString(value.tensor.string_val[0])
+    return found
 
-    A second layout in one run would replace the first, and a second live event file in one directory stops
-    TensorBoard's Python loader on the first; so this file is closed at once.
+
+def layout_value(name: str, known: Any | None) -> Any | None:
+    """Return the layout with a category for gradwatch's bands; None where there is one already.
+
+    Of several layouts in a run TensorBoard shows the newest alone, so ours repeats what is there. In a run of its own,
+    where it would merge, it would stand in every list of runs.
+
+    Args:
+        name: of the category; tags begin with it.
+        known: the layout that is there; None: not known, and nothing may be put in its place.
     """
-    folder = f"{log_dir}/{name}"
-    if "://" not in folder and any(Path(folder).glob("*tfevents*")):
-        return
-    writer = EventFileWriter(folder)
-    try:
-        writer.add_event(Event(summary=Summary(value=[_layout_value(name)])))
-    finally:
-        writer.close()
-
-
-def _layout_value(name: str) -> Any:
+    if known is None or any(category.title == name for category in known.category):
+        return None
     charts = [
         layout_pb2.Chart(
             title=title,
@@ -77,11 +82,13 @@ def _layout_value(name: str) -> Any:
                 ]
             ),
         )
-        for column, title in BANDS.items()
+        for column, title in BAND_TITLES.items()
     ]
-    layout = layout_pb2.Layout(category=[layout_pb2.Category(title=name, chart=charts)])
+    layout = layout_pb2.Layout()
+    layout.CopyFrom(known)
+    layout.category.append(layout_pb2.Category(title=name, chart=charts))
     return Summary.Value(
-        tag="custom_scalars__config__",
+        tag=TAG,
         metadata=SummaryMetadata(
             plugin_data=SummaryMetadata.PluginData(plugin_name="custom_scalars"), data_class=DATA_CLASS_TENSOR
         ),

@@ -7,18 +7,13 @@ tags of the log count steps as gradwatch does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-__all__ = ["is_needed", "restart"]
+from ._events import events_of
 
-MOST_BYTES = 64 << 20
-"""Size of the earlier files up to which they are looked through."""
+__all__ = ["is_needed", "restart"]
 
 
 def restart(step: int) -> Any:
@@ -36,20 +31,10 @@ def is_needed(folder: str, name: str, step: int) -> bool:
         step: that the run goes on from.
     """
     last: dict[str, int] = {}
-    for event in _events(folder):
+    for event in events_of(folder) or ():
         for value in event.summary.value:
             last[value.tag] = max(last.get(value.tag, -1), event.step)
-    mine = [s for tag, s in last.items() if tag.startswith((f"{name}/", f"{name}_"))]
-    others = [s for tag, s in last.items() if not tag.startswith((f"{name}/", f"{name}_"))]
+    mine = [s for tag, s in last.items() if tag.startswith((f"{name}/", f"{name}_", f"{name} "))]
+    others = [s for tag, s in last.items() if not tag.startswith((f"{name}/", f"{name}_", f"{name} "))]
     # A count of samples, or of epochs within the steps written again, goes far beyond, or far behind ours.
     return bool(mine) and max(mine) >= step and all(s <= max(mine) + 1 for s in others)
-
-
-def _events(folder: str) -> Iterator[Any]:
-    files = [] if "://" in folder else sorted(p for p in Path(folder).glob("*tfevents*") if p.is_file())
-    if sum(file.stat().st_size for file in files) > MOST_BYTES:
-        return
-    for file in files:
-        with suppress(Exception):  # a cut file: what stands before the cut counts
-            for data in RawEventFileLoader(str(file)).Load():
-                yield Event.FromString(data)

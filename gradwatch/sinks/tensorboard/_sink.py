@@ -16,12 +16,16 @@ from ...records import Buckets, Incident, StepRecord, Verdict
 from .._headline import SCALARS, Headline, whole_window
 from .._incident_lines import IncidentKey, incident_key
 from .._text import closing_words, fenced, incident_line
-from ._layout import band_values, write_layout
+from ._descriptions import Descriptions
+from ._layout import band_values, layout_value, layouts_in
 from ._restart import is_needed, restart
 from ._tensors import BUCKETS, PluginTensors
 from ._values import histogram, scalar, signed_buckets, text
 
 __all__ = ["TensorBoardSink"]
+
+TITLES = {"log10": "log10 |gradient|", "signed": "gradient"}
+"""What the stock dashboard's histograms are of, as their group is called."""
 
 
 @dataclass
@@ -43,7 +47,8 @@ class TensorBoardSink(Sink):
         writer: a `torch.utils.tensorboard.SummaryWriter`, such as a Lightning logger's `experiment`. It stays the
             caller's: it is flushed but never closed.
         name: tags begin with it.
-        log_dir: where the layout of the Custom Scalars dashboard goes, in a sub-run; None: the writer's. "" : none.
+        layout: write a layout for the Custom Scalars dashboard, into the run itself; one of the user's own that is
+            there already is kept beside it.
         histogram_scale: `"log10"` of the magnitude, or `"signed"` values.
         max_histograms: paths in the stock histogram dashboard at most.
         histograms_apart: steps at least from one set of histograms in the stock dashboard to the next. It shows 51 at
@@ -57,7 +62,7 @@ class TensorBoardSink(Sink):
         writer: Any,
         *,
         name: str = "gradwatch",
-        log_dir: str | None = None,
+        layout: bool = True,
         histogram_scale: str = "log10",
         max_histograms: int = 256,
         histograms_apart: int = 10,
@@ -76,7 +81,8 @@ class TensorBoardSink(Sink):
             )
         self.writer = writer
         self.name = name
-        self.log_dir = log_dir
+        self.layout = layout
+        self._about = Descriptions(name)
         self.histogram_scale = histogram_scale
         self.max_histograms = max_histograms
         self.histograms_apart = histograms_apart
@@ -96,14 +102,19 @@ class TensorBoardSink(Sink):
         if self._meta is not None:
             return
         self._meta, self._step = meta, max(0, meta.start_step)
-        folder = self.log_dir if self.log_dir is not None else getattr(self.writer, "log_dir", None)
         if hasattr(self.writer, "_get_file_writer"):
-            if folder:
-                write_layout(self.name, str(folder))
             if self._closed():
                 # Lightning's logger closes its writer after each fit, and writes on through it in the next.
                 self.writer._get_file_writer()
+            if self.layout:
+                self._write_layout(str(getattr(self.writer, "log_dir", None) or ""))
             self.resumed(meta.start_step)
+
+    def _write_layout(self, folder: str) -> None:
+        self.writer.flush()  # a layout of the user's own may be on its way
+        value = layout_value(self.name, layouts_in(folder))
+        if value is not None:
+            self._add([value], 0, 0.0, {})
 
     def resumed(self, step: int) -> None:
         """Say that steps from this one on are written again, where they stand in an earlier file of the folder."""
@@ -122,8 +133,8 @@ class TensorBoardSink(Sink):
         scalars = {f"{self.name}/{k}": headline[k] for k in SCALARS if k in headline}
         tensors = self._tensors
         values = [
-            *(scalar(tag, value) for tag, value in scalars.items()),
-            *band_values(self.name, window),
+            *(scalar(tag, value, self._about.scalar(tag, tag.rpartition("/")[2])) for tag, value in scalars.items()),
+            *band_values(self.name, window, self._about),
             tensors.headline(headline),
             *tensors.scalars(window),
             *tensors.treatments(window),
@@ -193,7 +204,10 @@ class TensorBoardSink(Sink):
         news.step = step
         self._said, self._unsaid = news, News(step=-1)
         values = [self._tensors.incidents(list(news.incidents.values()))]
-        return [*values, text(f"{self.name}/incident_log", "\n\n".join(news.lines))] if news.lines else values
+        if not news.lines:
+            return values
+        tag = f"{self.name}/incident_log"
+        return [*values, text(tag, "\n\n".join(news.lines), self._about.text(tag, "incidents, as they begin and end"))]
 
     def _write_indices(self, window: Sequence[StepRecord]) -> None:
         if self._meta is not None and self._tensors.is_new:
@@ -214,10 +228,12 @@ class TensorBoardSink(Sink):
         for row, (path, counts) in enumerate(islice(record.histograms.items(), self.max_histograms)):
             edges, filled = buckets[row] if self.histogram_scale == "log10" else signed_buckets(counts, BUCKETS)
             if len(filled):
-                yield histogram(f"{self.name}_histograms/{path}", edges, filled)
+                tag = f"{self.name} {TITLES[self.histogram_scale]}/{path}"
+                yield histogram(tag, edges, filled, self._about.histogram(tag, path, self.histogram_scale))
 
     def _write_text(self, tag: str, markdown: str) -> None:
-        self._add([text(tag, markdown)], self._step, 0.0, {})
+        about = self._about.text(tag, "what the run came to: a table of the incidents, and the summary")
+        self._add([text(tag, markdown, about)], self._step, 0.0, {})
 
     def _add(self, values: list[Any], step: int, walltime: float, scalars: dict[str, float]) -> None:
         """Add one event; `scalars` are those among the values that a plain writer can take."""

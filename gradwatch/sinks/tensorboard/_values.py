@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tensorboard.compat.proto import types_pb2
-from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, HistogramProto, Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import (
+    DATA_CLASS_SCALAR,
+    DATA_CLASS_TENSOR,
+    HistogramProto,
+    Summary,
+    SummaryMetadata,
+)
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 
@@ -46,19 +52,26 @@ def clean_tag(tag: str) -> str:
     return f"{clean[:MAX_TAG]}-{digest}"
 
 
-def scalar(tag: str, value: float) -> Any:
-    """Return a scalar. The field is a float32: a finite value beyond it becomes the largest one, and not infinity."""
+def scalar(tag: str, value: float, about: str = "") -> Any:
+    """Return a scalar. The field is a float32: a finite value beyond it becomes the largest one, and not infinity.
+
+    Args:
+        tag: of the series.
+        value: any float.
+        about: what the series is, in markdown; with its first value.
+    """
     if np.isfinite(value):
         value = min(max(value, -LARGEST), LARGEST)
-    return Summary.Value(tag=clean_tag(tag), simple_value=value)
+    return Summary.Value(tag=clean_tag(tag), simple_value=value, metadata=_about("scalars", DATA_CLASS_SCALAR, about))
 
 
-def text(tag: str, markdown: str) -> Any:
-    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"), data_class=DATA_CLASS_TENSOR)
+def text(tag: str, markdown: str, about: str = "") -> Any:
+    plugin = SummaryMetadata.PluginData(plugin_name="text")
+    metadata = SummaryMetadata(plugin_data=plugin, data_class=DATA_CLASS_TENSOR, summary_description=about)
     return Summary.Value(tag=clean_tag(tag), metadata=metadata, tensor=_string_proto([markdown]))
 
 
-def histogram(tag: str, edges: Floats, counts: NDArray[np.int64]) -> Any:
+def histogram(tag: str, edges: Floats, counts: NDArray[np.int64], about: str = "") -> Any:
     """Return a value for the stock dashboard; its outer edges are its minimum and maximum."""
     middle = (edges[:-1] + edges[1:]) / 2
     square = middle**2
@@ -74,7 +87,16 @@ def histogram(tag: str, edges: Floats, counts: NDArray[np.int64]) -> Any:
             *(bytes([7 << 3 | 2]), length, bucket.astype("<f8").tobytes()),
         ]
     )
-    return Summary.Value(tag=clean_tag(tag), histo=HistogramProto.FromString(wire))
+    metadata = _about("histograms", DATA_CLASS_TENSOR, about)
+    return Summary.Value(tag=clean_tag(tag), histo=HistogramProto.FromString(wire), metadata=metadata)
+
+
+def _about(plugin: str, data_class: int, about: str) -> Any:
+    """Return metadata with a description; None without one: readers make their own of a plain value."""
+    if not about:
+        return None
+    data = SummaryMetadata.PluginData(plugin_name=plugin)
+    return SummaryMetadata(plugin_data=data, data_class=data_class, summary_description=printable(about))
 
 
 def _varint(number: int) -> bytes:
