@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,25 +13,32 @@ from ..records import StepRecord
 from ._headline import SCALARS
 from ._scalars import ScalarSink
 
-__all__ = ["DuckSink"]
+__all__ = ["DuckSink", "is_logger"]
+
+METHODS = ("log_metrics", "log_metric", "track", "log")
 
 
 class DuckSink(ScalarSink):
-    """Writes the headline to an object with `log_metrics(dict, step=)` or `log_metric(name, value, step=)`.
+    """Writes the headline to an object with `log_metrics(dict, step=)`, `log_metric(name, value, step=)`,
+    `track(value, name=, step=)` or `log(dict, step=)`, the first of these that it has.
 
-    So do Lightning's loggers, Comet's experiments, and many others.
+    So do Lightning's loggers, Comet's experiments, a run of Aim, a run of Trackio or its module, and many others.
 
     Args:
         logger: the object.
         name: keys begin with it.
         fixed_keys: give every key at each step, nan where there is nothing: for loggers to which a new key is dear
             (Lightning's CSVLogger rewrites its file).
+
+    Raises:
+        ConfigError: it has none of them.
     """
 
     def __init__(self, logger: Any, *, name: str = "gradwatch", fixed_keys: bool = False) -> None:
         super().__init__(name=name)
-        if not any(callable(getattr(logger, method, None)) for method in ("log_metrics", "log_metric")):
-            raise ConfigError(f"{type(logger).__name__} has neither `log_metrics` nor `log_metric`: it is no logger.")
+        if not is_logger(logger):
+            known = ", ".join(f"`{method}`" for method in METHODS)
+            raise ConfigError(f"{type(logger).__name__} has none of {known} that takes a `step`: it is no logger.")
         self.logger = logger
         self.fixed_keys = fixed_keys
 
@@ -38,14 +46,43 @@ class DuckSink(ScalarSink):
         if self.fixed_keys:
             values = {key: values.get(key, np.nan) for key in SCALARS}
         named = {self._key(key): float(value) for key, value in values.items()}
-        if callable(getattr(self.logger, "log_metrics", None)):
-            self.logger.log_metrics(named, step=record.step)
-            return
-        for key, value in named.items():
-            self.logger.log_metric(key, value, step=record.step)
+        logger, step = self.logger, record.step
+        match _method(logger):
+            case "log_metrics":
+                logger.log_metrics(named, step=step)
+            case "log_metric":
+                for key, value in named.items():
+                    logger.log_metric(key, value, step=step)
+            case "track":
+                for key, value in named.items():
+                    logger.track(value, name=key, step=step)
+            case "log":
+                logger.log(named, step=step)
 
     def flush(self) -> None:
         # Lightning's loggers keep what was not saved in memory.
         save: Callable[[], Any] | None = getattr(self.logger, "save", None)
         if callable(save) and callable(getattr(self.logger, "finalize", None)):
             save()
+
+
+def is_logger(logger: Any) -> bool:
+    """Return whether a `DuckSink` can write to an object."""
+    return _method(logger) is not None
+
+
+def _method(logger: Any) -> str | None:
+    """Return the first of `METHODS` that an object has; `track` and `log` mean other things elsewhere, and must name a
+    step among what they take."""
+    for method in METHODS:
+        found = getattr(logger, method, None)
+        if callable(found) and (method.startswith("log_") or _takes_step(found)):
+            return method
+    return None
+
+
+def _takes_step(method: Callable[..., Any]) -> bool:
+    try:
+        return "step" in inspect.signature(method).parameters
+    except (TypeError, ValueError):  # written in C
+        return False

@@ -7,7 +7,7 @@ from typing import Any
 
 from .._warn import one_line, warn
 from ..protocols import Sink
-from ._duck import DuckSink
+from ._duck import DuckSink, is_logger
 from ._mlflow import MlflowSink
 from ._wandb import WandbSink
 
@@ -17,8 +17,9 @@ __all__ = ["sinks_for_loggers"]
 def sinks_for_loggers(loggers: Iterable[Any], *, name: str = "gradwatch", **tensorboard: Any) -> list[Sink]:
     """Return a sink for each logger that gradwatch can write to, chosen by the logger's class name.
 
-    Known are Lightning's loggers (no Lightning is imported), a `SummaryWriter`, a run of wandb, and whatever has
-    `log_metrics` or `log_metric`. A logger that is none of these, or that fails, gives one warning and is passed over.
+    Known are Lightning's loggers (no Lightning is imported), a `SummaryWriter`, a run of wandb, of Aim or of Trackio,
+    and whatever has one of the methods of `DuckSink`. A logger that is none of these, or that fails, gives one warning
+    and is passed over.
 
     Args:
         loggers: such as `trainer.loggers`. Call it on the rank that writes.
@@ -33,7 +34,7 @@ def sinks_for_loggers(loggers: Iterable[Any], *, name: str = "gradwatch", **tens
             _say(f"{type(logger).__name__} can't be written to: {one_line(error)}")
             continue
         if sink is None:
-            _say(f"{type(logger).__name__} is no logger that gradwatch knows; it needs `log_metrics` or `log_metric`.")
+            _say(f"{type(logger).__name__} is no logger that gradwatch knows; see `DuckSink` for what it needs.")
         else:
             sinks.append(sink)
     return sinks
@@ -45,9 +46,7 @@ def _sink(logger: Any, name: str, tensorboard: dict[str, Any]) -> Sink | None:
             return _MAKERS[ancestor.__name__](logger, name, tensorboard)
         if ancestor.__name__ == "Run" and ancestor.__module__.startswith("wandb."):
             return WandbSink(logger, name=name)
-    if callable(getattr(logger, "log_metrics", None)) or callable(getattr(logger, "log_metric", None)):
-        return DuckSink(logger, name=name)
-    return None
+    return DuckSink(logger, name=name) if is_logger(logger) else None
 
 
 def _tensorboard(writer: Any, name: str, settings: dict[str, Any]) -> Sink:

@@ -1,5 +1,8 @@
 import csv
 import json
+import logging
+import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -91,6 +94,83 @@ def test_logger_of_single_metrics_gets_them_one_by_one():
     logger = Metric()
     DuckSink(logger, name="").write(record(3))
     assert ("global_norm", 1.0, 3) in logger.calls
+
+
+class Tracks:
+    """As a run of Aim takes numbers."""
+
+    def __init__(self):
+        self.calls = []
+
+    def track(self, value, name=None, step=None, epoch=None, *, context=None):
+        self.calls.append((name, value, step))
+
+
+class Logs:
+    """As a run of Trackio, and its module, take numbers."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log(self, metrics, step=None):
+        self.calls.append((metrics, step))
+
+
+def test_what_tracks_or_logs_with_a_step_is_a_logger():
+    tracks, logs = Tracks(), Logs()
+    sinks = sinks_for_loggers([tracks, logs])
+    for sink in sinks:
+        sink.write(record(3))
+    assert ("gradwatch/global_norm", 1.0, 3) in tracks.calls
+    ((values, step),) = logs.calls
+    assert (values["gradwatch/global_norm"], step) == (1.0, 3)
+
+
+def test_what_logs_sentences_is_no_logger_of_numbers():
+    for logger in (logging.getLogger("gradwatch.tests"), math, print):
+        with pytest.raises(ConfigError, match="it is no logger"):
+            DuckSink(logger)
+
+
+REAL = textwrap.dedent("""
+    import sys
+    from gradwatch.protocols import RunMeta
+    from gradwatch.sinks import SafeSinks, sinks_for_loggers
+    from tests.sinks.made import record
+    {begin}
+    sinks = SafeSinks(sinks_for_loggers([run]), on_error="raise", log_every=1)
+    assert [type(s).__name__ for s in sinks.sinks] == ["DuckSink"]
+    sinks.open(RunMeta())
+    for step in range(3):
+        sinks.push(record(step, norm=float("nan") if step == 1 else 4.0))
+    sinks.close()
+    {end}
+""")
+AIM = {
+    "begin": "import aim; run = aim.Run(repo=sys.argv[1], system_tracking_interval=None, log_system_params=False)",
+    "end": "print(sorted(m.name for m in run.metrics())); run.close()",
+}
+TRACKIO = {
+    "begin": "import trackio; run = trackio.init(project='p', embed=False)",
+    "end": "trackio.finish()",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("package", "parts"), [("aim", AIM), ("trackio", TRACKIO)])
+def test_real_runs_of_others_take_it(package, parts, tmp_path):
+    pytest.importorskip(package)
+    done = subprocess.run(
+        [sys.executable, "-c", REAL.format(**parts), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    if package == "aim":
+        assert "gradwatch/global_norm" in done.stdout
 
 
 def test_fixed_keys_never_change():
@@ -282,7 +362,9 @@ def test_logger_that_fails_later_is_one_warning():
     ("make", "message"),
     [
         pytest.param(
-            lambda: DuckSink(3), "int has neither `log_metrics` nor `log_metric`: it is no logger.", id="duck"
+            lambda: DuckSink(3),
+            "int has none of `log_metrics`, `log_metric`, `track`, `log` that takes a `step`: it is no logger.",
+            id="duck",
         ),
         pytest.param(
             lambda: WandbSink(3), "WandbSink needs a run with `log`, as wandb.init() returns. Got int.", id="wandb"
