@@ -43,6 +43,7 @@ function onReload(listener) {
 export async function render() {
   const began = performance.now();
   document.title = 'GradWatch';
+  document.documentElement.lang = 'en';
   const root = el('div');
   document.body.append(root);
   // The widths come from the style sheet, so the first drawing waits for it.
