@@ -1,19 +1,17 @@
-"""What the pages take for granted: a model, a loader, a Trainer that ends soon, a run to look at."""
+"""What the pages take for granted of the reader's own: a model, a loader, a rule, a run to look at."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
+import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from gradwatch import Surgery, Watch
-from gradwatch.callbacks import GradWatch
+from gradwatch import Watch
 from gradwatch.records import Index, StepRecord
 from gradwatch.rules import Rule
 from gradwatch.treatments import BaseTreatment
@@ -99,22 +97,14 @@ def common() -> dict[str, Any]:
     model = Blocks()
     x, y = torch.randn(64, 4), torch.randint(0, 3, (64,))
     loader = DataLoader(TensorDataset(x, y), batch_size=16)
-    quick = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     return {
-        "torch": torch,
-        "nn": nn,
-        "F": F,
-        "pl": pl,
-        "Trainer": partial(pl.Trainer, **quick, enable_checkpointing=False, logger=False),
-        "GradWatch": GradWatch,
-        "Surgery": Surgery,
         "MyRule": MyRule,
         "MyTreatment": MyTreatment,
         "MySink": MySink,
         "records_that_make_it_fire": [
             StepRecord(step=i, index=Index.of_parameters(["w"]), loss=5.0 if i > 20 else 1.0) for i in range(40)
         ],
-        "Watch": Watch,
+        "Trainer": pl.Trainer,  # README.md
         "Net": Net,
         "MyModel": Blocks,
         "model": model,

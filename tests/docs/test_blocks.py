@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import shlex
 import sys
+from functools import partial
 from types import ModuleType
 
+import lightning.pytorch
 import pytest
 
 from gradwatch.book import load_rules
@@ -16,6 +19,16 @@ from gradwatch.cli._main import _parser
 from .pages import HOWS, PAGES, ROOT, blocks
 from .preludes import common, write_runs
 
+ALONE = ("quickstart.md", "notebooks.md")
+"""Pages that are pasted from the top: nothing is taken for granted there."""
+QUICK = {
+    "max_epochs": 1,
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "logger": False,
+}
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 
 
@@ -30,7 +43,10 @@ def run_page(page, *, slow: bool, request, tmp_path, monkeypatch) -> int:
     module = ModuleType("gradwatch_docs_page")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     namespace, num_run = vars(module), 0
-    namespace.update(common())
+    # A Trainer without settings would train for a thousand epochs.
+    monkeypatch.setattr("lightning.pytorch.Trainer", partial(lightning.pytorch.Trainer, **QUICK))
+    if page.name not in ALONE:
+        namespace.update(common())
     before = set(sys.modules)
     try:
         for block in blocks(page, "python"):
@@ -52,6 +68,39 @@ def run_page(page, *, slow: bool, request, tmp_path, monkeypatch) -> int:
             if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
                 del sys.modules[name]
     return num_run
+
+
+def imported(tree) -> set[str]:
+    """Names that a block imports."""
+    found = [alias for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    return {(alias.asname or alias.name).partition(".")[0] for alias in found}
+
+
+def bound(tree) -> set[str]:
+    """Names that a block makes: by import, definition, assignment, or as an argument."""
+    names = imported(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+TREES = [(block, ast.parse(block.code)) for page in PAGES for block in blocks(page, "python")]
+IMPORTED = set().union(*(imported(tree) for _, tree in TREES))
+"""What some block of some page imports: these names are a package's, not the reader's own."""
+
+
+@pytest.mark.parametrize("page", [p for p in WITH_CODE if p.parent != ROOT], ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_block_imports_what_it_uses(page) -> None:
+    for block, tree in TREES:
+        if block.page == page:
+            used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+            missing = (used & IMPORTED) - bound(tree)
+            assert not missing, f"{page.name}, line {block.line}: no import of {sorted(missing)}"
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: str(p.relative_to(ROOT)))
