@@ -1,35 +1,92 @@
-"""Make the pictures of the README and the docs: real runs, a real TensorBoard, a headless Chromium.
-
-python tools/screenshots.py [--runs FOLDER] [--out docs/pictures]
-
-Trains a small transformer three times (about a minute each) unless the folder holds the runs already.
-"""
+"""Pictures that need a browser: the tab, a report, what a terminal and a notebook show. Real runs, a real Chromium."""
 
 from __future__ import annotations
 
-import argparse
+import html
+import os
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from gradwatch.report import write_report
+from gradwatch.runs import read_run
+from tests.docs.pages import ROOT, blocks
+from tests.tab.browser import chromium, open_tab, tensorboard, wait_until
+from tests.tab.training import train
 
-from tests.tab.browser import chromium, open_tab, tensorboard, wait_until, why_no_browser  # noqa: E402
+__all__ = ["PICTURES", "shoot"]
 
+TAB = ("tab", "tab-dark", "healthy-and-vanishing", "flow", "update-ratio")
+PICTURES = (*TAB, "report", "quickstart", "cli", "notebook")
 RUNS = {"healthy": "", "bad-batch": "bad-batch", "sigmoid": "sigmoid"}
+PAGE = """<!DOCTYPE html>
+<meta charset="utf-8">
+<body style="margin:0;padding:14px;background:{back};color:{text};font:{font}">{body}
+"""
 
 
-def train_missing(folder: Path) -> None:
-    from gradwatch.report import write_report
-    from tests.tab.training import train
+def shoot(folder: Path, out: Path, wanted: set[str], *, summarised: Path) -> None:
+    """Make the pictures asked for.
 
-    for name, fault in RUNS.items():
-        if not (folder / name).exists():
-            train(folder, name, fault=fault)
-        write_report(folder / name / "gradwatch", folder / f"{name}.html")
+    Args:
+        folder: where the transformer's runs are, or go.
+        out: folder of the pictures.
+        wanted: some of `PICTURES`.
+        summarised: run folder that `gradwatch summary` and the notebook's card are of.
+    """
+    if wanted & {*TAB, "report"}:
+        for name, fault in RUNS.items():
+            if not (folder / name).exists():
+                train(folder, name, fault=fault, options={}, log_every=50)
+    with chromium(1280, 1500) as driver:
+        if wanted & set(TAB):
+            shoot_tab(driver, folder, out)
+        if "report" in wanted:
+            write_report(folder / "sigmoid" / "gradwatch", folder / "sigmoid.html")
+            shoot_report(driver, folder / "sigmoid.html", out / "report.png", 1160)
+        if "quickstart" in wanted:
+            quickstart(driver, out / "quickstart.png")
+        if "cli" in wanted:
+            terminal(driver, summarised, out / "cli.png")
+        if "notebook" in wanted:
+            card(driver, summarised, out / "notebook.png")
+
+
+def quickstart(driver: Any, path: Path) -> None:
+    """Run the first program of the quick start as it stands there, and show the report it writes."""
+    program = blocks(ROOT / "docs" / "quickstart.md", "python")[0].code
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, check=True)
+        shoot_report(driver, Path(folder) / "report.html", path, 1160)
+
+
+def terminal(driver: Any, run: Path, path: Path) -> None:
+    """Show what `gradwatch summary` prints into 100 columns."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    command = [sys.executable, "-m", "gradwatch", "summary", run.name]
+    said = subprocess.run(command, cwd=run.parent, env=environment, check=False, capture_output=True, text=True).stdout
+    body = f"<pre style='margin:0;font:inherit'>$ gradwatch summary {run.name}\n{html.escape(said)}</pre>"
+    show(driver, PAGE.format(back="#16181b", text="#e8eaed", font="13px/1.35 monospace", body=body), path)
+
+
+def card(driver: Any, run: Path, path: Path) -> None:
+    """Show the card of a run as a notebook has it."""
+    body = read_run(run)._repr_html_()
+    show(driver, PAGE.format(back="#ffffff", text="#1f2328", font="14px sans-serif", body=body), path)
+
+
+def show(driver: Any, page: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "page.html"
+        file.write_text(page, encoding="utf-8")
+        driver.get(file.as_uri())
+        time.sleep(0.3)
+        width = driver.execute_script("return Math.max(...[...document.body.children].map((e) => e.scrollWidth)) + 28")
+        save(driver, path, driver.execute_script("return document.documentElement.scrollHeight"), min(1280, width))
 
 
 def save(driver: Any, path: Path, height: int, width: int = 1280) -> None:
@@ -67,29 +124,8 @@ def shoot_tab(driver: Any, folder: Path, out: Path) -> None:
         save(driver, out / "update-ratio.png", 1120)
 
 
-def shoot_report(driver: Any, folder: Path, out: Path) -> None:
-    driver.get((folder / "sigmoid.html").resolve().as_uri())
+def shoot_report(driver: Any, report: Path, path: Path, height: int) -> None:
+    driver.get(report.resolve().as_uri())
     wait_until(lambda: driver.execute_script("return document.body.dataset.ready"), "the report's being ready")
     time.sleep(0.5)
-    save(driver, out / "report.png", 1160)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, help="where the runs are, or go; default: a temporary folder")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures")
-    arguments = parser.parse_args()
-    if why_no_browser():
-        print(why_no_browser(), file=sys.stderr)
-        return 1
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.runs or Path(scratch)
-        train_missing(folder)
-        with chromium(1280, 1500) as driver:
-            shoot_tab(driver, folder, arguments.out)
-            shoot_report(driver, folder, arguments.out)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    save(driver, path, height)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -66,17 +68,29 @@ class Adder(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def train(folder: Path, name: str, *, fault: str = "", steps: int = 400, bad_step: int = 220) -> GradWatch:
-    """Train for a number of steps, logging each, into `folder/name`; returns the callback."""
+DENSE = {"activations_every": 10, "updates_every": 10, "histograms_every": 10}
+
+
+def train(
+    folder: Path,
+    name: str,
+    *,
+    fault: str = "",
+    steps: int = 400,
+    bad_step: int = 220,
+    options: Mapping[str, Any] = DENSE,
+    log_every: int = 1,
+) -> GradWatch:
+    """Train for a number of steps into `folder/name`; `options` are the callback's, which is returned."""
     pl.seed_everything(0, verbose=False)
     digits = torch.randint(0, 10, (6400, 6))
     data = TensorDataset(digits, digits[:, :2].sum(dim=1) % 10)
-    callback = GradWatch("autoclip", activations_every=10, updates_every=10, histograms_every=10, verbose=False)
+    callback = GradWatch("autoclip", verbose=False, **options)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=steps,
         callbacks=[callback],
-        log_every_n_steps=1,
+        log_every_n_steps=log_every,
         logger=TensorBoardLogger(str(folder), name="", version=name),
         enable_progress_bar=False,
         enable_model_summary=False,
