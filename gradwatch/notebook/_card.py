@@ -17,7 +17,7 @@ __all__ = ["RunCard"]
 
 MOST_LAYERS = 24
 STRIP = 320
-BLUE, GREY, GREEN, ORANGE = "#3b82d6", "#8b8b8b", "#1a9c6b", "#e07b00"
+BLUE, GREY, GREEN, ORANGE = "#3b82d6", "#8b8b8b", "#1a9c6b", "#d06f00"
 
 
 @dataclass(frozen=True, kw_only=True)

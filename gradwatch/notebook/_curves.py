@@ -91,7 +91,7 @@ class _Frame:
 
 
 def _caption(title: str, lines: Sequence[Curve]) -> str:
-    names = [f'<tspan dx="8" fill="{line.color}">{escape(line.name)}</tspan>' for line in lines if len(lines) > 1]
+    names = [f'<tspan dx="10" fill="{line.color}">━</tspan> {escape(line.name)}' for line in lines if len(lines) > 1]
     place = f'x="{WIDTH / 2:.0f}" y="{HEIGHT + 16}" text-anchor="middle" fill="currentColor"'
     return f"<text {place}>{escape(title)}{''.join(names)}</text>"
 

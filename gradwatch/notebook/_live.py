@@ -111,6 +111,7 @@ class LiveCell(Sink):
         """Draw the last state; the cell keeps it, and what drew it is let go of."""
         self.flush()
         self._handle = None
+        self._begin("")
 
     def _bundle(self) -> dict[str, str]:
         """Return the card by media type: as text where there is no HTML."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gradwatch.report import write_report
+from gradwatch.runs import read_run
 
 from ..tab.browser import chromium, open_tab, tensorboard, wait_until, why_no_browser
 from ..tab.synthetic import write_events, write_folder
@@ -130,6 +131,17 @@ def served(folder):
         yield address.group()
         process.send_signal(signal.SIGINT)
         process.wait(20)
+
+
+@pytest.mark.parametrize(("back", "text"), [("#ffffff", "#1f2328"), ("#111111", "#e0e0e0")], ids=["light", "dark"])
+def test_nothing_serious_in_a_notebooks_card(driver, axe, folder, tmp_path, back, text) -> None:
+    page = tmp_path / "card.html"
+    shown = read_run(folder / "runs" / "spike" / "gradwatch")
+    body = f"<main><h1>cells</h1>{shown._repr_html_()}{shown.incidents[0]._repr_html_()}</main>"
+    head = "<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>cells</title>"
+    page.write_text(f"{head}<body style='background:{back};color:{text}'>{body}</html>", encoding="utf-8")
+    driver.get(page.as_uri())
+    assert found(driver, axe) == []
 
 
 def test_axe_finds_what_is_wrong(driver, axe, tmp_path) -> None:
