@@ -61,9 +61,9 @@ class Replay:
 
     def _repr_html_(self) -> str:
         verdict = self.verdict()
-        return card(
-            verdict.headline, verdict.tone, incidents_html(rank_incidents(self.incidents)), verdict.judged_html()
-        )
+        # Without any, the verdict alone says whether that means something.
+        told = incidents_html(rank_incidents(self.incidents)) if self.incidents else ""
+        return card(verdict.headline, verdict.tone, told, verdict.judged_html())
 
     def __iter__(self) -> Iterator[Incident]:
         return iter(self.incidents)

@@ -412,7 +412,7 @@ def test_layout_of_the_users_own_is_kept_beside_ours(tmp_path):
 def test_layout_is_left_out_where_asked_or_where_one_that_is_there_can_not_be_read(tmp_path, monkeypatch):
     logged(tmp_path / "none", [[record(0)]], layout=False)
     assert layouts_of(tmp_path / "none") == []
-    monkeypatch.setattr("gradwatch.sinks.tensorboard._events.MOST_BYTES", 0)
+    monkeypatch.setattr("gradwatch.sinks.tensorboard._layout.MOST_BYTES", 0)
     logged(tmp_path / "large", [[record(0)]])
     assert layouts_of(tmp_path / "large") == []
 
@@ -567,7 +567,6 @@ def test_two_sinks_of_different_names_share_a_writer(tmp_path):
     assert log.content("gan/grad_norm")["name"] == "gan"
     *_, layout = layouts_of(tmp_path)
     assert [category.title for category in layout.category] == ["gan", "gradwatch"]
-    assert any((tmp_path / "gan").iterdir())
 
 
 @pytest.mark.parametrize(

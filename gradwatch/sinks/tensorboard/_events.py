@@ -12,16 +12,13 @@ from tensorboard.compat.proto.event_pb2 import Event
 
 __all__ = ["events_of"]
 
-MOST_BYTES = 64 << 20
-"""Size of a log's files up to which they are looked through."""
 
-
-def events_of(folder: str) -> Iterator[Any] | None:
-    """Return the events of a log in the order of its files; None where they are too many, or lie elsewhere."""
+def events_of(folder: str, most_bytes: int) -> Iterator[Any] | None:
+    """Return the events of a log in the order of its files; None where these are larger together, or lie elsewhere."""
     if not folder or "://" in folder:
         return None
     files = sorted(p for p in Path(folder).glob("*tfevents*") if p.is_file())
-    if sum(file.stat().st_size for file in files) > MOST_BYTES:
+    if sum(file.stat().st_size for file in files) > most_bytes:
         return None
     return _read(files)
 

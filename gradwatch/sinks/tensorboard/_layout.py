@@ -21,6 +21,8 @@ from ._values import scalar
 __all__ = ["band_values", "layout_value", "layouts_in"]
 
 TAG = "custom_scalars__config__"
+MOST_BYTES = 4 << 20
+"""Size of a log up to which it is looked through for a layout: that stands at its beginning, and is read in no time."""
 
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
@@ -46,7 +48,7 @@ def band_values(name: str, window: Sequence[StepRecord], about: Descriptions) ->
 def layouts_in(folder: str) -> Any | None:
     """Return the newest layout in a log's files, an empty one where there is none; None where they can't be looked
     through."""
-    events = events_of(folder)
+    events = events_of(folder, MOST_BYTES)
     if events is None:
         return None
     found = layout_pb2.Layout()

@@ -15,6 +15,9 @@ from ._events import events_of
 
 __all__ = ["is_needed", "restart"]
 
+MOST_BYTES = 64 << 20
+"""Size of the earlier files up to which they are looked through."""
+
 
 def restart(step: int) -> Any:
     """Return the event that says that the run began anew at a step."""
@@ -31,7 +34,7 @@ def is_needed(folder: str, name: str, step: int) -> bool:
         step: that the run goes on from.
     """
     last: dict[str, int] = {}
-    for event in events_of(folder) or ():
+    for event in events_of(folder, MOST_BYTES) or ():
         for value in event.summary.value:
             last[value.tag] = max(last.get(value.tag, -1), event.step)
     mine = [s for tag, s in last.items() if tag.startswith((f"{name}/", f"{name}_", f"{name} "))]
