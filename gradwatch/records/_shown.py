@@ -36,7 +36,9 @@ def incident_html(incident: Incident) -> str:
     ]
     rows = [(f"<b>{name}</b>", text) for name, text in facts if text]
     name = incident.name or incident.rule
-    return card(f"{name} ({incident.severity}, {_state(incident)})", incident.severity, table(("", ""), rows))
+    known = [(f"<b>{escape(head)}</b>", escape(text)) for head, text in incident.case.lines()] if incident.case else []
+    case = f"<details><summary>case file</summary>{table(('', ''), known)}</details>" if known else ""
+    return card(f"{name} ({incident.severity}, {_state(incident)})", incident.severity, table(("", ""), rows), case)
 
 
 def incidents_html(ranked: Sequence[Ranked]) -> str:
