@@ -107,6 +107,7 @@ class Transfer:
 def _array(tensor: Tensor) -> NDArray[Any]:
     if tensor.dtype is torch.int64:
         return tensor.numpy()  # counts, which nobody changes; of many tensors they are large
-    wide = tensor.detach().to(torch.float64)
+    own = tensor.detach()
+    wide = own.to(torch.float64)
     # A copy: treatments may go on to change norms in place.
-    return wide.numpy().copy() if wide.data_ptr() == tensor.data_ptr() else wide.numpy()
+    return wide.numpy().copy() if wide is own else wide.numpy()
