@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..torchside import Mark, children, declassed, fetched, tensors_of
+from ..torchside import Mark, children, declassed, fetched, identity, tensors_of
 from ._prediction import Forward
 
 __all__ = ["NUM_STEPS", "Batches", "Fetched", "Seen"]
@@ -136,7 +136,7 @@ def _named(batch: Any) -> tuple[str, Any] | None:
 
 def _mark(tensor: Tensor) -> Any:
     try:
-        return tensor.data_ptr(), tuple(tensor.shape), tensor._version
+        return identity(tensor) or id(tensor), tuple(tensor.shape), tensor._version
     except Exception:  # no memory of its own: nested, sparse, of another library's making
         return id(tensor)
 
