@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..torchside import world_size
 from ._shards import Shards, index_on
 
 __all__ = ["Exchange"]
@@ -30,7 +31,7 @@ class Exchange:
 
     def __init__(self, shards: Shards | None = None) -> None:
         self.groups: Mapping[str, tuple[Any, list[int]]] = {} if shards is None else shards.groups
-        self.num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.num_ranks = world_size()
         groups = [group for group, _ in self.groups.values()]
         self.spans = _span_all_ranks(groups, self.num_ranks)
         self.copies = 0

@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UnreadableError
-from ..torchside import can_lend, can_lend_all, lend, lend_at_once
+from ..torchside import are_several, can_lend, can_lend_all, lend, lend_at_once, world_size
 from ._library import NoLibraryError, is_compiled, library
 from ._reference import agrees, reference
 
@@ -218,7 +217,7 @@ def native(pieces: Sequence[Tensor], *, worth: int) -> Native | None:
         return None
     if sum(map(Tensor.numel, pieces)) + 256 * len(pieces) < worth:
         return None
-    if not (all(map(_IS_CPU, pieces)) and can_lend_all(pieces)) or _has_peers():
+    if not (all(map(_IS_CPU, pieces)) and can_lend_all(pieces)) or world_size() > 1:
         return None
     return _load()
 
@@ -230,7 +229,7 @@ def native_at_hand(work: int, *, worth: int) -> Native | None:
     A run that goes on asking for a little work has them compiled, once for the machine, so that a small model's step
     is short too. None on ranks of a distributed run.
     """
-    if _are_several() and _has_peers():
+    if are_several() and world_size() > 1:
         return None
     if work < worth:
         if _little.kernels is not None and not _little.kernels.fault:
@@ -241,10 +240,6 @@ def native_at_hand(work: int, *, worth: int) -> Native | None:
         _little.kernels = _load()
         return _little.kernels
     return _load()
-
-
-# Asked at every step: whether there is a process group at all.
-_are_several: Any = getattr(dist, "is_initialized", lambda: False)
 
 
 class _Little:
@@ -261,11 +256,7 @@ def native_for(piece: Tensor, *, worth: int) -> Native | None:
     """Return what `native([piece], worth=worth)` does, sooner."""
     if piece.numel() + 256 < worth or piece.dtype not in _TYPES or not piece.is_cpu or not can_lend(piece):
         return None
-    return None if _has_peers() else _load()
-
-
-def _has_peers() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return None if world_size() > 1 else _load()
 
 
 def _load() -> Native | None:

@@ -23,6 +23,7 @@ from ..torchside import (
     values,
     whole_of,
     wide_dtype,
+    world_size,
 )
 
 __all__ = [
@@ -168,19 +169,15 @@ def index_on(positions: Sequence[int], device: torch.device) -> Tensor:
     return sent(torch.tensor(positions, dtype=torch.int64), device)
 
 
-def _has_peers() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def reduce_sum_(flat: Tensor) -> Tensor:
     """Add up over all ranks of the default process group, in place; nothing happens where there is none."""
-    if _has_peers():
+    if world_size() > 1:
         dist.all_reduce(flat, op=dist.ReduceOp.SUM)
     return flat
 
 
 def reduce_max_(flat: Tensor) -> Tensor:
     """Take the maximum over all ranks of the default process group, in place; nothing happens where there is none."""
-    if _has_peers():
+    if world_size() > 1:
         dist.all_reduce(flat, op=dist.ReduceOp.MAX)
     return flat

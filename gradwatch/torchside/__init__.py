@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._aside import Aside, in_transform
+from ._aside import Aside, are_modes_on, in_transform
 from ._autograd import graph_task_id, in_backward
 from ._bits import checksums, differ, num_bytes, pieces, put_bits
 from ._checkpoints import checkpoints_around, in_recomputation, may_be_checkpointed
@@ -27,9 +27,10 @@ from ._graph import LossForm, loss_form, loss_pair, unmasked_attention
 from ._inert import OwnedHook, WeakHook, weakly
 from ._leaves import children, find, map_tensors, pick, storage, tensors_of, walk
 from ._members import member
-from ._memory import Loan, can_lend, can_lend_all, identity, lend, lend_at_once, storage_identity
+from ._memory import Loan, can_lend, can_lend_all, identities, identity, lend, lend_at_once, storage_identity
 from ._modes import CallMode, past_override
 from ._paths import WRAPPER_PARTS, clean_path
+from ._peers import are_several, world_size
 from ._pieces import Piece, StandIn, Whole, local_of, real_of, shape_of, whole_of
 from ._samples import Samples, unlike
 from ._standins import Owned, masters, parameters_of
@@ -55,6 +56,8 @@ __all__ = [
     "Whole",
     "all_finite",
     "allocated_bytes",
+    "are_modes_on",
+    "are_several",
     "can_lend",
     "can_lend_all",
     "checkpoints_around",
@@ -70,6 +73,7 @@ __all__ = [
     "give_back_memory",
     "graph_task_id",
     "home",
+    "identities",
     "identity",
     "in_backward",
     "in_recomputation",
@@ -119,5 +123,6 @@ __all__ = [
     "weakly",
     "whole_of",
     "wide_dtype",
+    "world_size",
     "writable",
 ]

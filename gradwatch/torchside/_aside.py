@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Aside", "in_transform"]
+__all__ = ["Aside", "are_modes_on", "in_transform"]
 
 # `torch.no_grad()` does the same and costs as much as a whole hook. All of these are private: where one is missing,
 # the public way or nothing takes its place.
@@ -24,6 +24,14 @@ _peek_transform: Any = getattr(_functorch, "peek_interpreter_stack", lambda: Non
 def in_transform() -> bool:
     """Return whether a `torch.func` transform (grad, vmap, jvp) runs: tensors then stand for many, or for none."""
     return _peek_transform() is not None
+
+
+def are_modes_on() -> bool:
+    """Return whether a torch function or dispatch mode sees what is asked of tensors, their attributes too.
+
+    What only asks, and computes nothing, needs `Aside` no more than that: autograd and autocast do not see it.
+    """
+    return bool(_num_function_modes() or _num_dispatch_modes())
 
 
 class Aside:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UnreadableError
 
-__all__ = ["Loan", "can_lend", "can_lend_all", "identity", "lend", "lend_at_once", "storage_identity"]
+__all__ = ["Loan", "can_lend", "can_lend_all", "identities", "identity", "lend", "lend_at_once", "storage_identity"]
 
 _CPU = torch.device("cpu")
 _FEW = 4
@@ -188,6 +188,14 @@ def identity(tensor: Tensor) -> int:
         return tensor.data_ptr()
     except RuntimeError:
         return 0
+
+
+def identities(tensors: Sequence[Tensor]) -> array[int]:
+    """Return `identity` of each; 0 of all where any can't be asked."""
+    try:
+        return array("Q", map(Tensor.data_ptr, tensors))
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        return array("Q", bytes(8 * len(tensors)))
 
 
 def storage_identity(tensor: Tensor) -> tuple[int, int]:

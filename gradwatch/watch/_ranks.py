@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..stats import Exchange
-from ..torchside import moved, sent, wide_dtype
+from ..torchside import are_several, moved, sent, wide_dtype, world_size
 
 __all__ = [
     "BATCH_SCALARS",
@@ -60,21 +60,13 @@ _MINIMA = ("output_min", "output_row_sum_min", "target_min", "target_row_sum_min
 BATCH_SCALARS = (*_MEANS, *_MAXIMA, *_MINIMA)
 
 
-# Asked at every step: whether there is a process group at all.
-are_several: Callable[[], bool] = getattr(dist, "is_initialized", lambda: False)
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def rank_of_this() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if are_several() else 0
 
 
 def is_writer() -> bool:
     """Whether this rank writes: rank zero alone does."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return rank_of_this() == 0
 
 
 def rank_and_size() -> tuple[int, int]:
