@@ -43,6 +43,7 @@ class Account:
     """Keeps, from step to step, what tells a gradient that was used up from one that never came.
 
     Attributes:
+        inside: ids of parameters whose optimizer stepped in the midst of this step's backward.
         has_own_hooks: gradwatch listens to parameters' gradients itself.
         heard: ids of parameters that tell it of a backward, by one hook more.
         num_steps: on record.
@@ -53,7 +54,7 @@ class Account:
 
     def __init__(self) -> None:
         self._began: tuple[Sequence[Tensor], list[int]] = ((), [])
-        self._inside: set[int] = set()
+        self.inside: set[int] = set()
         self.has_own_hooks = False
         self.heard: set[int] = set()
         self.num_steps = self.num_inside = 0
@@ -89,7 +90,7 @@ class Account:
 
     def begin(self, watched: Watched) -> None:
         """Remember the parameters as they are when a step begins, after the last one's update."""
-        self._inside.clear()
+        self.inside.clear()
         known = watched.known
         try:
             self._began = known, list(map(_VERSION, known))
@@ -99,16 +100,11 @@ class Account:
     def note_inside(self, optimizer: Optimizer) -> None:
         """Say that an optimizer stepped in the midst of a backward."""
         self.num_inside += 1
-        self._inside.update(id(p) for group in optimizer.param_groups for p in group["params"])
-
-    @property
-    def has_used_up(self) -> bool:
-        """Whether any optimizer stepped in the midst of this step's backward."""
-        return bool(self._inside)
+        self.inside.update(id(p) for group in optimizer.param_groups for p in group["params"])
 
     def is_used_up(self, p: Tensor) -> bool:
         """Whether the parameter's optimizer stepped in the midst of this step's backward."""
-        return bool(self._inside) and id(real_of(p)) in self._inside
+        return bool(self.inside) and id(real_of(p)) in self.inside
 
     def has_moved(self, p: Tensor) -> bool:
         """Whether the parameter was written to since the step began."""

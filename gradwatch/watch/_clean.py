@@ -11,7 +11,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from ..torchside import OwnedHook, storage
 
-__all__ = ["CLEAN", "fires", "has_own_step", "is_clean"]
+__all__ = ["CLEAN", "fires", "has_own_step", "is_clean", "steps_undisturbed"]
 
 CLEAN = frozenset(
     f"torch.optim.{name}"
@@ -27,6 +27,9 @@ CLEAN = frozenset(
     )
 )
 """By exact type: a subclass may do anything."""
+
+
+_GLOBAL_HOOKS: Any = getattr(torch_optimizer, "_global_optimizer_pre_hooks", (None,))
 
 
 def is_clean(optimizer: Any) -> bool:
@@ -56,6 +59,13 @@ def has_own_step(optimizer: Any) -> bool:
     # Learning rate schedulers and Accelerate wrap it, to note that it was called.
     wraps_own = getattr(step, "_wrapped_by_lr_sched", False) and getattr(step, "__wrapped__", None) is own
     return wraps_own or str(getattr(step, "__module__", "")).startswith("accelerate.")
+
+
+def steps_undisturbed(optimizer: Any) -> bool:
+    """Return whether nothing of anybody else's runs from the call of its step until our hook on it is called."""
+    held = getattr(optimizer, "__dict__", None)
+    hooks = held.get("_optimizer_step_pre_hooks") if type(held) is dict else None
+    return hooks is not None and len(hooks) == 1 and not _GLOBAL_HOOKS and has_own_step(optimizer)
 
 
 def _has_hooks(optimizer: Any) -> bool:

@@ -46,6 +46,7 @@ class Delivered:
     cadence), and every rank takes part, a failed one too.
 
     Attributes:
+        is_next: the step that was announced comes now, and nobody can come in between.
         remarks: what changed gradients ahead of gradwatch, and what behind it, and by how much, each at the first step
             where something did.
     """
@@ -56,8 +57,10 @@ class Delivered:
         self._draft: Draft | None = None
         self._optimizers: tuple[Optimizer, ...] = ()
         self._waiting: dict[int, Seals | None] = {}
+        # Any parameter lies in pieces on several ranks.
+        self._in_pieces = False
         self._found: dict[int, Tensor] = {}
-        self._is_due, self._is_as_left = False, True
+        self._is_due, self._is_as_left, self.is_next = False, True, False
         self._scale_left: Callable[[Optimizer], float | Tensor] | None = None
         self._after: Tensor | float | None = None
         # None until one comparison has shown whether writes show.
@@ -66,10 +69,12 @@ class Delivered:
 
     def announce(self, inputs: StepInputs, optimizers: Sequence[Optimizer]) -> None:
         """Say which optimizers step next, before anything can fail."""
-        if self.is_waiting:
+        if self._optimizers or self._draft is not None:
             self.forget()
-        self._optimizers = tuple(optimizers)
+        self._optimizers, watched = tuple(optimizers), self._meter.watched
         self._waiting = dict.fromkeys(map(id, optimizers))
+        self._in_pieces = watched.is_in_pieces and world_size() > 1
+        self.is_next = False
         self._is_due = bool(inputs.clipper) or (inputs.step // self._every) % CADENCE == 0
         self._is_due = self._is_due and inputs.step % self._every == 0
         self._scale_left = inputs.scale_left
@@ -81,7 +86,7 @@ class Delivered:
 
     def expect(self, turn: Turn) -> None:
         """Say how gradwatch leaves the gradients, after its own treatments."""
-        draft, grads, in_pieces = turn.draft, turn.grads, self.in_pieces
+        draft, grads, in_pieces = turn.draft, turn.grads, self._in_pieces
         assert draft is not None
         assert grads is not None
         if draft.vetoed and not in_pieces:
@@ -91,21 +96,18 @@ class Delivered:
         if in_pieces:
             return
         try:
-            is_one = len(self._optimizers) == 1 and grads.params is self._params(self._optimizers[0])
+            is_one = len(self._optimizers) == len(self._meter.optimizers) == 1
+            is_one = is_one and grads.params is self._meter.watched.held
             if is_one and turn.seals is not None and draft.applied is None:
                 self._waiting[id(self._optimizers[0])] = turn.seals  # nobody of ours has written since they were made
             else:
                 for optimizer in self._optimizers:
                     self._waiting[id(optimizer)] = Seals(self._params(optimizer))
-            self._after = _left(draft, grads)
+            is_known = draft.is_plain and draft.applied is None
+            self._after = draft.numbers.result()["global_norm"] if is_known else _left(draft, grads)
         except Exception as error:
             self._guard.report(_PART, error)
             self.forget()
-
-    @property
-    def in_pieces(self) -> bool:
-        """Whether any parameter lies in pieces on several ranks."""
-        return self._meter.watched.is_in_pieces and world_size() > 1
 
     def _params(self, optimizer: Optimizer) -> Sequence[Tensor]:
         if len(self._meter.optimizers) == 1:
@@ -115,10 +117,10 @@ class Delivered:
 
     def stepping(self, optimizer: Optimizer) -> None:
         """An optimizer is about to move, its gradients complete."""
-        waiting = self._waiting
+        waiting, in_pieces = self._waiting, self._in_pieces
         if id(optimizer) not in waiting:
             return
-        seals, in_pieces = waiting.pop(id(optimizer)), self.in_pieces
+        seals = waiting.pop(id(optimizer))
         if not in_pieces and (seals is None or _PART in self._guard.failed):
             return
         try:
@@ -133,7 +135,8 @@ class Delivered:
     def _is_to_measure(self, seals: Seals | None) -> bool:
         if seals is None:
             return self._is_due
-        self._is_as_left = not seals.broken and self._is_as_left
+        if not self.is_next:
+            self._is_as_left = not seals.broken and self._is_as_left
         return self._is_due or not self._writes_show or not self._is_as_left
 
     @calm_numpy
@@ -199,7 +202,7 @@ class Delivered:
         self._optimizers = ()
         if self._waiting or self._found:
             self._waiting, self._found = {}, {}
-        self._is_due, self._is_as_left = False, True
+        self._is_due, self._is_as_left, self.is_next = False, True, False
 
     def close(self) -> None:
         self.forget()

@@ -73,22 +73,22 @@ class DeviceVeto:
     Args:
         optimizer: a torch one.
         family: all that write its parameters.
+
+    Attributes:
+        is_armed: it decides at the step to come.
     """
 
     def __init__(self, optimizer: Optimizer, family: Family) -> None:
         self._optimizer, self._family = optimizer, family
         self._flag: Tensor | None = None
+        self.is_armed = False
         self._samples: Samples | None = None
         self._before: list[Tensor] = []
         self._tell: Callable[[LateProof], object] = lambda proof: None
 
-    @property
-    def is_armed(self) -> bool:
-        return self._flag is not None
-
     def arm(self, veto: Tensor, tell: Callable[[LateProof], object]) -> None:
         """Set the flag of the step to come; `tell` gets the proof when that is over."""
-        self._flag, self._tell = veto.reshape(()), tell
+        self._flag, self._tell, self.is_armed = veto.reshape(()), tell, True
 
     def begin(self) -> None:
         """Hand the flag over: the optimizer moves next."""
@@ -115,6 +115,7 @@ class DeviceVeto:
             for name in ("found_inf", "grad_scale"):
                 vars(self._optimizer).pop(name, None)
             self._flag, self._before, self._tell = None, [], lambda proof: None
+            self.is_armed = False
 
 
 def _held(optimizer: Optimizer) -> list[Tensor]:

@@ -15,7 +15,7 @@ from ..records import Incident, StepRecord
 from ..requests import StopTraining
 from ..rules import RuleBook, treatments_of
 from ..stats import Gradients
-from ..torchside import Aside, in_backward, is_host, weakly
+from ..torchside import Aside, graph_task_id, is_host, weakly
 from ..treatments import BufferKeeper, LearningRates, SkipStep
 from ._alarmed import Alarmed, note_histograms
 from ._announced import Announced
@@ -218,7 +218,7 @@ class Engine:
         # Clears a veto whose step never came: it must not fall on this one.
         self.gates.arm(optimizers, False)
         turn = Turn(self.planner.at(inputs.step), inputs, optimizers, self._measuring, self._update_ratios)
-        if not self.guard.ok("measuring"):
+        if "measuring" in self.guard.failed:
             turn.give_up()
             return StepOutcome()
         if is_of_left_weights:
@@ -283,12 +283,11 @@ class Engine:
             return self._treating.act_unmeasured(turn)
         inputs.scalars = {**inputs.scalars, "overhead_seconds": self.spent}
         self.spent = 0.0
-        if not turn.plan.is_alone:
+        if turn.plan.num_ranks > 1:
             self._measuring.num_failed_treatments += self.judge.take_failed_deciders() + self._treating.num_failed
             self._treating.num_failed = 0
             self._measuring.num_unproven += self.proofs.take_untold()
-        with Aside():
-            turn.draft = draft = self._current = self._measuring.measure(turn)
+        turn.draft = draft = self._current = self._measuring.measure(turn)
         turn.tensors = None
         outcome = self._treating.act(turn)
         self.delivered.expect(turn)
@@ -331,16 +330,17 @@ class Engine:
             self._alarm(opened, draft.step, self.meter.watched.held)
 
     def _on_stepping(self, optimizer: Optimizer) -> None:
-        if in_backward():
+        if graph_task_id() != -1:
             self.meter.account.note_inside(optimizer)
             return
         self.announced.stepping(optimizer)
         self.delivered.stepping(optimizer)
 
     def _on_stepped(self, optimizer: Optimizer) -> None:
-        if in_backward():
+        if graph_task_id() != -1:
             return
-        self._update_ratios.after(optimizer, self._current)
+        if self._update_ratios.is_due:
+            self._update_ratios.after(optimizer, self._current)
         self.produced.stepped()
         if not self.ends_at_once:
             self.meter.account.begin(self.meter.watched)
@@ -364,7 +364,8 @@ class Engine:
 
     def _complete_last(self) -> None:
         draft, self._current = self._current, None
-        self.meter.drop_update()
+        if self._update_ratios.is_due:
+            self._update_ratios.forget()
         if draft is not None:
             self.completion.push(draft)
         self.completion.advance(wait=bool(self.waits_for))

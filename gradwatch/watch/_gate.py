@@ -142,7 +142,8 @@ class StepGate:
         veto, self._veto = self._veto, None
         if veto is not None:
             self._vetoes.tell(veto.look_again() if veto.was_settled else veto.settle(is_seen=False))
-        self._on_device.forget()
+        if self._on_device.is_armed:
+            self._on_device.forget()
 
     def end_window(self) -> None:
         """Look a last time at what a vetoed step was not to move, where that step has come: another's begins."""
@@ -289,7 +290,7 @@ class Gates:
 
     def is_open(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer's step tells nothing of itself."""
-        return bool(self._of(optimizer).why_open)
+        return bool((self._gates.get(id(optimizer)) or self._of(optimizer)).why_open)
 
     def stepped(self) -> None:
         """Say that the optimizers that were armed last have stepped: of some nobody else does."""
@@ -315,8 +316,10 @@ class Gates:
 
     def arm(self, optimizers: Iterable[Optimizer], veto: bool) -> None:
         """Set whether the next step of these optimizers is vetoed."""
-        self._stepping = [self._of(optimizer) for optimizer in optimizers]
-        for gate in self._stepping:
+        known, self._stepping = self._gates, []
+        for optimizer in optimizers:
+            gate = known.get(id(optimizer)) or self._of(optimizer)
+            self._stepping.append(gate)
             gate.arm(veto)
 
     def arm_on_device(self, optimizers: Iterable[Optimizer], veto: Tensor, tell: Callable[[LateProof], object]) -> None:

@@ -19,12 +19,13 @@ class Kind:
 
     Attributes:
         scalars: that say so on a record.
+        index: of what was trained when they were last looked at.
     """
 
     def __init__(self, given: str) -> None:
         self._is_given = given != "auto"
         self._seen: set[str] = {given} if self._is_given else set()
-        self._index: Index | None = None
+        self.index: Index | None = None
         self._optimizer: int | None = None
         self.scalars: Mapping[str, float] = kind_scalars(self._seen)
 
@@ -37,8 +38,8 @@ class Kind:
         """Take in what is trained at a step, by which of several optimizers, and in which company."""
         if self._is_given:
             return
-        if index is not self._index:
-            self._index = index
+        if index is not self.index:
+            self.index = index
             self._add(*kinds_of_index(index))
         if others or (optimizer is not None and self._optimizer not in (None, optimizer)):
             self._add("adversarial")

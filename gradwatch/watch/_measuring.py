@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from time import perf_counter, time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..hooks import TapStats
 from ..stats import Exchange, GradientPieces, Gradients, Shards, global_norm
-from ..torchside import is_host, moved, real_of, wide_dtype
+from ..torchside import Aside, are_modes_on, is_host, moved, real_of, wide_dtype
 from ._batch import batch_scalars, holds_targets, num_samples
 from ._company import Company
 from ._configured import configured
 from ._guard import Guard
 from ._kind import Kind
 from ._loss_graph import SeenLoss, form_scalars
-from ._model_meter import ModelMeter, constant, loss_value
+from ._model_meter import ModelMeter, constant, few_seals, loss_value
 from ._numbers import Scalars
 from ._parallel import num_batches_at_once
 from ._prediction import Prediction
@@ -81,8 +82,13 @@ class Measuring:
         """Measure one step before treatment, and send its numbers on their way to the host."""
         meter = self.meter
         is_plain = turn.plan.is_plain and self.own is None and meter.local is None
-        draft = self._at_once(turn) if is_plain and (meter.tap is None or not meter.tap.armed) else None
-        return self._packed(turn) if draft is None else draft
+        draft = None
+        if is_plain and (meter.tap is None or not meter.tap.armed) and not are_modes_on():
+            draft = self._at_once(turn)
+        if draft is None:
+            with Aside():
+                draft = self._packed(turn)
+        return draft
 
     def _at_once(self, turn: Turn) -> Draft | None:
         """Measure a step at which norms alone are due, and the host has them by one call; None where it has not.
@@ -90,10 +96,11 @@ class Measuring:
         Of a small model nearly all steps go this way, and each call of a function in it costs them as much as measuring
         a tensor: what is asked of other rooms elsewhere is written out here.
         """
-        inputs, grads = turn.inputs, turn.grads
+        inputs, grads, losses = turn.inputs, turn.grads, turn.inputs.losses
         assert grads is not None
-        look, known = self.produced.take(grads), None
-        is_sealed = look is not None and not _is_unscaled(inputs, grads) and look.holds(grads, turn.tensors)
+        params, look, known = grads.params, self.produced.take(grads), None
+        is_sealed = look is not None and (inputs.scale is None or not _is_unscaled(inputs, grads))
+        is_sealed = look is not None and is_sealed and look.holds(params, turn.tensors)
         if look is not None and is_sealed:
             turn.seals = look.seals
             if not self.produced.is_to_compare(inputs.step):
@@ -102,14 +109,14 @@ class Measuring:
         found = grads.measure_on_host(known, turn.tensors, numels)
         if found is None:
             return None
-        norms, global_norm, tensors = found
+        norms, global_norm, _ = found
         numbers: dict[str, Any] = {"norms": norms, "global_norm": global_norm}
         if look is not None and known is None:
             numbers |= Transfer(self._produced(look, inputs, grads)).result()
-        loss = inputs.losses[0] if len(inputs.losses) == 1 else None
+        loss = losses[0] if len(losses) == 1 else None
         if type(loss) is Tensor and loss.is_cpu and loss.numel() == 1:
             loss = loss.item()
-        if type(loss) is not float and inputs.losses:
+        if type(loss) is not float and losses:
             loss = self._losses(inputs, _CPU)[0]
             loss = float(loss) if isinstance(loss, Tensor) else loss
         if loss is not None:
@@ -118,12 +125,15 @@ class Measuring:
         scalars = self._plain_scalars(inputs)
         now, last = perf_counter(), self._clock
         self._clock, scalars["seconds"] = now, now - last
-        kept = self.meter.were_kept(grads.params, tensors, max(1, len(inputs.losses)))
+        kept = self.meter.were_kept(few_seals(params) if turn.seals is None else turn.seals, len(losses) or 1)
         if kept is not None:
             scalars["grads_kept"] = kept
         scalars.update(inputs.scalars)
         self.num_failed_treatments = 0
-        return self._draft(turn, grads, Known(numbers), scalars, is_plain=True, is_sealed=is_sealed)
+        # One that was used up inside backward has left zeros, where it has left anything.
+        doubtful = () if np.logical_and.reduce(norms) else self.meter.account.doubtful(params)
+        known_by = Known(numbers)
+        return self._draft(turn, params, known_by, scalars, is_plain=True, is_sealed=is_sealed, doubtful=doubtful)
 
     @calm_numpy
     def _packed(self, turn: Turn) -> Draft:
@@ -163,7 +173,7 @@ class Measuring:
         plain |= {k: v for k, v in settings.items() if not isinstance(v, Tensor)}
         draft = self._draft(
             turn,
-            grads,
+            grads.params,
             Transfer(parts),
             plain | {k: v for k, v in batch.items() if not isinstance(v, Tensor)},
             extras=seen.extras,
@@ -178,18 +188,20 @@ class Measuring:
             spread_positions=spread_positions,
             own=own,
             is_sealed=seen.is_sealed,
+            doubtful=self.meter.account.doubtful(grads.params),
         )
         if found.absent is not None and is_host(found.absent.device):
             grads.lack_(torch.nonzero(found.absent)[:, 0].tolist())
         return draft
 
     def _draft(
-        self, turn: Turn, grads: Gradients, numbers: Numbers, scalars: dict[str, float], **measured: Any
+        self, turn: Turn, params: Sequence[Tensor], numbers: Numbers, scalars: dict[str, float], **measured: Any
     ) -> Draft:
-        inputs, watched, params, account = turn.inputs, self.meter.watched, grads.params, self.meter.account
+        inputs, watched = turn.inputs, self.meter.watched
         unseen: Mapping[str, str] = NOTHING
         if params is not watched.held or watched.unheld or watched.strange:
-            unseen = self._unseen(inputs, grads, turn.optimizers)
+            assert turn.grads is not None
+            unseen = self._unseen(inputs, turn.grads, turn.optimizers)
         return Draft(
             step=inputs.step,
             index=watched.index,
@@ -203,7 +215,6 @@ class Measuring:
             positions=watched.held_positions if params is watched.held else self.meter.positions(params),
             optimizer=inputs.optimizer or 0,
             unseen=unseen,
-            doubtful=account.doubtful(params),
             is_without_backward=inputs.has_backward is False,
             numbers=numbers,
             scalars=scalars,
@@ -315,7 +326,7 @@ class Measuring:
     def _take_gradients(self, seen: _Seen, turn: Turn, grads: Gradients) -> None:
         """Measure the gradients, where that was not done when backward was over."""
         look, has_details = self.produced.take(grads), turn.plan.histograms and len(grads) > 0
-        seen.is_sealed = look is not None and not _is_unscaled(turn.inputs, grads) and look.holds(grads)
+        seen.is_sealed = look is not None and not _is_unscaled(turn.inputs, grads) and look.holds(grads.params)
         if look is not None and seen.is_sealed and not has_details and not self.produced.is_to_compare(turn.step):
             seen.pieces = look.pieces(grads)
         else:
@@ -386,7 +397,7 @@ class Measuring:
         now = perf_counter()
         scalars = {"seconds": now - self._clock}
         self._clock = now
-        kept = self.meter.were_kept(grads.params, grads.tensors, max(1, len(inputs.losses)))
+        kept = self.meter.were_kept(few_seals(grads.params), len(inputs.losses) or 1)
         if kept is not None:
             scalars["grads_kept"] = kept
         return scalars | inputs.scalars
@@ -397,12 +408,13 @@ class Measuring:
             scalars["grad_scale"] = float(inputs.scale)
         if inputs.optimizer is not None:
             scalars["optimizer"] = float(inputs.optimizer)
-        held = self.meter.watched.held
+        held, index, kind = self.meter.watched.held, self.meter.watched.index, self.kind
         others = self._company.step(id(held[0]) if held else 0)
         if others:
             scalars["others_step"] = float(others)
-        self.kind.step(self.meter.watched.index, inputs.optimizer, others)
-        scalars.update(self.kind.scalars)
+        if others or inputs.optimizer is not None or index is not kind.index:
+            kind.step(index, inputs.optimizer, others)
+        scalars.update(kind.scalars)
         return scalars
 
 

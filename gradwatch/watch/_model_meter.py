@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from operator import attrgetter, is_, is_not
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ..hooks import ModuleTap, TapStats
 from ..records import Floats
 from ..stats import Gradients, UpdateMeter, forget_layouts, row_spread, second_look
-from ..torchside import Aside, clean_path, find, home, identity, is_host, moved, shape_of, weakly, whole_of, wide_dtype
+from ..torchside import Aside, clean_path, find, home, is_host, moved, shape_of, weakly, whole_of, wide_dtype
 from ._account import Account
 from ._batch import reduced
 from ._local_norms import LocalNorms
@@ -25,12 +25,11 @@ from ._model_now import FLAGS, ModelNow
 from ._options import MeasureOptions
 from ._paths import Watched, watched
 from ._prediction import KEPT_AT_LEAST, KEPT_AT_MOST, Prediction
+from ._seals import FEW, Seals
 
-__all__ = ["ModelMeter", "constant", "loss_value"]
+__all__ = ["ModelMeter", "constant", "few_seals", "loss_value"]
 
-_MARKED = 3
-"""So many gradients are looked at to find out whether any were reset."""
-_LAYOUT, _VERSION = attrgetter("layout"), attrgetter("_version")
+_GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
 _WIDE = (torch.float64, torch.complex128)
 
 
@@ -64,7 +63,7 @@ class ModelMeter:
         self._home: tuple[Watched, torch.device, torch.device] | None = None
         self._ordered = False
         self.sample_until = -1
-        self._marks: _Marks | None = None
+        self._marks: Seals | None = None
         self.is_muted: Callable[[], bool] = lambda: False
         self.local = LocalNorms() if options.local_norms else None
         self._attach_local()
@@ -94,7 +93,8 @@ class ModelMeter:
     def refresh(self, step: int) -> bool:
         """Look whether anything of the model is another one than at the last step; True if the index is a new one."""
         change = self.model_now.look()
-        self.watched.settle()
+        if self.watched.stand_ins:
+            self.watched.settle()
         if not change:
             return False
         if change == FLAGS:
@@ -133,20 +133,21 @@ class ModelMeter:
 
     def note_gradients(self, grads: Gradients) -> None:
         """Remember a few gradients as the optimizer will find them, where they changed since `were_kept` saw them."""
-        params = grads.params[:_MARKED]
-        self._marks = _marks(params, [p.grad for p in params])
+        self._marks = few_seals(grads.params)
 
-    def were_kept(self, params: Sequence[Tensor], grads: Sequence[Tensor], num_parts: int) -> float | None:
+    def were_kept(self, now: Seals | None, num_parts: int) -> float | None:
         """Return 1 if gradients were demonstrably not reset since the last step, 0 if they were, None if unknown.
 
-        A gradient that is the same memory, written to just once per micro-batch since, was only added to: `zero_grad`
-        would have given new memory or written once more.
+        A gradient that is the same tensor, written to just once per micro-batch since, was only added to: `zero_grad`
+        would have given a new one or written once more.
+
+        Args:
+            now: of the gradients as they are; None where they have nothing to tell them by.
+            num_parts: micro-batches of the step.
         """
-        last, self._marks = self._marks, _marks(params[:_MARKED], grads[:_MARKED])
-        now = self._marks
-        if last is None or now is None or not now.are_of(last):
-            return None
-        return float(now.places == last.places and now.versions == [v + num_parts for v in last.versions])
+        last, self._marks = self._marks, now
+        added = None if last is None or now is None else now.are_added_to(last, num_parts)
+        return None if added is None else float(added)
 
     def arm(self) -> None:
         """Begin to listen to forward and backward passes."""
@@ -221,15 +222,21 @@ class ModelMeter:
         """Return the same, and what its `tensors` gives now where it has been listed: asking each parameter is what
         costs."""
         watched, used_up = self.watched, self.account.is_used_up
-        if len(optimizers) == len(self.optimizers) and not self.account.has_used_up:
-            tensors: list[Any] = [p.grad for p in watched.held]
-            if all(map(is_not, tensors, repeat(None))):
-                return Gradients.of(watched.held_paths, watched.held, grad_scale=grad_scale), tensors
+        tensors = self.all_gradients() if len(optimizers) == len(self.optimizers) else None
+        if tensors is not None:
+            return Gradients.of(watched.held_paths, watched.held, grad_scale=grad_scale), tensors
         named = [(path, p) for _, path, p in watched.params if not used_up(p)]
         if len(optimizers) != len(self.optimizers):
             held = watched.held_by(optimizers)
             named = [(path, p) for path, p in named if id(p) in held]
         return Gradients.collect(named, grad_scale=grad_scale), None
+
+    def all_gradients(self) -> list[Tensor] | None:
+        """Return the gradients of `watched.held` where each has one that nobody has used up; else None."""
+        if self.account.inside:
+            return None
+        tensors: list[Any] = list(map(_GRAD, self.watched.held))
+        return tensors if all(map(is_not, tensors, repeat(None))) else None
 
     def positions(self, params: Sequence[Tensor]) -> NDArray[np.int64]:
         """Return the parameters' places in the index."""
@@ -358,23 +365,11 @@ def constant(value: float, device: torch.device) -> Tensor:
     return torch.full((), float(value), dtype=wide_dtype(device), device=device)
 
 
-class _Marks(NamedTuple):
-    """A few parameters, where their gradients lie, and how often each was written to."""
-
-    params: tuple[Tensor, ...]
-    places: list[int]
-    versions: list[int]
-
-    def are_of(self, other: _Marks) -> bool:
-        return len(self.params) == len(other.params) and all(map(is_, self.params, other.params))
-
-
-def _marks(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> _Marks | None:
-    """Return the marks of gradients; None where one has no memory of its own to compare, or there is none."""
+def few_seals(params: Sequence[Tensor]) -> Seals | None:
+    """Return the seals of the first few gradients; None where they are of a kind that keeps no count of writes."""
+    params = params[:FEW]
+    grads = [p.grad for p in params]
     # Exactly torch.Tensor: sharded ones have none.
     if set(map(type, grads)) != {Tensor} or set(map(_LAYOUT, grads)) != {torch.strided}:
         return None
-    try:
-        return _Marks(tuple(params), list(map(identity, grads)), list(map(_VERSION, grads)))  # type: ignore[arg-type]
-    except RuntimeError:  # an inference tensor has no versions
-        return None
+    return Seals(params, grads)  # type: ignore[arg-type]

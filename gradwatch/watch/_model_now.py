@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
@@ -23,7 +24,8 @@ FLAGS, PARTS = "flags", "parts"
 _PARTS = ("_parameters", "_modules")
 _LOOKED_UP, _ASKED = itemgetter(*_PARTS), attrgetter(*_PARTS)
 _RARELY = 16
-"""Looks after which it is asked whether modules have their attributes where they had them."""
+"""Looks after which it is asked whether modules have their attributes where they had them, and are of their class. Of
+lazy ones that is asked at every look."""
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
@@ -41,12 +43,6 @@ class _Likeness(NamedTuple):
     kinds: list[type]
     sizes: list[int]
     trainable: list[bool]
-
-    def is_same(self, other: _Likeness) -> bool:
-        """Whether these are the same but for what is trained."""
-        # By identity: tensors compare by their elements.
-        same = len(self.parts) == len(other.parts) and all(map(is_, self.parts, other.parts))
-        return same and self.kinds == other.kinds and self.sizes == other.sizes
 
 
 class ModelNow:
@@ -76,36 +72,47 @@ class ModelNow:
         params = {id(p): p for _, p in named} | {id(p): p for p in _held(self._optimizers)}
         self._params = list(params.values())
         self._sized = [p for p in self._params if not isinstance(p, UninitializedParameter)]
+        self._is_lazy = len(self._sized) < len(self._params) or any(
+            isinstance(m, LazyModuleMixin) for m in self._modules
+        )
         self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}
         self._known |= {id(p): (weakref.ref(p), clean_path(path)) for path, p in named}
 
-    def _take(self) -> _Likeness:
+    def _parts(self) -> list[Any]:
         # Children and parameters are looked up anew: a container may put another dict in the place of its own.
-        params = self._params
-        self._num_looks += 1
-        if self._num_looks % _RARELY == 0:
-            self._vars = list(map(vars, self._plain))
-        held = chain(map(_LOOKED_UP, self._vars), map(_ASKED, self._odd))
-        filled = filter(None, chain.from_iterable(held))
-        parts: list[Any] = list(chain.from_iterable(map(dict.values, filled)))
+        held = chain.from_iterable(chain(map(_LOOKED_UP, self._vars), map(_ASKED, self._odd)))
+        parts: list[Any] = list(chain.from_iterable(map(dict.values, filter(None, held))))
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 parts += group["params"]
-        kinds: list[type] = [*map(type, self._modules), *map(type, params)]
-        return _Likeness(parts, kinds, list(map(Tensor.numel, self._sized)), list(map(_REQUIRES_GRAD, params)))
+        return parts
+
+    def _kinds(self) -> list[type]:
+        return [*map(type, self._modules), *map(type, self._params)]
+
+    def _take(self) -> _Likeness:
+        sizes, trainable = list(map(Tensor.numel, self._sized)), list(map(_REQUIRES_GRAD, self._params))
+        return _Likeness(self._parts(), self._kinds(), sizes, trainable)
 
     def look(self) -> str:
         """Return what is another since the last look: `FLAGS`, `PARTS`, or "" for nothing."""
-        now, last = self._take(), self._last
-        is_same = now.is_same(last)
-        if is_same and now.trainable == last.trainable:
+        self._num_looks += 1
+        is_close = self._is_lazy or self._num_looks % _RARELY == 0
+        if is_close:
+            self._vars = list(map(vars, self._plain))
+        parts, last = self._parts(), self._last
+        # By identity: tensors compare by their elements.
+        same = len(parts) == len(last.parts) and all(map(is_, parts, last.parts))
+        same = same and list(map(Tensor.numel, self._sized)) == last.sizes
+        if not same or (is_close and self._kinds() != last.kinds):
+            self._list()
+            self._last = self._take()
+            return PARTS
+        trainable = list(map(_REQUIRES_GRAD, self._params))
+        if trainable == last.trainable:
             return ""
-        if is_same:
-            self._last = now
-            return FLAGS
-        self._list()
-        self._last = self._take()
-        return PARTS
+        self._last = last._replace(trainable=trainable)
+        return FLAGS
 
     def known_paths(self) -> Mapping[int, str]:
         """Return id -> path of all living parameters that are the model's, or once were."""

@@ -94,13 +94,14 @@ class Watched:
         return tuple([p for _, _, p in self.params])
 
     @cached_property
-    def _stand_ins(self) -> tuple[nn.Parameter, ...]:
+    def stand_ins(self) -> tuple[nn.Parameter, ...]:
+        """Those that stand in for parts of what the optimizer holds."""
         return tuple([p for p in self.held if real_of(p) is not p])
 
     def held_by(self, optimizers: Sequence[Optimizer]) -> set[int]:
         """Return the ids of what these hold: of a parameter that something stands in for, of that."""
         ids = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-        return ids.union(id(p) for p in self._stand_ins if id(real_of(p)) in ids)
+        return ids.union(id(p) for p in self.stand_ins if id(real_of(p)) in ids)
 
     @cached_property
     def is_in_pieces(self) -> bool:
@@ -112,7 +113,7 @@ class Watched:
 
     def settle(self) -> None:
         """Let what stands in for parameters lie where they lie now."""
-        for p in self._stand_ins:
+        for p in self.stand_ins:
             p.settle()  # type: ignore[attr-defined]
 
     @cached_property

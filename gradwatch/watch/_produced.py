@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..records import Floats
-from ..stats import GradientPieces, Gradients, Shards
-from ..torchside import Aside, StandIn, WeakHook, graph_task_id, sent, weakly
+from ..stats import GradientPieces, Gradients, Shards, host_norms
+from ..torchside import Aside, OwnedHook, StandIn, are_modes_on, graph_task_id, sent, untraced, weakly
 from ._between import Between
 from ._guard import Guard
 from ._model_meter import ModelMeter
@@ -25,6 +25,8 @@ from ._timed import calm_numpy
 __all__ = ["CADENCE", "Look", "Produced", "look_at"]
 
 _PART = "norms before a clip of the program's own"
+# The way in which DDP and FSDP learn that a backward is over.
+_call_at_end: Callable[[Callable[[], Any]], None] = torch.autograd.Variable._execution_engine.queue_callback
 _WINDOWS = 8
 CADENCE = 16
 """Records from one measurement to the next where nothing tells that gradients were changed."""
@@ -46,14 +48,13 @@ class Look:
     norms: Tensor | None = None
     on_host: tuple[Floats, float] | None = None
 
-    def holds(self, grads: Gradients, tensors: Sequence[Tensor] | None = None) -> bool:
-        """Whether these are the very gradients, untouched.
+    def holds(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None = None) -> bool:
+        """Whether the gradients of these parameters are the very ones, untouched.
 
         Args:
-            grads: the gradients.
-            tensors: as they lie now, where somebody has just listed them.
+            params: that have a gradient.
+            tensors: these gradients, where somebody has just listed them.
         """
-        params = grads.params
         same = self.params is params
         if not same and not (len(self.params) == len(params) and all(map(is_, self.params, params))):
             return False
@@ -89,10 +90,10 @@ def look_at(params: Iterable[nn.Parameter]) -> Look | None:
         return _seen(Gradients.collect([(str(i), p) for i, p in enumerate(params)]))
 
 
-def _seen(grads: Gradients, tensors: list[Tensor] | None = None, numels: array[int] | None = None) -> Look | None:
+def _seen(grads: Gradients) -> Look | None:
     """Return what is to be seen of gradients; None where there are none, or they lie in pieces."""
     # Where that is done on the host nothing is launched.
-    found = grads.measure_on_host(None, tensors, numels)
+    found = grads.measure_on_host()
     if found is not None:
         params = grads.params
         return Look(params, Seals(params, found[2]), None, found[:2])
@@ -117,6 +118,7 @@ class Produced:
 
     Attributes:
         between: tells what was done in between.
+        task: torch's number of the backward that runs; -1 where none was heard of.
     """
 
     def __init__(self, meter: ModelMeter, guard: Guard, is_due: Callable[[], bool]) -> None:
@@ -124,12 +126,13 @@ class Produced:
         self._handles: list[Any] = []
         self._of: Watched | None = None
         self._hears_all = False
-        self._task: tuple[int, object] | None = None
+        self.task = -1
         self._open: object | None = None
         self._num_over, self._is_counted = 0, False
         self._counts: deque[int] = deque(maxlen=_WINDOWS)
         self._look: Look | None = None
         self._age = 0
+        self._told_over = weakly(self._over)
         self.between = Between()
         self.listen()
 
@@ -143,7 +146,7 @@ class Produced:
         with self._guard(_PART, self.close):
             for p in self._chosen():
                 if p.requires_grad and p.is_leaf and not isinstance(p, (nn.parameter.UninitializedParameter, StandIn)):
-                    self._handles.append(WeakHook.of(self.heard).hang(p.register_post_accumulate_grad_hook))
+                    self._handles.append(_Bell(self).hang(p.register_post_accumulate_grad_hook))
                     self._meter.account.heard.add(id(p))
 
     def _chosen(self) -> Sequence[Tensor]:
@@ -158,19 +161,15 @@ class Produced:
         named = [[p for p in group if id(p) in mine and p.requires_grad] for group in groups]
         return list({id(p): p for group in named if group for p in (group[0], group[-1])}.values())
 
-    def heard(self, param: Tensor) -> None:
-        """A parameter has got its gradient: a backward runs."""
-        task = graph_task_id()
-        if task == -1 or (self._task is not None and self._task[0] == task):
-            return
+    def hear(self, task: int) -> None:
+        """A parameter has got its gradient, the first one in this backward."""
         token = self._open = object()
-        self._task, self._look = (task, token), None
-        over = weakly(self._over)
+        self.task, self._look = task, None
         # Twice around: those who queued theirs during this backward (DDP's reduction) come before the second.
-        _call_at_end(lambda: _call_at_end(lambda: over(token)))
+        _call_at_end(partial(_call_at_end, partial(self._told_over, token)))
 
     def _over(self, token: object) -> None:
-        self._task = None
+        self.task = -1
         self._num_over += 1
         if self._open is not token:
             return  # measured already
@@ -180,16 +179,25 @@ class Produced:
         if self._meter.options.every != 1 and not self._is_due():
             return
         try:
-            with Aside():
+            if are_modes_on():
+                with Aside():
+                    self._see()
+            else:
                 self._see()
         except Exception as error:
             self._guard.report(_PART, error)
             self.close()
 
     def _see(self) -> None:
-        grads, tensors = self._meter.listed_gradients(self._meter.optimizers, 1.0)
-        numels = None if tensors is None else self._meter.watched.held_numels
-        self._look, self._age = _seen(grads, tensors, numels), 0
+        meter, self._age = self._meter, 0
+        tensors, held = meter.all_gradients(), meter.watched.held
+        found = None if tensors is None else host_norms(tensors, meter.watched.held_numels)
+        if found is not None:
+            self._look = Look(held, Seals(held, tensors), None, found)
+            return
+        with Aside():
+            grads = meter.gradients(meter.optimizers, 1.0)
+            self._look = _seen(grads)
         if self._look is None and Shards(grads.tensors).groups:
             self.close()
 
@@ -237,14 +245,25 @@ class Produced:
         for handle in self._handles:
             handle.remove()
         self._meter.account.heard.clear()
-        self._handles, self._look, self._open, self._task = [], None, None, None
+        self._handles, self._look, self._open, self.task = [], None, None, -1
+
+
+class _Bell(OwnedHook):
+    """Tells of a backward, at a parameter that has got its gradient: asked at every step, it does nothing else."""
+
+    __slots__ = ()
+
+    @untraced
+    def __call__(self, param: Tensor) -> None:
+        produced = self._owner()
+        if produced is None:
+            self.take_off()
+            return
+        task = graph_task_id()
+        if task not in (-1, produced.task):
+            produced.hear(task)
 
 
 def _is_capturing(device: torch.device) -> bool:
     # What is launched while a graph is captured would be part of it.
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _call_at_end(call: Callable[[], None]) -> None:
-    # The way in which DDP and FSDP learn that a backward is over.
-    torch.autograd.Variable._execution_engine.queue_callback(call)

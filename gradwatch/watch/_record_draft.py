@@ -166,10 +166,12 @@ class Draft:
             loss_limit: the largest loss that is no surprise.
         """
         host = self.numbers.result()
-        loss, norm = _mean(host.get("loss")), float(host["global_norm"])
+        loss, norm = host.get("loss"), float(host["global_norm"])
+        if type(loss) is not float:
+            loss = _mean(loss)
         if "produced" in host:
             norm = float(np.maximum(norm, whole(host["produced"])))
-        if self.out_of_step():
+        if self.num_ranks > 1 and self.out_of_step():
             return False
         return norm <= calm and math.isfinite(norm) and (loss is None or loss <= loss_limit)
 

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from operator import attrgetter, is_
-from weakref import ref
 
 from torch import Tensor
 
-__all__ = ["Seals"]
+from ..torchside import identities
+
+__all__ = ["FEW", "Seals"]
 
 _GRAD, _VERSION = attrgetter("grad"), attrgetter("_version")
-_DEREFERENCED = ref.__call__
+FEW = 3
+"""So many gradients are looked at to find out whether any were reset."""
 
 
 class Seals:
-    """The gradients of some parameters as they are now: which tensors, and how often each was written to.
+    """The gradients of some parameters as they are now: which tensors, where, and how often each was written to.
 
-    Holds no gradient. What is written past the version counters (`p.grad.data`, a kernel of one's own) breaks no seal.
+    Holds no gradient, and nothing that the garbage collector has to walk through: weak references to thousands of
+    gradients at every step would wake it in each. Another tensor may come to lie where a gradient was, or to be the
+    object that was its; to be both, and as often written to, it would have to be the same.
+    What is written past the version counters (`p.grad.data`, a kernel of one's own) breaks no seal.
 
     Args:
         params: the parameters.
         grads: of those that have one, where somebody has just listed them.
     """
 
-    __slots__ = ("_params", "_refs", "_versions")
+    __slots__ = ("_ids", "_params", "_places", "_versions")
 
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor] | None = None) -> None:
         self._params = params
         if grads is None:
             grads = [g for g in map(_GRAD, params) if g is not None]
-        self._refs = list(map(ref, grads))
-        self._versions = _versions(grads)
+        self._ids, self._places = array("Q", map(id, grads)), identities(grads)
+        try:
+            self._versions = array("q", map(_VERSION, grads))
+        except RuntimeError:
+            self._versions = _versions(grads)
 
     @property
     def broken(self) -> bool:
@@ -40,16 +49,29 @@ class Seals:
 
     def are_broken_by(self, now: Sequence[Tensor]) -> bool:
         """Return what `broken` does, where these are the parameters' gradients now."""
-        if len(now) != len(self._refs) or not all(map(is_, now, map(_DEREFERENCED, self._refs))):
+        if array("Q", map(id, now)) != self._ids:
             return True
         try:
-            return list(map(_VERSION, now)) != self._versions
+            versions = array("q", map(_VERSION, now))
         except RuntimeError:
-            return _versions(now) != self._versions
+            versions = _versions(now)
+        return versions != self._versions or identities(now) != self._places
+
+    def are_added_to(self, earlier: Seals, times: int) -> bool | None:
+        """Return whether the first few are gradients that lay there earlier, each written to just so often since.
+
+        None where these are of other parameters, or their writes are not counted.
+        """
+        mine, other = self._params[:FEW], earlier._params[:FEW]
+        if len(mine) != len(other) or not all(map(is_, mine, other)):
+            return None
+        versions, before = self._versions[:FEW], earlier._versions[:FEW]
+        if -1 in versions or -1 in before:
+            return None
+        same = self._places[:FEW] == earlier._places[:FEW]
+        return same and versions == array("q", [version + times for version in before])
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    try:
-        return list(map(_VERSION, tensors))
-    except RuntimeError:  # an inference tensor has none
-        return [-1 if t.is_inference() else t._version for t in tensors]
+def _versions(tensors: Sequence[Tensor]) -> array[int]:
+    # An inference tensor has none.
+    return array("q", [-1 if t.is_inference() else t._version for t in tensors])

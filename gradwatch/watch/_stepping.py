@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ._clean import steps_undisturbed
 from ._engine import Engine, StepOutcome
 from ._stepper import Stepper
 
@@ -19,6 +20,8 @@ def step_all(stepping: Sequence[Stepper], scaler: Any, engine: Engine, outcome: 
     # One inside a wrapper is the wrapper's to step and update.
     mine = None if scaler is None or any(s.scaler is not None for s in stepping) else scaler
     engine.ends_at_once = True
+    if mine is None and len(stepping) == 1 and not outcome.requests:
+        engine.delivered.is_next = stepping[0].given is stepping[0].raw and steps_undisturbed(stepping[0].raw)
     try:
         for s in stepping:
             if engine.gates.is_open(s.raw):
@@ -28,7 +31,7 @@ def step_all(stepping: Sequence[Stepper], scaler: Any, engine: Engine, outcome: 
             if mine is not None:
                 mine.step(s.given)
             else:
-                s.step()
+                s.given.step()
         if mine is not None:
             mine.update()
     except BaseException:

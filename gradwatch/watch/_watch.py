@@ -227,8 +227,8 @@ class Watch:
             ConfigError: a closure for several optimizers, or under a loss scaler.
             TrainingStopped: a rule or treatment asked for a stop.
         """
-        stepping = chosen(self._steppers, optimizer)
-        closure = closure_in(loss)
+        stepping = self._steppers if optimizer is None else chosen(self._steppers, optimizer)
+        closure = None if loss is None or type(loss) is Tensor else closure_in(loss)
         if closure is not None:
             handed = {"batch": batch, "outputs": outputs, "targets": targets, "optimizer": optimizer}
             return self._step_with(closure, only_one(stepping, self.scaler), handed)
@@ -288,8 +288,10 @@ class Watch:
 
         Where the outcome says `skip`, the optimizer's next `step()` moves nothing.
         """
-        known = chosen(self._steppers, optimizer)
-        stepping, scaler = [s.raw for s in known], self.scaler
+        known, stepping, scaler = self._steppers, self.optimizers, self.scaler
+        if optimizer is not None:
+            known = chosen(known, optimizer)
+            stepping = tuple([s.raw for s in known])
         inputs = StepInputs(
             step=self._step,
             epoch=self._epoch,
