@@ -3,6 +3,7 @@
 ```
 python benchmarks/small.py            MLPs of 4, 16 and 64 tensors, 64 units, batches of 32, Adam
 python benchmarks/small.py --steps 400
+python benchmarks/small.py --calls    functions that a quiet step calls: the same under any load
 ```
 
 A bare and a watched loop take turns step by step in one process, one arm after the other: two watched trainings in one
@@ -16,9 +17,10 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -88,11 +90,52 @@ def measure(num_tensors: int, rules: str, steps: int) -> Added:
     )
 
 
+class Calls(NamedTuple):
+    """Functions that a step calls, by what they are written in."""
+
+    python: float
+    c: float
+
+
+def calls(num_tensors: int, rules: str | None, steps: int) -> Calls:
+    """Return the median of a training's steps."""
+    step, found = loop(num_tensors, rules), []
+    for _ in range(WARM_UP):
+        step()
+    for _ in range(steps):
+        counts = {"call": 0, "c_call": 0}
+
+        def count(frame: Any, event: str, _: Any, counts: dict[str, int] = counts) -> None:
+            if event in counts:
+                counts[event] += 1
+
+        sys.setprofile(count)
+        step()
+        sys.setprofile(None)
+        found.append(counts)
+    return Calls(*(statistics.median(counts[kind] for counts in found) for kind in ("call", "c_call")))
+
+
+def print_calls(steps: int) -> None:
+    print("| tensors | arm | added Python calls | added C calls |")
+    print("|---|---|---|---|")
+    for num_tensors in (4, 16, 64):
+        bare = calls(num_tensors, None, steps)
+        for name, rules in ARMS.items():
+            watched = calls(num_tensors, rules, steps)
+            figures = f"{watched.python - bare.python:.0f} | {watched.c - bare.c:.0f}"
+            print(f"| {num_tensors} | {name} | {figures} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400, help="after the warm-up; whole cadences are of 100")
+    parser.add_argument("--calls", action="store_true", help="count the functions that a quiet step calls")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.calls:
+        print_calls(min(options.steps, 50))
+        return
     print("| tensors | bare ms | arm | added ms, median | added ms, mean | x bare step |")
     print("|---|---|---|---|---|---|")
     for num_tensors in (4, 16, 64):
