@@ -20,15 +20,16 @@ from ..watch import (
     Guard,
     Home,
     IncidentTarget,
+    RunDir,
     ScaleReader,
     Session,
     Settings,
     StepInputs,
     raw_optimizer,
+    run_dir_of,
     scale_left_in_gradients,
     validation_scalars,
 )
-from ._run_dir import free_run_dir
 
 __all__ = [
     "checked",
@@ -75,7 +76,7 @@ def open_session(
     return session
 
 
-def choose_run_dir(trainer: Any, given: str | Path | bool | None, name: str, *, fresh: bool) -> Path | None:
+def choose_run_dir(trainer: Any, given: RunDir, name: str, *, fresh: bool) -> Path | None:
     """Return the folder for a run's files: the given one, else one in the log folder that no earlier run has.
 
     None where nothing is to be written: without a logger and without a `default_root_dir` of its own, the Trainer
@@ -84,16 +85,11 @@ def choose_run_dir(trainer: Any, given: str | Path | bool | None, name: str, *, 
     """
     # `log_dir` is a collective: every rank asks.
     log_dir = trainer.log_dir
-    if given is False or trainer.fast_dev_run:
+    if trainer.fast_dev_run:
         return None
-    if isinstance(given, (str, Path)):
-        return Path(given)
     if log_dir is None or not trainer.loggers:
         log_dir = _root(trainer)
-    if log_dir is None:
-        return None
-    folder = Path(log_dir) / name
-    return free_run_dir(folder) if fresh else folder
+    return run_dir_of(given, name, None if log_dir is None else Path(log_dir), fresh=fresh)
 
 
 def _root(trainer: Any) -> str | None:

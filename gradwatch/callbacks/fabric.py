@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -25,20 +26,22 @@ from ..watch import (
     Forward,
     IncidentTarget,
     Look,
+    RunDir,
     ScaleReader,
     Stepper,
     Tasks,
     Watch,
+    checked_run_dir,
     incident_target,
     look,
     look_at,
     raw_optimizer,
     resolve,
+    run_dir_of,
     tasks_of,
     unwrap,
 )
 from ._backward_end import BackwardEnd, Pass
-from ._run_dir import free_run_dir
 from ._say import fitted, say
 
 __all__ = ["GradWatch"]
@@ -88,7 +91,7 @@ class GradWatch:
         self,
         rules: Any = "default",
         *,
-        run_dir: str | Path | bool | None = None,
+        run_dir: RunDir = None,
         on_incident: IncidentTarget | None = None,
         on_checkpoint: Callable[[str], object] | None = None,
         name: str = "gradwatch",
@@ -105,7 +108,7 @@ class GradWatch:
             )
         told = {"on_incident": incident_target(on_incident), "on_checkpoint": on_checkpoint}
         self._given = {"rules": rules, "name": name, **told, **options}
-        self._run_dir, self._verbose = run_dir, verbose
+        self._run_dir, self._verbose = checked_run_dir(run_dir), verbose
         self._fabric: Any = None
         self._ends: dict[int, tuple[nn.Module, BackwardEnd]] = {}
         self._watches: dict[int, Watch] = {}
@@ -301,12 +304,10 @@ class GradWatch:
         return watch
 
     def _folder(self, name: str) -> Path | None:
-        if self._run_dir is False:
-            return None
-        if isinstance(self._run_dir, (str, Path)):
+        if isinstance(self._run_dir, (str, os.PathLike)):
             return Path(self._run_dir) if name == self._given["name"] else Path(self._run_dir, name)
         log_dir = next((x.log_dir for x in self._fabric.loggers if getattr(x, "log_dir", None)), None)
-        return None if log_dir is None else free_run_dir(Path(log_dir) / name)
+        return run_dir_of(self._run_dir, name, None if log_dir is None else Path(log_dir))
 
     def on_after_optimizer_step(self, strategy: Any, optimizer: Optimizer) -> None:
         raw = raw_optimizer(optimizer)

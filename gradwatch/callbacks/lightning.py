@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial, update_wrapper
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +14,16 @@ from .._closing import end_all, insist, why_ended
 from .._preflight import PreflightReport
 from ..records import Incident
 from ..requests import Request
-from ..watch import ScaleReader, Session, StepInputs, StepOutcome, incident_target, resolve
+from ..watch import (
+    RunDir,
+    ScaleReader,
+    Session,
+    StepInputs,
+    StepOutcome,
+    checked_run_dir,
+    incident_target,
+    resolve,
+)
 from . import _lightning_run as lightning_run
 from ._bar import NumberInBar
 from ._door import SessionDoor
@@ -56,7 +64,8 @@ class GradWatch(SessionDoor, _Callback):
         memory_limit_mb: what may be held beyond the model.
         on_error: `"warn"` or `"raise"`.
         run_dir: folder for records and incidents; None: `<name>` in the first logger's folder, without a logger in
-            the `default_root_dir` given to the Trainer, and none without that too; False: none.
+            the `default_root_dir` given to the Trainer, and none without that too; True: in the working directory
+            then; False: none.
         sinks: where records go; None: the Trainer's loggers.
         name: of this callback: its tags and its state in checkpoints begin with it. A second one of the same name in a
             Trainer goes by `<name>-2`.
@@ -97,7 +106,7 @@ class GradWatch(SessionDoor, _Callback):
         backward: str = "tensor",
         memory_limit_mb: float = 256,
         on_error: str = "warn",
-        run_dir: str | Path | bool | None = None,
+        run_dir: RunDir = None,
         sinks: Any = None,
         name: str = "gradwatch",
         histogram_scale: str = "log10",
@@ -142,7 +151,7 @@ class GradWatch(SessionDoor, _Callback):
             allow_code=allow_code,
             live=live,
         )
-        self._run_dir = run_dir
+        self._run_dir = checked_run_dir(run_dir)
         self._on_incident = incident_target(on_incident)
         self._preflight = preflight
         self.preflight_report: PreflightReport | None = None

@@ -26,13 +26,16 @@ from ..watch import (
     Forward,
     Home,
     IncidentTarget,
+    RunDir,
     ScaleReader,
     Session,
     StepInputs,
     Stepper,
+    checked_run_dir,
     forget_step,
     incident_target,
     resolve,
+    run_dir_of,
     scale_left_in_gradients,
 )
 from ._backward_end import BackwardEnd, Pass
@@ -41,7 +44,6 @@ from ._elsewhere import Elsewhere
 from ._evaluated import Evaluated
 from ._left import is_running, when_left
 from ._own_names import free_name
-from ._run_dir import free_run_dir
 from ._say import say, say_ending
 from ._transformers_run import logging_steps, packed, sinks_of, unpacked
 
@@ -95,7 +97,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         rules: Any = "default",
         *,
         treatments: Any = (),
-        run_dir: str | Path | bool | None = None,
+        run_dir: RunDir = None,
         sinks: Sequence[Sink] | None = None,
         log_every: int | None = None,
         on_incident: IncidentTarget | None = None,
@@ -111,7 +113,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
                 )
         given = {"rules": rules, "treatments": treatments, "sinks": sinks, "log_every": log_every, "name": name}
         self.settings = resolve(**given, **options)
-        self._run_dir, self._verbose = run_dir, verbose
+        self._run_dir, self._verbose = checked_run_dir(run_dir), verbose
         self._on_incident = incident_target(on_incident)
         self._session: Session | None = None
         self._elsewhere = Elsewhere()
@@ -187,12 +189,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         return free_name(self.settings.name, taken)
 
     def _folder(self, args: Any, *, fresh: bool) -> Path | None:
-        if self._run_dir is False:
-            return None
-        if isinstance(self._run_dir, (str, Path)):
-            return Path(self._run_dir)
-        folder = Path(args.output_dir) / self._own_name
-        return free_run_dir(folder) if fresh else folder
+        return run_dir_of(self._run_dir, self._own_name, Path(args.output_dir), fresh=fresh)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._session is not None:

@@ -61,7 +61,10 @@ def layer_grid(data: ReportData, *, max_layers: int = 40, biases: bool = False) 
 def incident_grid(incidents: Iterable[Incident]) -> Grid:
     """Return the incidents, each behind what it follows from."""
     grid = Grid(
-        ["step", "severity", "rule", "where", "value", "bar", "state", "treated by"], right=(0, 4, 5), flexible=3
+        ["step", "severity", "rule", "where", "value in", "value", "bar", "state", "treated by"],
+        right=(0, 5, 6),
+        flexible=3,
+        droppable=8,
     )
     for i, _ in rank_incidents(list(incidents)):
         more = f" +{len(i.paths) - 1}" if len(i.paths) > 1 else ""
@@ -70,7 +73,8 @@ def incident_grid(incidents: Iterable[Incident]) -> Grid:
             i.severity,
             i.name or i.rule,
             (i.first_path or (i.paths[0] if i.paths else "whole model")) + more,
-            short(i.value) + (f" ({i.worst_elsewhere})" if i.worst_elsewhere else ""),
+            i.worst_elsewhere,
+            short(i.value),
             short(i.limit),
             _state(i),
             ", ".join(i.treatments),

@@ -38,6 +38,10 @@ STYLES = {
 }
 
 
+LEAST = 8
+"""Characters that a name keeps in a narrow table."""
+
+
 @dataclass
 class Grid:
     """A table.
@@ -48,6 +52,7 @@ class Grid:
         styles: one of `STYLES` per row.
         right: columns that are flush right.
         flexible: the column that is shortened where the terminal is narrow; names keep their ends.
+        droppable: the column, the last one, that is left out where that is not enough; None: none is.
     """
 
     heads: Sequence[str]
@@ -55,19 +60,32 @@ class Grid:
     styles: list[str] = field(default_factory=list)
     right: Sequence[int] = ()
     flexible: int = 0
+    droppable: int | None = None
 
     def add(self, *cells: str, style: str = "") -> None:
         self.rows.append([printable(cell, keep="") for cell in cells])
         self.styles.append(style)
 
     def lines(self, width: int | None = None) -> list[str]:
-        """Return the table as lines of text, at most `width` characters long where the flexible column allows it."""
+        """Return the table as lines of text, at most `width` characters long: the flexible column gives way first, then
+        the widest of the other names."""
         table = [list(self.heads), *(list(row) for row in self.rows)]
         widths = [max(len(row[i]) for row in table) for i in range(len(self.heads))]
         if width is not None:
             over = sum(widths) + 2 * (len(widths) - 1) - width
             widths[self.flexible] -= max(0, min(over, widths[self.flexible] - 12))
-        return [self._line(row, widths) for row in table]
+            self._shorten(widths, width)
+            if self.droppable is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+                widths = widths[: self.droppable]
+        return [self._line(row[: len(widths)], widths) for row in table]
+
+    def _shorten(self, widths: list[int], width: int) -> None:
+        names = [i for i in range(len(widths)) if i not in self.right]
+        while sum(widths) + 2 * (len(widths) - 1) > width:
+            widest = max(names, key=widths.__getitem__)
+            if widths[widest] <= LEAST:
+                return
+            widths[widest] -= 1
 
     def _line(self, row: Sequence[str], widths: Sequence[int]) -> str:
         cells = []

@@ -14,6 +14,7 @@ from ._paths import unwrap
 from ._prediction import Forward
 from ._produced import Look, look_at
 from ._requests import Home
+from ._run_dir import RunDir, checked_run_dir, free_run_dir, run_dir_of
 from ._scaler import ScaleReader, scale_left_in_gradients
 from ._session import Session
 from ._settings import Settings, resolve
@@ -37,6 +38,7 @@ __all__ = [
     "Look",
     "MeasureOptions",
     "RememberedBatches",
+    "RunDir",
     "ScaleReader",
     "Session",
     "Settings",
@@ -46,12 +48,15 @@ __all__ = [
     "Tasks",
     "Undo",
     "Watch",
+    "checked_run_dir",
     "forget_step",
+    "free_run_dir",
     "incident_target",
     "look",
     "look_at",
     "raw_optimizer",
     "resolve",
+    "run_dir_of",
     "scale_left_in_gradients",
     "summarize",
     "tasks_of",

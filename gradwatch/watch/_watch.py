@@ -24,6 +24,7 @@ from ._ending import Ending
 from ._engine import StepOutcome
 from ._incident_target import IncidentTarget, incident_target
 from ._requests import Home
+from ._run_dir import RunDir, run_dir_of
 from ._scaler import ScaleReader, scale_left_in_gradients, unscale
 from ._sealed import packed, unpacked
 from ._session import Session
@@ -62,7 +63,8 @@ class Watch:
         treatments: for every step.
         surgery: a method's name or a `Surgery`, for `backward({...})` and `split(...)`.
         statistics: your own measurements: `gradwatch.stats.Statistic` objects, or names of registered ones.
-        run_dir: folder for records and incidents; None writes nothing.
+        run_dir: folder for records and incidents; None and False: none; True: `<name>` in the working directory, or the
+            first of `<name>-1`, `<name>-2`, ... that is free.
         sinks: where else records go.
         log_every: optimizer steps between two log entries of sinks without a cadence of their own.
         on_incident: told of incidents in a thread of its own: a callable (each one, when it opens and when it is over),
@@ -88,7 +90,7 @@ class Watch:
         treatments: Treatment | Sequence[Treatment] = (),
         surgery: Any = None,
         statistics: Any = (),
-        run_dir: str | Path | None = None,
+        run_dir: RunDir = None,
         sinks: Sequence[Sink] | None = None,
         log_every: int | None = None,
         on_incident: IncidentTarget | None = None,
@@ -146,7 +148,7 @@ class Watch:
             self.optimizers,
             settings,
             sinks=settings.sinks or (),
-            run_dir=run_dir,
+            run_dir=run_dir_of(run_dir, settings.name, None),
             log_every=log_every or 50,
             on_incident=incident_target(on_incident),
         )

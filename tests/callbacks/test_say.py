@@ -1,7 +1,7 @@
 """What gradwatch prints is never what ends a run."""
 
 import io
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradwatch.callbacks import GradWatch
-from gradwatch.callbacks._run_dir import free_run_dir
 from gradwatch.callbacks._say import say
+from gradwatch.watch import free_run_dir
 
 from .test_lightning import trainer
 
@@ -44,17 +44,17 @@ def fit(folder: Path) -> pl.Trainer:
     return fitted
 
 
-def test_names_that_stdout_cannot_encode_are_escaped(tmp_path: Path) -> None:
+def test_names_that_stderr_cannot_encode_are_escaped(tmp_path: Path) -> None:
     taken = io.BytesIO()
-    with redirect_stdout(io.TextIOWrapper(taken, encoding="ascii", write_through=True)):
+    with redirect_stderr(io.TextIOWrapper(taken, encoding="ascii", write_through=True)):
         assert fit(tmp_path).global_step == 20
         text = taken.getvalue().decode("ascii")
     assert "non_finite in parts.\\u982d.weight" in text
     assert "global gradient norm" in text
 
 
-def test_stdout_on_a_full_disk_loses_the_text_and_nothing_else(tmp_path: Path) -> None:
-    with redirect_stdout(Full()):
+def test_stderr_on_a_full_disk_loses_the_text_and_nothing_else(tmp_path: Path) -> None:
+    with redirect_stderr(Full()):
         assert fit(tmp_path).global_step == 20
 
 

@@ -107,3 +107,18 @@ def test_colour_comes_only_on_a_terminal(healthy, monkeypatch, capsys) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     main(["summary", str(healthy)])
     assert "\x1b[32mhealthy: Healthy" in capsys.readouterr().out
+
+
+def test_tables_fit_eighty_columns() -> None:
+    from gradwatch.cli._layers import incident_grid
+    from gradwatch.records import Incident
+
+    path = "model.decoder.layers.11.self_attention.output_projection.weight"
+    incident = Incident(
+        rule="batch_norm_statistics", first_step=123_456, last_step=123_456, paths=(path, "b"), first_path=path,
+        value=1.234e-5, limit=2.5e6, treatments=("clip_to_limit", "skip_step"), severity="critical",
+        worst_path=f"{path}.x",
+    )  # fmt: skip
+    lines = incident_grid([incident]).lines(80)
+    assert max(map(len, lines)) <= 80
+    assert "1.23e-05" in lines[1]
