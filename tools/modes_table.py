@@ -16,6 +16,8 @@ GROUPS = {
     "alone_cases.py": "DistributedDataParallel and FSDP2, 2 processes",
     "statistic_cases.py": "DistributedDataParallel and FSDP2, 2 processes",
     "flat_cases.py": "FSDP1 (`FullyShardedDataParallel`), 2 processes; HSDP1, 4 processes",
+    "pipeline_cases.py": "`torch.distributed.pipelining`, 2 processes; times DDP or FSDP2, 4 processes",
+    "expert_cases.py": "experts: as DTensors, or as each rank's own; 2 and 4 processes",
     "sharded_cases.py": "FSDP2, HSDP, tensor parallel, ModelParallelStrategy; 2 and 4 processes",
 }
 ALONE = {

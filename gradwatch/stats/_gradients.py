@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import ConfigError, UnreadableError
+from ..errors import ConfigError
 from ..records import select_paths
-from ..torchside import Piece, home, identity, moved, owned, values
+from ..torchside import home, identity, moved, owned, why_unreadable
 from ._measure import GradientMeasures, GradientPieces, measure_gradients, measure_pieces
 from ._norms import global_norm, host_norms, tensor_norms
 from ._scaling import scale_
@@ -23,10 +22,8 @@ from ._shards import index_on
 
 __all__ = ["Gradients"]
 
-_USUAL = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128})
 _WIDE = frozenset({torch.float64, torch.complex128})
 _NOTHING: Mapping[str, str] = MappingProxyType({})
-_USUAL_LAYOUTS = (torch.strided, torch.sparse_coo)
 
 
 class _Shared:
@@ -147,7 +144,7 @@ class Gradients:
         for path, param in named:
             if param.grad is None:
                 continue
-            if why := _why_unreadable(param.grad):
+            if why := why_unreadable(param.grad):
                 unread[path] = why
             else:
                 kept.setdefault(id(param), (path, param))
@@ -218,7 +215,8 @@ class Gradients:
             return shared.norms
         if shared.norms is None:
             alive = [m for m in range(len(shared.params)) if m not in shared.dropped]
-            found = tensor_norms([shared.params[m].grad for m in alive])  # type: ignore[misc]
+            params = [shared.params[m] for m in alive]
+            found = tensor_norms([p.grad for p in params], of=params)  # type: ignore[misc]
             shared.norms = found = shared.unscaled(found)
             if len(alive) < len(shared.params):
                 shared.norms = torch.zeros(len(shared.params), dtype=found.dtype, device=found.device)
@@ -275,12 +273,12 @@ class Gradients:
     def measure(self, *, histograms: bool = False) -> GradientMeasures:
         """Return details, and histograms if asked for, with the norms from the same read, which `norms` gives from
         then on. Norms and maxima are free of `grad_scale`; histograms are of `.grad` as it is."""
-        return self._take(measure_gradients(self.tensors, histograms=histograms))
+        return self._take(measure_gradients(self.tensors, histograms=histograms, of=self.params))
 
     def pieces(self, *, histograms: bool = False) -> GradientPieces:
         """Return what can be measured on this rank alone: norms, and with `histograms` all of `measure`. Once its rows
         and maxima are merged over ranks, give it to `put_together`."""
-        return measure_pieces(self.tensors, histograms=histograms)
+        return measure_pieces(self.tensors, histograms=histograms, of=self.params)
 
     def put_together(self, pieces: GradientPieces) -> GradientMeasures:
         """Return the measures of merged pieces, whose norms `norms` gives from then on."""
@@ -374,19 +372,3 @@ class Gradients:
         for member in [alive[p] for p in positions]:
             self._shared.params[member].grad = None
             self._shared.dropped.add(member)
-
-
-def _why_unreadable(grad: Tensor) -> str:
-    """Return why a gradient can't be read; empty where it can."""
-    kind = type(grad)
-    if kind is Tensor and grad.layout in _USUAL_LAYOUTS and grad.dtype in _USUAL and not grad.is_nested:
-        return ""
-    dtensor = sys.modules.get("torch.distributed.tensor")
-    if isinstance(grad, Piece) or (dtensor is not None and isinstance(grad, dtensor.DTensor)):
-        return ""
-    try:
-        with torch.no_grad():
-            values(grad)
-    except UnreadableError as error:
-        return str(error)
-    return ""

@@ -42,17 +42,19 @@ class GradientMeasures:
 
 
 @torch.no_grad()
-def measure_gradients(tensors: Sequence[Tensor], *, histograms: bool = False) -> GradientMeasures:
+def measure_gradients(
+    tensors: Sequence[Tensor], *, histograms: bool = False, of: Sequence[Tensor] | None = None
+) -> GradientMeasures:
     """Return norms, details and histograms of tensors at once.
 
     On CUDA from one read of each tensor (two kernel launches in all), on the CPU from one or two. Costs one SUM
     all-reduce of one packed vector and one MAX per mesh dimension that DTensors among them are split over.
 
     Args:
-        tensors: as for `tensor_norms`.
+        tensors, of: as for `tensor_norms`.
         histograms: count exponents too.
     """
-    pieces = measure_pieces(tensors, details=True, histograms=histograms)
+    pieces = measure_pieces(tensors, details=True, histograms=histograms, of=of)
     if pieces.shards.groups:
         assert pieces.rows is not None
         assert pieces.maxima is not None
@@ -106,15 +108,21 @@ class GradientPieces:
 
 
 @torch.no_grad()
-def measure_pieces(tensors: Sequence[Tensor], *, details: bool = False, histograms: bool = False) -> GradientPieces:
+def measure_pieces(
+    tensors: Sequence[Tensor],
+    *,
+    details: bool = False,
+    histograms: bool = False,
+    of: Sequence[Tensor] | None = None,
+) -> GradientPieces:
     """Return what `measure_gradients` does of the pieces on this rank, before any collective.
 
     Args:
-        tensors: as for `tensor_norms`.
+        tensors, of: as for `tensor_norms`.
         details: measure zeros, non-finite elements and the largest magnitude too.
         histograms: count exponents too; implies `details`.
     """
-    shards = Shards(tensors)
+    shards = Shards(tensors, of)
     if not (details or histograms):
         norms = local_norms(shards.locals)
         rows = norms.square()[:, None] if shards.groups else None

@@ -33,7 +33,7 @@ _TINY_RMS = {torch.float32: 1e-16, torch.float64: 1e-145}
 
 
 @torch.no_grad()
-def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
+def tensor_norms(tensors: Sequence[Tensor], *, of: Sequence[Tensor] | None = None) -> Tensor:
     """Return the L2 norm of each tensor, whole norms for sharded ones.
 
     Relative error about 1e-7 of the float64 norm for any size (below 3e-6 even where all elements are equal), from
@@ -44,13 +44,14 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
 
     Args:
         tensors: plain, sparse, complex and distributed tensors of any dtypes, on any devices.
+        of: the parameters that they belong to, where some may be those of a pipeline's other stages.
 
     Returns:
         float64 (float32 where there is none), shape (n,), on the tensors' device (of several, their `home`). nan or inf
         where a tensor holds one; 0 for an empty one.
         Costs one SUM all-reduce per mesh dimension that DTensors among them are split over.
     """
-    shards = Shards(tensors)
+    shards = Shards(tensors, of)
     norms = local_norms(shards.locals)
     if not shards.groups:
         return norms
@@ -79,12 +80,12 @@ def global_norm(norms: Tensor, *, in_range: bool = False) -> Tensor:
 
 
 @torch.no_grad()
-def second_look(tensors: Sequence[Tensor]) -> Tensor:
+def second_look(tensors: Sequence[Tensor], *, of: Sequence[Tensor] | None = None) -> Tensor:
     """Return norms as `tensor_norms` does, each rescaled by its largest element first: slower, at any scale.
 
     For tensors whose squares leave the range of the accumulator: in float32 elements below 1e-19 or above 1e19.
     """
-    shards = Shards(tensors)
+    shards = Shards(tensors, of)
     if not shards.locals:
         return torch.zeros(0, dtype=torch.float64)
     device = home(shards.locals)

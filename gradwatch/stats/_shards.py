@@ -19,6 +19,7 @@ from ..torchside import (
     dense,
     local_of,
     moved,
+    pipeline_of,
     sent,
     values,
     whole_of,
@@ -44,11 +45,13 @@ class Shards:
 
     A DTensor is split over some dimensions of its mesh and repeated over the others. Sums over pieces need one SUM
     all-reduce per process group, however many tensors are split over it; repeated ones are not counted twice. The same
-    holds for pieces of FSDP1's flat parameters.
+    holds for pieces of FSDP1's flat parameters. Of a pipeline's stages every rank holds some tensors whole (or pieces
+    of them, whose sums come first) and nothing of the others.
 
     Args:
         tensors: plain tensors, sparse ones, DTensors and pieces in any order, the same list on every rank. A DTensor
             with a pending sum (`Partial`) is reduced first, which costs a collective of its own.
+        of: the parameters that they belong to, which know whether they are a pipeline's; None: of nobody's.
 
     Attributes:
         locals: contiguous, real pieces in the order given, of any shape; some may be empty. They share memory with the
@@ -61,11 +64,24 @@ class Shards:
 
     __slots__ = ("absent", "groups", "locals", "mesh_sizes", "unstored")
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], of: Sequence[Tensor] | None = None) -> None:
         self.groups: dict[str, tuple[Any, list[int]]] = {}
         self.mesh_sizes: set[int] = set()
         self.unstored: dict[int, int] = {}
         self.absent: list[int] | None = None
+        self._take(tensors)
+        pipeline = None if of is None else pipeline_of(of)
+        if pipeline is not None and pipeline.num_ranks > 1:
+            self._note_stages(pipeline.group, len(tensors))
+
+    def _note_stages(self, group: Any, count: int) -> None:
+        """Let the sums of all tensors go over the stages, after those of pieces inside a stage."""
+        self.groups.pop(group.group_name, None)
+        if not self.groups:
+            self.mesh_sizes = {dist.get_world_size()}
+        self.groups[group.group_name] = (group, list(range(count)))
+
+    def _take(self, tensors: Sequence[Tensor]) -> None:
         dtensor = sys.modules.get("torch.distributed.tensor")
         kinds = set(map(type, tensors))
         if _USUAL.issuperset(map(_DTYPE, tensors)) and can_lend_all(tensors):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..torchside import can_lend_all, home, is_host, lend, whole_of, wide_dtype
+from ..torchside import can_lend_all, home, is_host, largest_piece, lend, pipeline_of, whole_of, wide_dtype
 from ._native import native
 from ._norms import tensor_norms
 from ._shards import Shards, alike
@@ -74,7 +73,7 @@ class UpdateMeter:
         self._copies: list[Tensor] | None = []
         self._cut: list[Tensor] = []
         self._arenas: dict[torch.device, Tensor] = {}
-        self.in_pieces = any(map(_is_split, self._params))
+        self.in_pieces = pipeline_of(self._params) is not None or any(map(_is_split, self._params))
         self._bytes = list(map(_bytes, self._params))
         self.left_out = [i for i, need in enumerate(self._bytes) if need > memory_limit_bytes]
         self._never = {i for i, param in enumerate(self._params) if not _has_copies(param)}.union(self.left_out)
@@ -129,7 +128,7 @@ class UpdateMeter:
             squares = torch.full((len(params), 2), -torch.inf, dtype=wide_dtype(device), device=device)
         else:
             squares = norms.square()
-        Shards(params).sum_(squares)
+        Shards(params, params).sum_(squares)
         return torch.where(torch.isneginf(squares).any(), -1.0, squares.sqrt())
 
     def discard(self) -> None:
@@ -252,13 +251,4 @@ def _bytes(param: Any) -> int:
     """Return the bytes of a copy of the largest piece on any rank."""
     if not _has_copies(param):
         return 0
-    if not _is_split(param):
-        return _padded(_local(param))
-    if (whole := whole_of(param)) is not None:
-        return -(-whole.most * param.element_size() // _ALIGN) * _ALIGN
-    shape = list(param.shape)
-    for i, placement in enumerate(param.placements):
-        dim = getattr(placement, "dim", None)
-        if dim is not None:
-            shape[dim] = -(-shape[dim] // param.device_mesh.size(i))
-    return -(-math.prod(shape) * param.element_size() // _ALIGN) * _ALIGN
+    return -(-largest_piece(param) * param.element_size() // _ALIGN) * _ALIGN

@@ -31,16 +31,18 @@ from ._memory import Loan, can_lend, can_lend_all, identities, identity, lend, l
 from ._modes import CallMode, past_override
 from ._paths import WRAPPER_PARTS, clean_path
 from ._peers import are_several, world_size
-from ._pieces import Piece, StandIn, Whole, local_of, real_of, shape_of, whole_of
+from ._pieces import Piece, StandIn, Whole, largest_piece, local_of, real_of, shape_of, whole_of
 from ._samples import Samples, unlike
+from ._stages import Away, Pipeline, pipeline_of
 from ._standins import Owned, masters, parameters_of
 from ._untouched import untouched
 from ._untraced import untraced
-from ._values import Values, declassed, dense, overlaps, owned, parts, values, writable
+from ._values import Values, declassed, dense, overlaps, owned, parts, values, why_unreadable, writable
 
 __all__ = [
     "WRAPPER_PARTS",
     "Aside",
+    "Away",
     "CallMode",
     "Kept",
     "Loan",
@@ -49,6 +51,7 @@ __all__ = [
     "Owned",
     "OwnedHook",
     "Piece",
+    "Pipeline",
     "Samples",
     "StandIn",
     "Values",
@@ -82,6 +85,7 @@ __all__ = [
     "is_host",
     "kept",
     "kept_tensors",
+    "largest_piece",
     "lend",
     "lend_at_once",
     "local_of",
@@ -102,6 +106,7 @@ __all__ = [
     "past_override",
     "pick",
     "pieces",
+    "pipeline_of",
     "put_back",
     "put_bits",
     "random_state",
@@ -122,6 +127,7 @@ __all__ = [
     "walk",
     "weakly",
     "whole_of",
+    "why_unreadable",
     "wide_dtype",
     "world_size",
     "writable",

@@ -3,6 +3,7 @@ parameters that are not what they look like."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Piece", "StandIn", "Whole", "local_of", "real_of", "shape_of", "whole_of"]
+__all__ = ["Piece", "StandIn", "Whole", "largest_piece", "local_of", "real_of", "shape_of", "whole_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,8 @@ class Whole:
         most: elements of the largest piece on any rank, or a bound on it; the same on all.
         group: process group over whose ranks the pieces are spread.
         num_holders: ranks that hold a piece of it, those with copies among them.
+        is_apart: one rank of the group holds all of it and the others nothing, so that what is computed of the whole
+            is computed there alone.
     """
 
     shape: torch.Size
@@ -32,6 +35,7 @@ class Whole:
     most: int
     group: Any
     num_holders: int
+    is_apart: bool = False
 
     def places(self, elements: Tensor, axis: int) -> Tensor:
         """Return where elements, numbered in the order of memory, lie along an axis."""
@@ -111,3 +115,17 @@ def shape_of(tensor: Tensor) -> torch.Size:
     """Return the shape of a parameter or a gradient, of the whole where it is a piece."""
     whole = whole_of(tensor)
     return tensor.shape if whole is None else whole.shape
+
+
+def largest_piece(tensor: Any) -> int:
+    """Return how many elements the largest piece on any rank has, or a bound on it; the same on all of them."""
+    if (whole := whole_of(tensor)) is not None:
+        return whole.most
+    if not hasattr(tensor, "placements"):
+        return int(tensor.numel())
+    shape = list(tensor.shape)
+    for i, placement in enumerate(tensor.placements):
+        dim = getattr(placement, "dim", None)
+        if dim is not None:
+            shape[dim] = -(-shape[dim] // tensor.device_mesh.size(i))
+    return math.prod(shape)

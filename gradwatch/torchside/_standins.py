@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UnreadableError
@@ -122,13 +123,16 @@ def parameters_of(model: nn.Module) -> Iterator[Owned]:
     """
     flats = Flats(model)
     seen: set[int] = set()
+    # What DDP was told to leave alone: each rank's gradient is its own.
+    ignored = frozenset(getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if _are_several() else ())
     for module_path, module in model.named_modules():
         own = [(name, p) for name, p in module.named_parameters(recurse=False) if id(p) not in flats.known]
         for name, p in (*own, *flats.inside.get(id(module), ())):
             if id(p) not in seen:
                 seen.add(id(p))
-                path = clean_path(f"{module_path}.{name}" if module_path else name)
-                yield Owned(path, module, _stand_in(flats, p), _CUT if flats.is_cut(p) else _why_strange(p))
+                full = f"{module_path}.{name}" if module_path else name
+                why = _CUT if flats.is_cut(p) else _why_strange(p, is_ignored=full in ignored)
+                yield Owned(clean_path(full), module, _stand_in(flats, p), why)
 
 
 _CUT = (
@@ -140,16 +144,32 @@ _STRANGE = (
     "a {} lies on several ranks in a way that is not understood, so that nothing can be said of the whole. FSDP, "
     "tensor parallelism and DTensor are"
 )
+_OWN = (
+    "every rank holds one of its own ({}), and nothing says which ranks hold copies of it. Experts that are DTensors "
+    "over a mesh of their own are seen"
+)
 _SIGNS = ("to_local", "local_shards", "local_tensor", "_local_tensor", "_local_shards", "full_tensor", "placements")
 
 
-def _why_strange(p: Tensor) -> str:
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _why_strange(p: Tensor, *, is_ignored: bool = False) -> str:
     """Return why a parameter, or its gradient, is a piece of something that nobody here understands; "" if it is
-    none."""
+    none.
+
+    Args:
+        is_ignored: DDP was told not to average its gradient.
+    """
     if hasattr(p, "ds_id"):
         return _DEEPSPEED
     kind = type(p)
     is_known = issubclass(kind, StandIn) or kind.__module__.startswith("torch.distributed.tensor")
+    # So do Megatron and DeepSpeed mark experts.
+    is_marked = getattr(p, "allreduce", True) is False and _are_several()
+    if not is_known and p.requires_grad and (is_marked or is_ignored):
+        return _OWN.format("`allreduce` is False" if is_marked else "DDP ignores it")
     if is_known or not any(hasattr(kind, sign) or sign in vars(p) for sign in _SIGNS):
         return ""
     return _STRANGE.format(kind.__name__)

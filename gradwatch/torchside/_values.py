@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from ..errors import UnreadableError
 from ._memory import can_lend
+from ._pieces import Piece
 
-__all__ = ["Values", "declassed", "dense", "overlaps", "owned", "parts", "values", "writable"]
+__all__ = ["Values", "declassed", "dense", "overlaps", "owned", "parts", "values", "why_unreadable", "writable"]
 
 _WIDE_ENOUGH = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _CHUNK = 1 << 20
+_USUAL = _WIDE_ENOUGH | {torch.complex64, torch.complex128}
+_USUAL_LAYOUTS = (torch.strided, torch.sparse_coo)
 
 
 class Values(NamedTuple):
@@ -197,3 +201,19 @@ def owned(tensor: Tensor) -> Tensor:
     elif tensor.layout is torch.sparse_coo and overlaps(tensor._values()):
         return tensor.detach().coalesce().clone()
     return tensor
+
+
+def why_unreadable(tensor: Tensor) -> str:
+    """Return why a tensor can't be read; empty where it can."""
+    kind = type(tensor)
+    if kind is Tensor and tensor.layout in _USUAL_LAYOUTS and tensor.dtype in _USUAL and not tensor.is_nested:
+        return ""
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    if isinstance(tensor, Piece) or (dtensor is not None and isinstance(tensor, dtensor.DTensor)):
+        return ""
+    try:
+        with torch.no_grad():
+            values(tensor)
+    except UnreadableError as error:
+        return str(error)
+    return ""

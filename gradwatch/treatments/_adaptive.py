@@ -100,7 +100,7 @@ def _clip_small_(
     params: Sequence[Tensor], grads: Sequence[Tensor], norms: Tensor, floor: float, scale: float | Tensor
 ) -> Tensor:
     """Scale gradients that are one unit each; return how many were above their limit."""
-    coefficients = norm_coefficient(norms, tensor_norms(params).clamp(min=floor) * scale) if grads else norms
+    coefficients = norm_coefficient(norms, tensor_norms(params, of=params).clamp(min=floor) * scale) if grads else norms
     scale_(grads, coefficients)
     return (coefficients < 1).sum()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import UnknownPathError
 from ..protocols import Context, Treatment
 from ..records import select_paths
-from ..torchside import clean_path, is_host, moved, parameters_of
+from ..torchside import Pipeline, clean_path, is_host, moved, parameters_of
 
 if TYPE_CHECKING:
     from ..stats import Gradients
@@ -42,7 +42,10 @@ class BaseTreatment(Treatment):
         Raises:
             UnknownPathError: `paths` matches none of the model's parameters (modules, for `at="grad_output"`).
         """
-        if self.at == "grad_output":
+        known: Sequence[str]
+        if isinstance(model, Pipeline):
+            known = model.module_paths if self.at == "grad_output" else model.parameter_paths
+        elif self.at == "grad_output":
             known = [clean_path(path) for path, _ in model.named_modules()]
         else:
             known = [owned.path for owned in parameters_of(model)]

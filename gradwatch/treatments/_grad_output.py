@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnknownPathError
 from ..records import select_paths
-from ..torchside import WeakHook, clean_path, home, moved, tensors_of, wide_dtype
+from ..torchside import Pipeline, WeakHook, clean_path, home, moved, tensors_of, wide_dtype
 
 __all__ = ["GradOutputHandle", "GradOutputKernel", "at_grad_output"]
 
@@ -130,7 +130,7 @@ def at_grad_output(model: nn.Module, patterns: str | Sequence[str], kernel: Grad
     paths = [p for p, is_chosen in zip(names, select_paths(names, patterns), strict=True) if is_chosen]
     if "" not in patterns:
         paths = [path for path in paths if path]
-    if not paths:
+    if not paths and not isinstance(model, Pipeline):
         raise UnknownPathError(", ".join(patterns), names, model_name=type(model).__name__, kind="module")
     handle = GradOutputHandle(kernel, paths)
     for path in paths:

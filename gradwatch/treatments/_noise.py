@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..protocols import Context
-from ..torchside import moved, whole_of
+from ..torchside import moved, pipeline_of, whole_of
 from ._base import BaseTreatment, chosen, read_trigger
 from ._checks import check_count, check_number, check_patterns
 from ._tensors import as_dtensor, local_part
@@ -72,10 +73,12 @@ class Noise(BaseTreatment):
         scale = std * part.grad_scale
         if isinstance(trigger, Tensor):
             scale = torch.where(trigger, scale, 0.0)
+        pipeline = pipeline_of(part.params)
+        stage = () if pipeline is None else (dist.get_rank(pipeline.group),)
         for (device, place), tensors in _by_place(part.grads).items():
             # Seeded anew at each step: what is kept is one number, and pieces of one tensor get draws of their own.
             generator = torch.Generator(device=device)
-            generator.manual_seed(_mixed(self.seed, draws, *place))
+            generator.manual_seed(_mixed(self.seed, draws, *stage, *place))
             here = moved(scale, device) if isinstance(scale, Tensor) else scale
             add_noise_(tensors, here, generator=generator)
         part.touch()

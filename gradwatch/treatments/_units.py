@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import GradwatchError
-from ..torchside import clean_path, parameters_of, shape_of, whole_of, wide_dtype
+from ..torchside import Pipeline, clean_path, parameters_of, shape_of, whole_of, wide_dtype
 from ._tensors import as_dtensor, local_part
 
 __all__ = [
@@ -57,6 +57,8 @@ def unit_layouts(model: nn.Module) -> dict[str, UnitLayout]:
 def head_paths(model: nn.Module) -> frozenset[str]:
     """Return the paths of the parameters of the last layer: the last module that owns a trainable weight of two or
     more dimensions. A weight tied to an earlier one counts under its first name."""
+    if isinstance(model, Pipeline) and not model.has_last:
+        return frozenset()
     canonical = {id(owned.param): owned.path for owned in parameters_of(model)}
     own: dict[int, list[Tensor]] = {}
     for owned in parameters_of(model):
@@ -136,6 +138,8 @@ def _over_units(piece: Tensor, layout: UnitLayout, values: Tensor) -> Tensor:
     """
     whole = whole_of(piece)
     assert whole is not None
+    if whole.is_apart:
+        return values
     elements = torch.arange(whole.start, whole.start + len(values), device=values.device)
     units = whole.places(elements, layout.axis)
     if layout.groups > 1:

@@ -80,7 +80,7 @@ def _modules(meter: ModelMeter) -> dict[str, Standing]:
     reasons = meter.tap.coverage()
     return {
         path: Standing(UNSEEN, reasons[real]) if reasons.get(real) else Standing(MEASURED)
-        for path, real in ((path, meter.real_path(path)) for path in meter.watched.modules)
+        for path, real in ((path, meter.real_path(path)) for path in meter.watched.modules if meter.has(path))
     }
 
 

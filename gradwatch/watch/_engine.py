@@ -278,6 +278,7 @@ class Engine:
             meter.disarm()
             if not self.treatments:
                 return StepOutcome()
+        self._measuring.compare(turn)
         turn.grads, turn.tensors = grads, _ = meter.listed_gradients(turn.optimizers, inputs.grad_scale)
         if not turn.plan.measures:
             return self._treating.act_unmeasured(turn)

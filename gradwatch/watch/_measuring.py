@@ -27,7 +27,7 @@ from ._numbers import Scalars
 from ._parallel import num_batches_at_once
 from ._prediction import Prediction
 from ._produced import Look, Produced
-from ._ranks import combine, pack_extras, rank_of_this
+from ._ranks import combine, pack_extras, rank_of_this, say_the_same
 from ._record_draft import NOTHING, Draft
 from ._statistics import OwnRows, OwnStatistics
 from ._step_inputs import StepInputs
@@ -38,6 +38,10 @@ from ._turn import Turn
 __all__ = ["Measuring"]
 
 _CPU = torch.device("cpu")
+_APART = (
+    "the ranks do not hold the same parameters and modules (experts, stages of a pipeline), and nothing says how they "
+    "belong together. Give gradwatch a pipeline's schedule in the model's place, and experts as DTensors over a mesh"
+)
 
 
 @dataclass
@@ -75,6 +79,7 @@ class Measuring:
         self.num_failed_treatments = self.num_unproven = 0
         self._clock = perf_counter()
         self._num_batches: tuple[object, int] | None = None
+        self._has_compared = False
         self._company = Company()
         self.kind = Kind(meter.options.kind)
 
@@ -178,7 +183,7 @@ class Measuring:
             plain | {k: v for k, v in batch.items() if not isinstance(v, Tensor)},
             extras=seen.extras,
             tap=seen.tap,
-            loss_scale=1.0 if inputs.scale is None else float(inputs.scale),
+            loss_scale=(1.0 if inputs.scale is None else float(inputs.scale)) * self._num_parts,
             failed=seen.sums.get("failed"),
             loss=seen.loss if isinstance(seen.loss, Tensor) else None,
             has_details=found.histograms is not None or spread_positions is not None,
@@ -226,15 +231,28 @@ class Measuring:
         before = look.of(grads, 1.0 if inputs.scale is None else float(inputs.scale))
         return {} if before is None else {"produced": before}
 
+    def compare(self, turn: Turn) -> None:
+        """Find out, before the first exchange, whether ranks hold the same parameters and modules: else nothing that
+        they exchange would be about the same."""
+        if self._has_compared or turn.plan.is_alone:
+            return
+        self._has_compared = True
+        index = self.meter.watched.index
+        layout = "\n".join(f"{path} {shape}" for path, shape in zip(index.paths, index.shapes, strict=True))
+        if not say_the_same(layout, self.meter.device):
+            self.meter.stay_apart(_APART, turn.step)
+            self.guard.warn(f"nothing of the gradients is seen: {_APART}.")
+
     def give_up(self, turn: Turn) -> None:
         """Take part in a step's exchange with nothing to say, so that no rank waits for this one, and all know."""
+        self.compare(turn)
         turn.has_exchanged = True
         step, grads = turn.step, turn.grads
         seen = self._nothing(turn)
         seen.sums["failed"] = constant(1.0, self.meter.device)
         if grads is not None and len(grads):
             width = 515 if turn.plan.histograms else 1
-            shards = Shards(grads.tensors)
+            shards = Shards(grads.tensors, grads.params)
             seen.own = None if self.own is None else self.own.blank_rows(step, len(grads))
             rows = torch.zeros(len(grads), width, dtype=wide_dtype(grads.device), device=grads.device)
             seen.pieces = GradientPieces(shards, rows, rows[:, :1].clone() if width > 1 else None, rows[:, 0].clone())
@@ -248,6 +266,11 @@ class Measuring:
             self._num_batches = (key, num_batches_at_once(self.meter.model, [p for _, _, p in key.params]))
         return self._num_batches[1]
 
+    @property
+    def _num_parts(self) -> int:
+        stages = self.meter.watched.stages
+        return 1 if stages is None else stages.pipeline.num_parts
+
     def _nothing(self, turn: Turn) -> _Seen:
         """Return what a rank that can measure nothing puts into the exchange: the plan's layout, with blanks."""
         ranks, device = turn.plan.num_ranks, self.meter.device
@@ -259,6 +282,8 @@ class Measuring:
             seen.sums["local_norms"] = torch.zeros(ranks, dtype=wide, device=device)
         if ranks > 1:
             seen.sums |= {"samples": constant(0.0, device), "loss": torch.zeros(2, dtype=wide, device=device)}
+            if self.meter.watched.stages is not None:
+                seen.sums["counted"] = constant(0.0, device)
             seen.sums["failed"] = constant(0.0, device)
             seen.sums["treatments_failed"] = constant(float(self.num_failed_treatments > 0), device)
             seen.sums["unproven"] = constant(float(self.num_unproven > 0), device)
@@ -369,6 +394,8 @@ class Measuring:
         """Put what the host knows into the vector that travels over ranks."""
         device = self.meter.device
         seen.sums["samples"] = constant(seen.samples, device)
+        if "counted" in seen.sums:
+            seen.sums["counted"] = constant(float(seen.samples > 0), device)
         if seen.loss is not None:
             loss = seen.loss if isinstance(seen.loss, Tensor) else constant(seen.loss, device)
             seen.sums["loss"] = torch.stack([loss * num_losses, torch.full_like(loss, num_losses)])

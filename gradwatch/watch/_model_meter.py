@@ -16,7 +16,22 @@ from torch.optim import Optimizer
 from ..hooks import ModuleTap, TapStats
 from ..records import Floats
 from ..stats import Gradients, UpdateMeter, forget_layouts, row_spread, second_look
-from ..torchside import Aside, clean_path, find, home, is_host, moved, shape_of, weakly, whole_of, wide_dtype
+from ..torchside import (
+    Aside,
+    Away,
+    clean_path,
+    find,
+    home,
+    is_host,
+    moved,
+    real_of,
+    sent,
+    shape_of,
+    weakly,
+    whole_of,
+    why_unreadable,
+    wide_dtype,
+)
 from ._account import Account
 from ._batch import reduced
 from ._local_norms import LocalNorms
@@ -26,6 +41,7 @@ from ._options import MeasureOptions
 from ._paths import Watched, watched
 from ._prediction import KEPT_AT_LEAST, KEPT_AT_MOST, Prediction
 from ._seals import FEW, Seals
+from ._stages import Stages
 
 __all__ = ["ModelMeter", "constant", "few_seals", "loss_value"]
 
@@ -60,6 +76,7 @@ class ModelMeter:
         self._output_error: Exception | None = None
         self._loss: SeenLoss | None = None
         self.is_told = False
+        self._why_apart = ""
         self._home: tuple[Watched, torch.device, torch.device] | None = None
         self._ordered = False
         self.sample_until = -1
@@ -76,7 +93,9 @@ class ModelMeter:
     def _make_tap(self) -> ModuleTap | None:
         if not self.watched.modules or self.options.activations_every is None:
             return None
-        paths = [self._real_paths[p] for p in self.watched.modules]
+        paths = [self._real_paths[p] for p in self.watched.modules if p in self._real_paths]
+        if not paths:
+            return None
         listens, see = weakly(self._listens, False), weakly(self._see_output)
         return ModuleTap(self.model, paths, backend=self.options.backward, gate=listens, on_output=see)
 
@@ -107,7 +126,8 @@ class ModelMeter:
     def _follow(self, step: int) -> None:
         old = self.watched
         known = self.model_now.known_paths()
-        self.watched = watched(self.model, self.optimizers, tuple(self.options.paths), known=known, strict=False)
+        paths = tuple(self.options.paths)
+        self.watched = watched(self.model, self.optimizers, paths, known=known, strict=False, why_apart=self._why_apart)
         self.model_now.note_replaced(self.watched.replaced, step)
         self._real_paths = {clean_path(p): p for p, _ in self.model.named_modules() if p}
         self._updates = None
@@ -126,6 +146,15 @@ class ModelMeter:
             self.tap = self._make_tap()
         elif self.tap is None:
             self.tap = self._make_tap()
+
+    def has(self, path: str) -> bool:
+        """Whether a watched module is on this rank: of a pipeline's other stages none is."""
+        return path in self._real_paths
+
+    def stay_apart(self, why: str, step: int) -> None:
+        """Say that no parameter's gradient can be told from here on, and why."""
+        self._why_apart = why
+        self._follow(step)
 
     def real_path(self, path: str) -> str:
         """Return a watched module's path with the parts that wrappers put into it."""
@@ -169,10 +198,22 @@ class ModelMeter:
         if not self._ordered and self.tap is not None and self.tap.forward_order:
             self.watched.reordered(self.tap.forward_order)
             self._ordered = True
-        return stats
+        return stats if self.watched.stages is None or stats is None else self._among_all(stats)
+
+    def _among_all(self, stats: TapStats) -> TapStats:
+        """Return statistics of the modules on this rank in the rows of all stages' modules."""
+        found = TapStats.blank(self.watched.modules, self.device)
+        rows = [i for i, path in enumerate(self.watched.modules) if path in self._real_paths]
+        index = sent(torch.tensor(rows, dtype=torch.int64), self.device)
+        found.sums.index_copy_(0, index, moved(stats.sums, self.device, found.sums.dtype))
+        found.maxima.index_copy_(0, index, moved(stats.maxima, self.device, found.maxima.dtype))
+        return found
 
     def blank_modules(self) -> TapStats | None:
         """Return what `take_modules` would, had nothing been seen; None where no module is watched."""
+        if self.watched.stages is not None:
+            watches = self.watched.modules and self.options.activations_every is not None
+            return TapStats.blank(self.watched.modules, self.device) if watches else None
         return None if self.tap is None else TapStats.blank(self.tap.paths, self.device)
 
     def module_positions(self) -> NDArray[np.int64]:
@@ -186,8 +227,8 @@ class ModelMeter:
 
     def _see_output(self, output: Any) -> None:
         """Keep what is to be kept of the output of a module that no other one called: a stand-in for the model's."""
-        if self.is_told:
-            return
+        if self.is_told or self.watched.stages is not None:
+            return  # what a stage gives is not what the model does
         try:
             self._output = reduced(output, self._kept) or self._output
         except Exception as error:
@@ -222,6 +263,8 @@ class ModelMeter:
         """Return the same, and what its `tensors` gives now where it has been listed: asking each parameter is what
         costs."""
         watched, used_up = self.watched, self.account.is_used_up
+        if watched.stages is not None:
+            return self._staged_gradients(watched.stages, optimizers, grad_scale), None
         tensors = self.all_gradients() if len(optimizers) == len(self.optimizers) else None
         if tensors is not None:
             return Gradients.of(watched.held_paths, watched.held, grad_scale=grad_scale), tensors
@@ -237,6 +280,17 @@ class ModelMeter:
             return None
         tensors: list[Any] = list(map(_GRAD, self.watched.held))
         return tensors if all(map(is_not, tensors, repeat(None))) else None
+
+    def _staged_gradients(
+        self, stages: Stages, optimizers: Sequence[Optimizer], grad_scale: float | Tensor
+    ) -> Gradients:
+        """Return the gradients of all stages, the same list on every rank, whatever each has at this step."""
+        held, named = self.watched.held_by(optimizers), []
+        for _, path, p in self.watched.params:
+            if id(p) in held or id(real_of(p)) in held:
+                has = p.grad is not None and not self.account.is_used_up(p) and not why_unreadable(p.grad)
+                named.append((path, p if has else stages.blanks[id(p)]))
+        return Gradients.collect(named, grad_scale=grad_scale)
 
     def positions(self, params: Sequence[Tensor]) -> NDArray[np.int64]:
         """Return the parameters' places in the index."""
@@ -254,7 +308,10 @@ class ModelMeter:
         doubtful = [i for i in np.flatnonzero(far).tolist() if tensors[i].dtype in _WIDE]
         if not doubtful:
             return norms
-        again = second_look([tensors[i] for i in doubtful]).cpu().numpy() / abs(grads.grad_scale)
+        params = grads.params
+        again = second_look([tensors[i] for i in doubtful], of=[params[i] for i in doubtful]).cpu().numpy() / abs(
+            grads.grad_scale
+        )
         norms = norms.copy()
         norms[doubtful] = again
         return norms
@@ -270,11 +327,11 @@ class ModelMeter:
 
     def spreads(self, grads: Gradients) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
         """Return the row spread of every weight of two or more dimensions, for the first step."""
-        chosen = [p for p in grads.params if len(shape := shape_of(p)) >= 2 and shape[0] > 1]
+        chosen = [p for p in _as_held(grads.params) if len(shape := shape_of(p)) >= 2 and shape[0] > 1]
         if not chosen:
             return np.zeros(0, np.int64), {}
         return self.positions(chosen), {
-            "row_spread": row_spread([p.detach() if whole_of(p) is None else p for p in chosen])
+            "row_spread": row_spread([p.detach() if whole_of(p) is None else p for p in chosen], of=chosen)
         }
 
     @property
@@ -293,7 +350,7 @@ class ModelMeter:
             return
         positions = self.positions(grads.params)
         if self._updates is None or not np.array_equal(self._update_positions, positions):
-            self._updates = UpdateMeter(list(grads.params), self.options.memory_limit_bytes // 2)
+            self._updates = UpdateMeter(_as_held(grads.params), self.options.memory_limit_bytes // 2)
             self._update_positions = positions
         if moves or self._updates.in_pieces:
             self._updates_step = step
@@ -363,6 +420,11 @@ def loss_value(value: Any, device: torch.device) -> Tensor | float:
 def constant(value: float, device: torch.device) -> Tensor:
     """Return a number as a 0-dim tensor in the device's widest floats; `torch.tensor` would wait for the device."""
     return torch.full((), float(value), dtype=wide_dtype(device), device=device)
+
+
+def _as_held(params: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return parameters, where something stands for one that has no gradient, too."""
+    return [p.behind if isinstance(p, Away) else p for p in params]
 
 
 def few_seals(params: Sequence[Tensor]) -> Seals | None:

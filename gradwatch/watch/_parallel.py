@@ -10,18 +10,22 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..torchside import Pipeline
 from ._ranks import world_size
 
 __all__ = ["num_batches_at_once"]
 
 
 def num_batches_at_once(model: nn.Module, params: Iterable[Tensor]) -> int:
-    """Return how many ranks work on batches of their own: all of them, but for tensor parallelism.
+    """Return how many ranks work on batches of their own: all of them, but for tensor parallelism, and pipelines, whose
+    ranks share theirs.
 
     Ranks along a mesh dimension that parameters are distributed over, and that `fully_shard` does not own, work on the
     same batch: their losses and samples are the same, and must not be counted twice.
     """
     ranks = world_size()
+    if isinstance(model, Pipeline):
+        ranks //= model.num_ranks
     tensor_module = sys.modules.get("torch.distributed.tensor")
     if ranks == 1 or tensor_module is None:
         return ranks

@@ -8,7 +8,6 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,18 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigError, UnknownPathError
 from ..records import MODULE, PARAMETER, Index, select_paths
-from ..torchside import clean_path, is_flat_sharded, masters, member, parameters_of, real_of, shape_of, whole_of
+from ..torchside import (
+    Pipeline,
+    clean_path,
+    is_flat_sharded,
+    masters,
+    member,
+    parameters_of,
+    real_of,
+    shape_of,
+    whole_of,
+)
+from ._stages import Found, Row, Stages, on_all_stages
 
 __all__ = ["Watched", "unwrap", "watched"]
 
@@ -57,6 +67,7 @@ class Watched:
         replaced: path -> parameter that an optimizer still holds, and the model no more: it counts for nothing.
         strange: path -> why nothing can be said of a parameter: its gradient is a piece of something unknown. Where
             there is any, no treatment acts, since it would act on a part.
+        stages: what is known of a pipeline's parameters; None where the model is none.
     """
 
     index: Index
@@ -67,6 +78,7 @@ class Watched:
     hooked: tuple[nn.Module, ...] = ()
     replaced: dict[str, nn.Parameter] = field(default_factory=dict)
     strange: dict[str, str] = field(default_factory=dict)
+    stages: Stages | None = None
     _by_flags: dict[bytes, Index] = field(default_factory=dict)
 
     @property
@@ -101,6 +113,8 @@ class Watched:
     def held_by(self, optimizers: Sequence[Optimizer]) -> set[int]:
         """Return the ids of what these hold: of a parameter that something stands in for, of that."""
         ids = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+        if self.stages is not None:
+            ids |= self.stages.held_by(optimizers)
         return ids.union(id(p) for p in self.stand_ins if id(real_of(p)) in ids)
 
     @cached_property
@@ -145,6 +159,8 @@ class Watched:
 
     def reordered(self, forward_order: Sequence[str]) -> Index:
         """Return the index with `depth` taken from the order in which modules were first called."""
+        if self.stages is not None:
+            return self.index  # stages follow one another, and no rank sees the order in those of others
         place = {clean_path(p): i for i, p in enumerate(forward_order)}
         last = len(place)
         owners = [
@@ -169,16 +185,6 @@ def _place(owner: str, place: dict[str, int], last: int) -> int:
     return last
 
 
-class _Row(NamedTuple):
-    path: str
-    kind: str
-    numel: int
-    shape: tuple[int, ...]
-    owner: str
-    held: bool
-    trainable: bool
-
-
 def watched(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
@@ -186,6 +192,7 @@ def watched(
     *,
     known: Mapping[int, str] | None = None,
     strict: bool = True,
+    why_apart: str = "",
 ) -> Watched:
     """Return what to watch of a model.
 
@@ -195,6 +202,7 @@ def watched(
         patterns: of the paths to watch.
         known: id -> path of living parameters that were the model's before.
         strict: whether a pattern must match. In mid run what it matched may have gone.
+        why_apart: why nothing can be said of any parameter; "" where that is not so.
 
     Raises:
         UnknownPathError: a pattern matches no parameter and no module, and `strict`.
@@ -203,30 +211,17 @@ def watched(
     if not optimizers:
         raise ConfigError("gradwatch needs at least one optimizer. Got none.")
     held = {id(p): p for o in optimizers for group in o.param_groups for p in group["params"]}
-    rows: list[_Row] = []
-    params: list[tuple[str, nn.Parameter]] = []
-    seen: set[int] = set()
-    taken: set[int] = set()
-    strange: dict[str, str] = {}
-    for path, owner, p, why in parameters_of(model):
-        seen.add(id(real_of(p)))
-        params.append((path, p))
-        if why:
-            strange[path] = why
-        elif id(real_of(p)) in held:
-            taken.add(id(p))
-        rows.append(_row(path, p, type(owner).__name__, bool(why) or id(p) in taken))
-    gone = {key: path for key, path in (known or {}).items() if key in held and key not in seen}
-    foreign = [q for key, q in held.items() if key not in seen and key not in gone]
-    foreign = _without_masters(foreign, params, rows, taken, strange)
-    for i, p in enumerate(foreign):
-        # Held by an optimizer but never by the model: another model's parameters, or a copy of this one's.
-        path = f"<optimizer>.{i}"
-        params.append((path, p))
-        taken.add(id(p))
-        rows.append(_row(path, p, "", True))
+    found, gone = _found(model, held, known or {})
     modules = {clean_path(path): m for path, m in model.named_modules() if path and clean_path(path)}
-    module_rows = [_Row(path, MODULE, 0, (), type(m).__name__, False, False) for path, m in modules.items()]
+    if why_apart:
+        modules = {}
+        found.taken.clear()
+        found.strange.update((path, why_apart) for path, _ in found.params)
+    found.modules.extend(Row(path, MODULE, 0, (), type(m).__name__, False, False) for path, m in modules.items())
+    stages = None
+    if isinstance(model, Pipeline):
+        found, stages = on_all_stages(model, found, optimizers)
+    rows, params, _, taken, strange, module_rows = found
     if strict:
         _check(model, [r.path for r in (*rows, *module_rows)], patterns)
     mask = select_paths([r.path for r in (*rows, *module_rows)], list(patterns))
@@ -246,20 +241,57 @@ def watched(
     chosen_modules = tuple(r.path for r in chosen_rows if r.kind == MODULE)
     return Watched(
         index=index,
-        by_id={id(p): i for i, _, p in placed},
+        by_id=_by_id(placed, stages),
         params=[row for row in placed if id(row[2]) in taken],
         modules=chosen_modules,
         unheld=[row for row in placed if id(row[2]) not in taken and row[1] not in strange],
-        hooked=tuple(modules[path] for path in chosen_modules),
+        hooked=tuple(modules[path] for path in chosen_modules if path in modules),
         replaced={path: held[key] for key, path in gone.items() if select_paths([path], list(patterns)).any()},
         strange={path: strange[path] for _, path, _ in placed if path in strange},
+        stages=stages,
     )
+
+
+def _found(
+    model: nn.Module, held: Mapping[int, nn.Parameter], known: Mapping[int, str]
+) -> tuple[Found, dict[int, str]]:
+    """Return what is on this rank, and which of the model's former parameters an optimizer still holds: id -> path."""
+    found = Found([], [], [], set(), {}, [])
+    rows, params, owners, taken, strange, _ = found
+    seen: set[int] = set()
+    for path, owner, p, why in parameters_of(model):
+        seen.add(id(real_of(p)))
+        params.append((path, p))
+        owners.append(id(owner))
+        if why:
+            strange[path] = why
+        elif id(real_of(p)) in held:
+            taken.add(id(p))
+        rows.append(_row(path, p, type(owner).__name__, bool(why) or id(p) in taken))
+    gone = {key: path for key, path in known.items() if key in held and key not in seen}
+    foreign = [q for key, q in held.items() if key not in seen and key not in gone]
+    foreign = _without_masters(foreign, params, rows, taken, strange)
+    for i, p in enumerate(foreign):
+        # Held by an optimizer but never by the model: another model's parameters, or a copy of this one's.
+        path = f"<optimizer>.{i}" if not isinstance(model, Pipeline) else f"<optimizer of {model.name}>.{i}"
+        params.append((path, p))
+        owners.append(0)
+        taken.add(id(p))
+        rows.append(_row(path, p, "", True))
+    return found, gone
+
+
+def _by_id(placed: Sequence[tuple[int, str, nn.Parameter]], stages: Stages | None) -> dict[int, int]:
+    found = {id(p): i for i, _, p in placed}
+    if stages is not None:
+        found |= {id(stages.blanks[id(p)]): i for i, _, p in placed}
+    return found
 
 
 def _without_masters(
     foreign: list[nn.Parameter],
     params: list[tuple[str, nn.Parameter]],
-    rows: list[_Row],
+    rows: list[Row],
     taken: set[int],
     strange: Mapping[str, str],
 ) -> list[nn.Parameter]:
@@ -274,10 +306,10 @@ def _without_masters(
     return [] if found else foreign
 
 
-def _row(path: str, p: nn.Parameter, owner: str, held: bool) -> _Row:
+def _row(path: str, p: nn.Parameter, owner: str, held: bool) -> Row:
     lazy = isinstance(p, nn.parameter.UninitializedParameter)
     shape = () if lazy else tuple(shape_of(p))
-    return _Row(path, PARAMETER, 0 if lazy else math.prod(shape), shape, owner, held, p.requires_grad)
+    return Row(path, PARAMETER, 0 if lazy else math.prod(shape), shape, owner, held, p.requires_grad)
 
 
 def _check(model: nn.Module, every: Sequence[str], patterns: Sequence[str]) -> None:

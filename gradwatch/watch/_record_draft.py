@@ -209,7 +209,7 @@ class Draft:
             index=self.index,
             epoch=self.epoch,
             batch_idx=self.batch_idx,
-            num_samples=int(host["samples"]) * self.num_batches // self.num_ranks,
+            num_samples=self._num_samples(host),
             time=self.when,
             loss=math.nan if loss is None else loss,
             has_loss=loss is not None,
@@ -225,6 +225,11 @@ class Draft:
             unseen=self.unseen,
         )
         return self.record
+
+    def _num_samples(self, host: Mapping[str, Any]) -> int:
+        """Return how many samples the step had; in a pipeline not all ranks of it need know."""
+        said = int(host["counted"]) if "counted" in host else self.num_ranks
+        return int(host["samples"]) * self.num_batches // max(said, 1)
 
     def _put_measured(
         self, host: dict[str, Any], columns: Columns, positions: NDArray[np.int64]

@@ -163,6 +163,8 @@ class OwnStatistics:
         self._hooked = self.meter.watched
         modules = dict(self.meter.model.named_modules())
         for row, path in enumerate(self.meter.watched.modules):
+            if not self.meter.has(path):
+                continue
             hook = WeakHook(self, OwnStatistics._see, row, path)
             hook.hang(modules[self.meter.real_path(path)].register_forward_hook)
             self._hooks.append(hook)

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .._markup import Text
-from ..errors import ConfigError, TrainingStopped
+from ..errors import TrainingStopped
 from ..protocols import Sink, Treatment
 from ..records import Incident, StepRecord, Verdict
 from ..requests import Request, StopTraining
@@ -23,12 +23,14 @@ from ._closure import Evaluated, closure_in, only_one
 from ._ending import Ending
 from ._engine import StepOutcome
 from ._incident_target import IncidentTarget, incident_target
+from ._paths import unwrap
 from ._requests import Home
 from ._run_dir import RunDir, run_dir_of
 from ._scaler import ScaleReader, scale_left_in_gradients, unscale
 from ._sealed import packed, unpacked
 from ._session import Session
 from ._settings import resolve
+from ._stages import model_of
 from ._step_inputs import StepInputs
 from ._stepper import Stepper, chosen, steppers
 from ._stepping import step_all
@@ -55,7 +57,8 @@ class Watch:
     Nothing is written on the model; hooks come off when the `with` ends, however it ends.
 
     Args:
-        model: the model as it is trained; DDP, compile, Fabric and Accelerate wrappers are looked through.
+        model: the model as it is trained; DDP, compile, Fabric and Accelerate wrappers are looked through. Of a
+            pipeline (`torch.distributed.pipelining`) its schedule, or the stages on this rank.
         optimizer: one, or several that step together (or one at a time, with `step(optimizer=...)`); also as Fabric or
             Accelerate prepared them. While Accelerate accumulates, `step` waits for the last micro-batch.
         rules: `"observe"`, `"default"`, `"autoclip"`, a rules file, a list of rules or a `RuleBook`.
@@ -82,7 +85,7 @@ class Watch:
 
     def __init__(  # noqa: PLR0913 - a door: flat names, resolved at once
         self,
-        model: nn.Module,
+        model: Any,
         optimizer: Optimizer | Sequence[Optimizer],
         *,
         rules: Any = "default",
@@ -124,8 +127,7 @@ class Watch:
             on_error=on_error,
             **options,
         )
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"`model` must be a torch.nn.Module. Got {type(model).__name__}.")
+        model = model_of(model, unwrap, has_surgery=surgery is not None)
         self._steppers = steppers(optimizer)
         self.optimizers = tuple(s.raw for s in self._steppers)
         self._is_wrapped = any(s.given is not s.raw for s in self._steppers)

@@ -8,7 +8,16 @@ import pytorch_lightning as pl
 import torch
 
 from gradwatch.callbacks import GradWatch
-from tests.modes import alone_cases, ddp_cases, flat_cases, lightning_cases, sharded_cases, statistic_cases
+from tests.modes import (
+    alone_cases,
+    ddp_cases,
+    expert_cases,
+    flat_cases,
+    lightning_cases,
+    pipeline_cases,
+    sharded_cases,
+    statistic_cases,
+)
 from tests.modes.ranks import run_group
 from tests.modes.reference import Net, batches
 
@@ -18,6 +27,8 @@ DDP, LIGHTNING = list(ddp_cases.CASES), list(lightning_cases.CASES)
 ALONE = list(alone_cases.CASES)
 STATISTICS = list(statistic_cases.CASES)
 TWO, FOUR = list(sharded_cases.TWO), list(sharded_cases.FOUR)
+PIPELINE_TWO, PIPELINE_FOUR = list(pipeline_cases.TWO), list(pipeline_cases.FOUR)
+EXPERTS_TWO, EXPERTS_FOUR = list(expert_cases.TWO), list(expert_cases.FOUR)
 FLAT_TWO, FLAT_FOUR = list(flat_cases.TWO), list(flat_cases.FOUR)
 
 
@@ -66,6 +77,30 @@ def test_flat_parameters_on_two_ranks(name: str, outcomes) -> None:
 @pytest.mark.parametrize("name", FLAT_FOUR)
 def test_flat_parameters_on_four_ranks(name: str, outcomes) -> None:
     _, found = outcomes("tests.modes.flat_cases", 4, tuple(FLAT_FOUR))
+    assert not found[name], found[name]
+
+
+@pytest.mark.parametrize("name", PIPELINE_TWO)
+def test_pipelines_on_two_ranks(name: str, outcomes) -> None:
+    _, found = outcomes("tests.modes.pipeline_cases", 2, tuple(PIPELINE_TWO))
+    assert not found[name], found[name]
+
+
+@pytest.mark.parametrize("name", PIPELINE_FOUR)
+def test_pipelines_on_four_ranks(name: str, outcomes) -> None:
+    _, found = outcomes("tests.modes.pipeline_cases", 4, tuple(PIPELINE_FOUR))
+    assert not found[name], found[name]
+
+
+@pytest.mark.parametrize("name", EXPERTS_TWO)
+def test_experts_on_two_ranks(name: str, outcomes) -> None:
+    _, found = outcomes("tests.modes.expert_cases", 2, tuple(EXPERTS_TWO))
+    assert not found[name], found[name]
+
+
+@pytest.mark.parametrize("name", EXPERTS_FOUR)
+def test_experts_on_four_ranks(name: str, outcomes) -> None:
+    _, found = outcomes("tests.modes.expert_cases", 4, tuple(EXPERTS_FOUR))
     assert not found[name], found[name]
 
 
