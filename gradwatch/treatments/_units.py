@@ -56,9 +56,14 @@ def unit_layouts(model: nn.Module) -> dict[str, UnitLayout]:
 
 def head_paths(model: nn.Module) -> frozenset[str]:
     """Return the paths of the parameters of the last layer: the last module that owns a trainable weight of two or
-    more dimensions. A weight tied to an earlier one counts under its first name."""
-    if isinstance(model, Pipeline) and not model.has_last:
-        return frozenset()
+    more dimensions. A weight tied to an earlier one counts under its first name. In a pipeline the last stage says it
+    to the other ranks."""
+    if not isinstance(model, Pipeline):
+        return _head(model)
+    return frozenset().union(*model.told("head", _head(model) if model.has_last else frozenset()))
+
+
+def _head(model: nn.Module) -> frozenset[str]:
     canonical = {id(owned.param): owned.path for owned in parameters_of(model)}
     own: dict[int, list[Tensor]] = {}
     for owned in parameters_of(model):
