@@ -282,6 +282,12 @@ _SCALARS: tuple[tuple[str, str, str, str], ...] = (
     ("batch_norm_means", "Size of BatchNorm’s running means; 0 where untouched.", _SET, "there are no such layers"),
     ("batch_norm_followed", "Share of what these showed that its statistics hold.", _SET, "there are no such layers"),
     ("batch_norm_momentum", "Smallest momentum of BatchNorm.", _SET, "there are no such layers"),
+    (
+        "update_error",
+        "Largest relative standard error of an update norm that is estimated from a sample of elements.",
+        _SET,
+        "whole copies fit in `memory_limit_mb`",
+    ),
     ("written_between", "Share of parameters written to since the optimizer’s last step.", _SET, ""),
     (
         "others_step",

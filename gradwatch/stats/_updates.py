@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..torchside import can_lend_all, home, is_host, largest_piece, lend, pipeline_of, whole_of, wide_dtype
+from ..torchside import can_lend_all, home, is_host, largest_piece, lend, moved, pipeline_of, whole_of, wide_dtype
 from ._native import native
 from ._norms import tensor_norms
-from ._shards import Shards, alike
+from ._shards import Shards, alike, put_together
+from ._update_samples import Sample, can_sample, least_room, room_for_each
 
 __all__ = ["UpdateMeter", "UpdateStats"]
 
@@ -33,30 +35,34 @@ class UpdateStats:
         update_norms: norm of (parameter after the step - before), float64, shape (len(positions),); -1 for all where
             some rank had nothing to say.
         param_norms: norm of the parameter before the step, float64, the same shape.
+        errors: standard error of the update's norm, relative to it, the same shape; 0 where all elements were compared.
     """
 
     positions: list[int]
     update_norms: Tensor
     param_norms: Tensor
+    errors: Tensor
 
 
 class UpdateMeter:
     """Measures updates through copies of parameters, within a bound on memory.
 
-    Where the copies of all parameters don't fit, each `before` takes the next ones that do, in turns. A parameter that
-    is larger than the bound by itself is never measured and is listed in `left_out`.
+    Where copies of all parameters don't fit, of the large ones a sample of their elements is copied, the same at every
+    step: sums of squares are then estimates, right on the average, with an error that is stated. Every parameter is
+    measured every time, but those of which not even the smallest sample fits: `left_out`.
 
     Norms of parameters in pieces cost one SUM all-reduce per mesh dimension in `after`. Every rank must take part,
     also one that did not step, or whose copies failed: its `before(blank=True)` says so, a failure does by itself.
 
     Args:
-        params: parameters, plain or distributed; for the bound count the largest local pieces, so that all ranks take
-            the same turns.
+        params: parameters, plain or distributed; for the bound count the largest local pieces, so that all ranks leave
+            out the same.
         memory_limit_bytes: of all copies together.
 
     Attributes:
         left_out: positions of parameters that can't be measured within the bound. Those of a kind that can't be copied
             and subtracted (nested, sparse, 8 bits) are not measured either.
+        is_sampled: whether of any a sample is measured, on whatever rank.
         in_pieces: whether any parameter is split over ranks.
 
     Raises:
@@ -67,16 +73,21 @@ class UpdateMeter:
         if not memory_limit_bytes >= 0:
             raise ConfigError(f"`memory_limit_bytes` must be at least 0. Got {memory_limit_bytes}.")
         self._params = list(params)
-        self._limit = memory_limit_bytes
-        self._next = 0
-        self._chosen: list[int] = []
+        self._chosen: list[int] | None = None
         self._copies: list[Tensor] | None = []
         self._cut: list[Tensor] = []
         self._arenas: dict[torch.device, Tensor] = {}
         self.in_pieces = pipeline_of(self._params) is not None or any(map(_is_split, self._params))
-        self._bytes = list(map(_bytes, self._params))
-        self.left_out = [i for i, need in enumerate(self._bytes) if need > memory_limit_bytes]
-        self._never = {i for i, param in enumerate(self._params) if not _has_copies(param)}.union(self.left_out)
+        needs = list(map(_bytes, self._params))
+        shared = room_for_each(needs, memory_limit_bytes)
+        self.left_out = [i for i, need in enumerate(needs) if need > shared and _least(self._params[i]) > shared]
+        never = {i for i, param in enumerate(self._params) if not _has_copies(param)}.union(self.left_out)
+        self._measured = [i for i in range(len(self._params)) if i not in never]
+        # What is left out takes no room; nor does what lies on another stage of a pipeline.
+        mine = [0 if i in never else min(need, _padded(_local(self._params[i]))) for i, need in enumerate(needs)]
+        room = room_for_each(mine, memory_limit_bytes) // _ALIGN * _ALIGN
+        self._samples = {i: Sample(_local(self._params[i]), room, i) for i in self._measured if mine[i] > room}
+        self.is_sampled = any(needs[i] > shared for i in self._measured)
 
     @property
     def held_bytes(self) -> int:
@@ -85,18 +96,22 @@ class UpdateMeter:
 
     @torch.no_grad()
     def before(self, *, blank: bool = False) -> None:
-        """Copy the parameters whose turn it is. Call it right before the optimizer's step.
+        """Copy the parameters. Call it right before the optimizer's step.
 
         Args:
             blank: take part in `after`, with nothing to say; no rank then learns these updates.
         """
-        self._chosen, self._copies = self._choose(), None
+        self._chosen, self._copies = self._measured, None
         if blank:
             return
         pieces = [_local(self._params[i]) for i in self._chosen]
         copies = self._room_for(pieces)
-        for into, sources in _grouped(copies, pieces):
+        whole = [k for k, i in enumerate(self._chosen) if i not in self._samples]
+        for into, sources in _grouped([copies[k] for k in whole], [pieces[k] for k in whole]):
             _copy_(into, sources)
+        for k, i in enumerate(self._chosen):
+            if i in self._samples:
+                self._samples[i].copy(pieces[k], copies[k])
         self._copies = copies
 
     @torch.no_grad()
@@ -106,34 +121,53 @@ class UpdateMeter:
         Raises:
             RuntimeError: `before` was not called.
         """
-        if not self._chosen and len(self._never) < len(self._params):
+        if self._chosen is None:
             raise RuntimeError("`UpdateMeter.after` needs a call of `before` first.")
         chosen, params = self._chosen, [self._params[i] for i in self._chosen]
-        found: tuple[Tensor, Tensor] | None = None
+        found: tuple[Tensor, Tensor, Tensor] | None = None
         try:
             if self._copies is not None:
-                found = _moved(self._copies, list(map(_local, params)))
+                found = self._moved(self._copies, list(map(_local, params)))
         finally:
             # Also where that failed: the other ranks wait.
             self.discard()
             if found is None or self.in_pieces:
-                whole = self._whole(params, None if found is None else torch.stack(found, dim=1))
-                found = whole[:, 0], whole[:, 1]
-        return UpdateStats(chosen, *found)
+                whole = self._whole(params, found)
+                found = whole[:, 0], whole[:, 1], whole[:, 2]
+        updates, norms, deviations = found
+        # Of a root half the relative error of the square.
+        errors = torch.where(updates > 0, deviations / (2 * updates.square()), 0.0)
+        return UpdateStats(chosen, updates, norms, errors)
 
-    def _whole(self, params: list[Tensor], norms: Tensor | None) -> Tensor:
-        """Put the pieces' norms together; -1 for all, on all ranks, where any rank has none."""
-        if norms is None:
+    def _moved(self, copies: list[Tensor], pieces: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return norms of updates and of parameters here, and the standard deviations of the former's squares."""
+        assert self._chosen is not None
+        if not self._samples:
+            updates, norms = _moved(copies, pieces)
+            return updates, norms, torch.zeros_like(updates)
+        groups = [[k for k, i in enumerate(self._chosen) if (i in self._samples) == kind] for kind in (False, True)]
+        device = home(pieces)
+        wide = wide_dtype(device)
+        whole = torch.stack(_moved([copies[k] for k in groups[0]], [pieces[k] for k in groups[0]]), dim=1)
+        rows = [torch.cat([moved(whole, device, wide), torch.zeros(len(whole), 1, dtype=wide, device=device)], dim=1)]
+        samples = [self._samples[self._chosen[k]].moved(copies[k], pieces[k]) for k in groups[1]]
+        rows += [moved(found, device, wide).sqrt()[None] for found in samples]
+        table = put_together(list(filter(len, rows)), list(filter(None, groups)), device)
+        return table[:, 0], table[:, 1], table[:, 2]
+
+    def _whole(self, params: list[Tensor], found: Sequence[Tensor] | None) -> Tensor:
+        """Put the pieces' norms and deviations together; -1 for all, on all ranks, where any rank has none."""
+        if found is None:
             device = home(self._params)
-            squares = torch.full((len(params), 2), -torch.inf, dtype=wide_dtype(device), device=device)
+            squares = torch.full((len(params), 3), -torch.inf, dtype=wide_dtype(device), device=device)
         else:
-            squares = norms.square()
+            squares = torch.stack(list(found), dim=1).square()
         Shards(params, params).sum_(squares)
         return torch.where(torch.isneginf(squares).any(), -1.0, squares.sqrt())
 
     def discard(self) -> None:
         """Forget the copies: the step did not happen. The memory is kept for the next ones."""
-        self._chosen, self._copies = [], []
+        self._chosen, self._copies = None, []
 
     def release(self) -> None:
         """Give the memory back."""
@@ -141,41 +175,27 @@ class UpdateMeter:
         self._arenas.clear()
         self._cut = []
 
-    def _choose(self) -> list[int]:
-        if sum(self._bytes) <= self._limit:
-            return [i for i in range(len(self._params)) if i not in self._never]
-        chosen: list[int] = []
-        room = self._limit
-        count = len(self._params)
-        for k in range(count):
-            i = (self._next + k) % count
-            if i in self._never:
-                continue
-            need = self._bytes[i]
-            if need > room:
-                self._next = i
-                return sorted(chosen)
-            room -= need
-            chosen.append(i)
-        return sorted(chosen)
-
     def _room_for(self, pieces: list[Tensor]) -> list[Tensor]:
-        """Return tensors like the pieces, cut from one block of memory per device that is kept between calls."""
-        if len(self._cut) == len(pieces) and all(map(_alike, self._cut, pieces)):
+        """Return tensors like the pieces, cut from one block of memory per device that is kept between calls; of those
+        that are sampled a row of as many elements."""
+        assert self._chosen is not None
+        shapes = [
+            self._samples[i].shape if i in self._samples else piece.shape
+            for i, piece in zip(self._chosen, pieces, strict=True)
+        ]
+        if len(self._cut) == len(pieces) and all(map(_alike, self._cut, pieces, shapes)):
             return self._cut
         need: dict[torch.device, int] = {}
         offsets = []
-        for piece in pieces:
+        for piece, shape in zip(pieces, shapes, strict=True):
             offsets.append(need.get(piece.device, 0))
-            need[piece.device] = offsets[-1] + _padded(piece)
+            need[piece.device] = offsets[-1] + -(-shape.numel() * piece.element_size() // _ALIGN) * _ALIGN
         for device, size in need.items():
             if device not in self._arenas or self._arenas[device].numel() < size:
                 self._arenas[device] = torch.empty(size, dtype=torch.uint8, device=device)
         self._cut = [
-            self._arenas[piece.device][at : at + piece.numel() * piece.element_size()]
-            .view(piece.dtype)
-            .view(piece.shape)
-            for at, piece in zip(offsets, pieces, strict=True)
+            self._arenas[piece.device][at : at + shape.numel() * piece.element_size()].view(piece.dtype).view(shape)
+            for at, piece, shape in zip(offsets, pieces, shapes, strict=True)
         ]
         return self._cut
 
@@ -223,12 +243,19 @@ def _local(param: Any) -> Tensor:
     return param.detach()
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype is other.dtype and one.device == other.device
+def _alike(one: Tensor, other: Tensor, shape: torch.Size) -> bool:
+    return one.shape == shape and one.dtype is other.dtype and one.device == other.device
 
 
 def _padded(piece: Tensor) -> int:
     return -(-piece.numel() * piece.element_size() // _ALIGN) * _ALIGN
+
+
+def _least(param: Any) -> float:
+    """Return the bytes that the smallest sample of the largest piece takes; inf of what can't be sampled."""
+    if not can_sample(_local(param)):
+        return math.inf
+    return least_room(largest_piece(param), param.element_size())
 
 
 def _has_copies(param: Any) -> bool:

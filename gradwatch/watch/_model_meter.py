@@ -365,7 +365,15 @@ class ModelMeter:
         # Not kept for the next time: forward and backward, where memory is short, come before it.
         self._updates.release()
         positions = self._update_positions[np.asarray(stats.positions, np.int64)]
-        return positions, {"update_norm": stats.update_norms, "param_norm": stats.param_norms}
+        found = {"update_norm": stats.update_norms, "param_norm": stats.param_norms}
+        if self.has_sampled_updates:
+            found["update_error"] = stats.errors
+        return positions, found
+
+    @property
+    def has_sampled_updates(self) -> bool:
+        """Whether some updates are estimates, on any rank."""
+        return self._updates is not None and self._updates.is_sampled
 
     def drop_update(self) -> None:
         """Forget the copies: the step did not happen."""
@@ -375,7 +383,7 @@ class ModelMeter:
 
     @property
     def too_large(self) -> list[str]:
-        """Parameters whose update can't be measured within the memory limit."""
+        """Parameters of whose update not even a sample can be measured within the memory limit."""
         if self._updates is None:
             return []
         paths = self.watched.index.paths

@@ -393,7 +393,10 @@ class Draft:
             positions, found = positions[had], {name: values[had] for name, values in found.items()}
         numel = self.index.numel[positions].astype(np.float64)
         columns.put_updates(positions, found, numel)
-        self.record = replace(self.record, columns=columns.values, masks=columns.masks)
+        scalars = self.record.scalars
+        if "update_error" in found:
+            scalars = {**scalars, "update_error": float(found["update_error"].max(initial=0.0))}
+        self.record = replace(self.record, columns=columns.values, masks=columns.masks, scalars=scalars)
         return self.record
 
 

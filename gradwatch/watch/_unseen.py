@@ -28,7 +28,12 @@ def unseen(meter: ModelMeter, judge: Judge, announced: Announced) -> list[str]:
     if meter.watched.strange:
         notes.append("treatments do not act, since they would act on a part of the gradient")
     if meter.too_large:
-        notes.append(f"updates not measured, larger than the memory limit: {_listed(meter.too_large)}")
+        notes.append(f"updates not measured, no room within the memory limit: {_listed(meter.too_large)}")
+    if meter.has_sampled_updates:
+        notes.append(
+            "update ratios of large parameters are estimates, from samples of their elements: copies of all do not fit "
+            "in `memory_limit_mb`; `update_error` on the record is their largest relative standard error"
+        )
     if meter.local is not None and meter.local.num_sharded:
         notes.append(f"local norms leave out {meter.local.num_sharded} sharded parameters: FSDP reduces first")
     if meter.local is not None and meter.local.failure:

@@ -188,19 +188,27 @@ def updates(rank: int, world: int) -> None:
     torch.testing.assert_close(stats.param_norms, tensor_norms(list(model().parameters())), rtol=1e-6, atol=0)
 
 
-def updates_in_turns(rank: int, world: int) -> None:
-    """Pieces of unlike sizes (3 and 2 of 5 rows): the ranks' copies differ in size, their turns must not."""
+def updates_of_samples(rank: int, world: int) -> None:
+    """Pieces of unlike sizes (3 and 2 of 5 rows): ranks draw samples of their own, or none, and leave out the same."""
     mesh = DeviceMesh("cpu", list(range(world)))
-    params = [distribute_tensor(torch.full((5, 8), float(i + 1)), mesh, [Shard(0)]) for i in range(4)]
-    meter = UpdateMeter(params, 128 + 64)
+    shapes = [(5, 400), (5, 8), (1, 80), (5, 3000)]
+    params = [distribute_tensor(torch.full(shape, 2.0), mesh, [Shard(0)]) for shape in shapes]
+    meter = UpdateMeter(params, 8192)
     assert meter.in_pieces
-    for turn in range(4):
+    for _ in range(2):
+        for p in params:
+            p.to_local().fill_(2.0)
         meter.before()
+        assert meter.held_bytes <= 8192
         for p in params:
             p.to_local().add_(1.0)
         stats = meter.after()
-        assert stats.positions == [turn]
-        torch.testing.assert_close(stats.update_norms, torch.tensor([40.0**0.5], dtype=torch.float64))
+        assert stats.positions == [0, 1, 2, 3]
+        numels = torch.tensor([float(p.numel()) for p in params], dtype=torch.float64)
+        torch.testing.assert_close(stats.update_norms, numels.sqrt())
+        torch.testing.assert_close(stats.param_norms, 2 * numels.sqrt())
+    small = UpdateMeter(params, 1000)
+    assert small.left_out == [0, 3], small.left_out
 
 
 def updates_of_a_rank_with_nothing_to_say(rank: int, world: int) -> None:
@@ -226,7 +234,7 @@ CASES: dict[str, tuple[Callable[[int, int], None], int]] = {
     "mixed-placements": (mixed_placements, 2),
     "non-finite-and-extreme": (non_finite_and_extreme, 2),
     "updates": (updates, 2),
-    "updates-in-turns": (updates_in_turns, 2),
+    "updates-of-samples": (updates_of_samples, 2),
     "updates-of-a-rank-with-nothing-to-say": (updates_of_a_rank_with_nothing_to_say, 2),
     "default-group": (default_group, 2),
 }

@@ -41,8 +41,8 @@ def collection() -> Gradients:
     return Gradients.collect(named, grad_scale=meta())
 
 
-def measured_update() -> object:
-    meter = UpdateMeter(mixed(), 1 << 20)
+def measured_update(limit: int = 1 << 20) -> object:
+    meter = UpdateMeter(mixed() if limit >= 1 << 20 else [meta(300, 40), meta(500)], limit)
     meter.before()
     return meter.after()
 
@@ -64,6 +64,7 @@ def measured_update() -> object:
         pytest.param(lambda: cosines(meta(3, 3)), id="cosines"),
         pytest.param(lambda: row_spread(mixed()), id="row_spread"),
         pytest.param(measured_update, id="UpdateMeter"),
+        pytest.param(lambda: measured_update(8000), id="UpdateMeter-of-samples"),
         pytest.param(lambda: collection().norms, id="Gradients.norms"),
         pytest.param(lambda: collection().global_norm, id="Gradients.global_norm"),
         pytest.param(lambda: collection().mul_(meta()), id="Gradients.mul_"),

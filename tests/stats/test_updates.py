@@ -6,6 +6,7 @@ from torch import nn
 
 from gradwatch.errors import ConfigError
 from gradwatch.stats import UpdateMeter
+from gradwatch.stats._update_samples import Sample
 
 
 def params(*sizes: int) -> list[nn.Parameter]:
@@ -43,25 +44,81 @@ def test_any_optimizer_is_measured_as_the_difference_it_makes(make) -> None:
     torch.testing.assert_close(stats.update_norms, torch.stack(expected), rtol=1e-5, atol=1e-9)
 
 
-def test_subsets_rotate_within_the_bound_and_all_have_their_turn() -> None:
-    ps = params(100, 200, 300, 50)
-    meter = UpdateMeter(ps, 1300)
-    seen = []
-    for _ in range(4):
+def test_of_all_that_does_not_fit_whole_a_sample_is_measured_every_time() -> None:
+    ps = params(1000, 20_000, 300, 5000, 0)
+    meter = UpdateMeter(ps, 20_000)
+    for _ in range(3):
+        before = [float(p.detach()[0]) if len(p) else 0.0 for p in ps]
         meter.before()
-        assert meter.held_bytes <= 1300
-        move(ps, 1.0)
+        assert meter.held_bytes <= 20_000
+        move(ps, 0.5)
         stats = meter.after()
-        seen.append(stats.positions)
-        expected = torch.tensor([float(ps[i].numel()) ** 0.5 for i in stats.positions], dtype=torch.float64)
-        torch.testing.assert_close(stats.update_norms, expected)
-    assert {i for positions in seen for i in positions} == {0, 1, 2, 3}
-    assert seen[0] != seen[1]
+        assert stats.positions == [0, 1, 2, 3, 4]
+        # Of equal elements every sample says the same.
+        sizes = torch.tensor([float(p.numel()) ** 0.5 for p in ps], dtype=torch.float64)
+        torch.testing.assert_close(stats.update_norms, 0.5 * sizes)
+        torch.testing.assert_close(stats.param_norms, sizes * torch.tensor(before, dtype=torch.float64))
+        assert stats.errors.tolist() == [0.0] * 5
+    assert meter.is_sampled
+    assert not meter.left_out
 
 
-def test_parameter_above_the_bound_is_left_out_and_said_so() -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(torch.randn, id="normal"),
+        pytest.param(lambda n: torch.rand(n) ** 8, id="few-large-ones"),
+        pytest.param(lambda n: (torch.arange(n) % 1000 < 40).float(), id="in-heaps"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(400, 100), (100, 20, 20), (39_999,)])
+def test_estimates_are_right_on_the_average_and_so_are_their_errors(make, shape) -> None:
+    torch.manual_seed(1)
+    numel = torch.Size(shape).numel()
+    piece, step = torch.ones(shape), make(numel).view(shape)
+    true = step.double().square().sum()
+    found = []
+    for seed in range(300):
+        sample = Sample(piece, 4096, seed)
+        copy = torch.empty(sample.shape)
+        sample.copy(piece, copy)
+        assert copy.nbytes <= 4096
+        found.append(sample.moved(copy, piece - step))
+    squares, norms, variances = torch.stack(found).unbind(dim=1)
+    torch.testing.assert_close(norms, torch.full_like(norms, float(numel)), rtol=1e-6, atol=0)
+    # Within four standard errors of the mean over the draws.
+    assert abs(squares.mean() - true) <= 4 * squares.std() / len(found) ** 0.5 + 1e-6 * true
+    torch.testing.assert_close(variances.mean(), squares.var(), rtol=0.35, atol=1e-6 * float(true) ** 2)
+
+
+def test_the_same_elements_are_compared_at_every_step_and_by_all_who_hold_the_same() -> None:
+    ps = params(50_000)
+    meters = [UpdateMeter(ps, 8000) for _ in range(2)]
+    found = []
+    for meter in (*meters, meters[0]):
+        with torch.no_grad():
+            ps[0].copy_(torch.arange(50_000.0))
+        meter.before()
+        with torch.no_grad():
+            ps[0].mul_(1.5)
+        found.append(meter.after().update_norms.item())
+    assert found[0] == found[1] == found[2]
+
+
+def test_weights_of_any_order_in_memory_are_sampled() -> None:
+    image = torch.ones(8, 16, 20, 20).to(memory_format=torch.channels_last)
+    ps = [nn.Parameter(torch.ones(64, 200).T), nn.Parameter(image)]
+    meter = UpdateMeter(ps, 12_000)
+    meter.before()
+    move(ps, 1.0)
+    stats = meter.after()
+    assert meter.is_sampled
+    torch.testing.assert_close(stats.update_norms, torch.tensor([12_800.0, 51_200.0], dtype=torch.float64).sqrt())
+
+
+def test_parameter_of_which_no_sample_fits_is_left_out_and_said_so() -> None:
     ps = params(10, 10_000)
-    meter = UpdateMeter(ps, 1000)
+    meter = UpdateMeter(ps, 800)
     assert meter.left_out == [1]
     meter.before()
     assert meter.after().positions == [0]
