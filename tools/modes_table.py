@@ -22,6 +22,7 @@ GROUPS = {
 }
 ALONE = {
     "test_resume.py": "FSDP2 and FSDP1, saved by 1 or 2 processes and resumed by 1, 2 or 4",
+    "test_thousand.py": "1,000 ranks, what each sends and learns computed in one process",
     "test_faults.py": "DistributedDataParallel and FSDP2, 2 processes; and one",
     "test_single.py": "one process",
     "test_lightning_single.py": "one process",
