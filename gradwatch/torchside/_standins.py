@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UnreadableError
 from ._flat import Flats
 from ._memory import identity
 from ._paths import clean_path
+from ._peers import world_size
 from ._pieces import StandIn
 
 __all__ = ["Owned", "masters", "parameters_of"]
@@ -124,7 +124,7 @@ def parameters_of(model: nn.Module) -> Iterator[Owned]:
     flats = Flats(model)
     seen: set[int] = set()
     # What DDP was told to leave alone: each rank's gradient is its own.
-    ignored = frozenset(getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if _are_several() else ())
+    ignored = frozenset(getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if world_size() > 1 else ())
     for module_path, module in model.named_modules():
         own = [(name, p) for name, p in module.named_parameters(recurse=False) if id(p) not in flats.known]
         for name, p in (*own, *flats.inside.get(id(module), ())):
@@ -151,10 +151,6 @@ _OWN = (
 _SIGNS = ("to_local", "local_shards", "local_tensor", "_local_tensor", "_local_shards", "full_tensor", "placements")
 
 
-def _are_several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _why_strange(p: Tensor, *, is_ignored: bool = False) -> str:
     """Return why a parameter, or its gradient, is a piece of something that nobody here understands; "" if it is
     none.
@@ -167,7 +163,7 @@ def _why_strange(p: Tensor, *, is_ignored: bool = False) -> str:
     kind = type(p)
     is_known = issubclass(kind, StandIn) or kind.__module__.startswith("torch.distributed.tensor")
     # So do Megatron and DeepSpeed mark experts.
-    is_marked = getattr(p, "allreduce", True) is False and _are_several()
+    is_marked = getattr(p, "allreduce", True) is False and world_size() > 1
     if not is_known and p.requires_grad and (is_marked or is_ignored):
         return _OWN.format("`allreduce` is False" if is_marked else "DDP ignores it")
     if is_known or not any(hasattr(kind, sign) or sign in vars(p) for sign in _SIGNS):
