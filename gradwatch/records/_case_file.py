@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._markup import Prints, card, escape, table
 from ._causes import rank_incidents
 from ._histogram import NUM_BINS, Histogram
 from ._incident import Incident, _plain
@@ -54,7 +55,7 @@ class CaseTreatment(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CaseFile:
+class CaseFile(Prints):
     """What is known of one incident.
 
     Attributes:
@@ -246,6 +247,10 @@ class CaseFile:
             what = "the step was vetoed" if np.isnan(treatment.after) else f"global norm {change}"
             words.append(f"{treatment.name} at step {treatment.step:,}: {what}")
         return "; ".join(words) + _more(len(now) - 3)
+
+    def _repr_html_(self) -> str:
+        rows = [(f"<b>{escape(head)}</b>", escape(text)) for head, text in self.lines()]
+        return card(f"case of {self.name or self.rule}, step {self.step:,}", "info", table(("", ""), rows))
 
     def __str__(self) -> str:
         head = f"case of {self.name or self.rule}, step {self.step:,}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,3 +281,27 @@ def test_a_kernel_that_moves_at_a_step_that_the_device_vetoed_is_told_and_asked_
         # The second time the step waits for the verdict, and is put back from copies.
         assert loop.end == ""
         assert told["veto_undone"].first_step == 12
+
+
+@on_late
+def test_a_case_file_with_its_samples_and_its_batch_waits_for_nothing() -> None:
+    device = there()
+    device.set_lag(2)
+    place = Place(2, torch.device("late:0"), is_real=True)
+    with tempfile.TemporaryDirectory() as folder, quiet(), device.counting() as counts:
+        loop = Loop(place, rules=[NonFinite()], save_batch=True, run_dir=folder, autopsy=False)
+        ids = torch.arange(100, 116).to(place.device)
+        for step in range(40):
+            loop.optimizer.zero_grad()
+            loss = loop.loss(loop.model, loop.x, loop.y) * (float("nan") if step == 12 else 1.0)
+            loss.backward()
+            loop.watch.step(loss=loss, batch={"x": loop.x, "idx": ids})
+            loop.passed()
+        found, stacks = dict(counts), list(device.stacks)
+        loop.watch.close()
+        saved = len(list(Path(folder).glob("batch-*.safetensors")))
+    assert found == {}, stacks[:3]
+    case = loop.watch.incidents[0].case
+    assert case is not None
+    assert (case.step, case.samples) == (12, tuple(range(100, 116)))
+    assert saved == 1

@@ -283,3 +283,12 @@ def test_a_case_survives_json_with_numbers_that_are_not_finite() -> None:
     back = CaseFile.from_json(json.loads(json.dumps(case.to_json(), allow_nan=False)))
     assert str(back.to_json()) == str(case.to_json())
     assert back.histograms[0].histogram.counts.tolist() == counts.tolist()
+
+
+def test_a_notebook_shows_a_case_and_names_in_it_stay_words() -> None:
+    case = CaseFile(rule="<b>x</b>", step=3, samples=("<img src=x>",), samples_from="`idx` of the batch")
+    html = case._repr_html_()
+    assert "<img" not in html
+    assert "<b>x</b>" not in html
+    assert "&lt;img src=x&gt;" in html
+    assert "case of &lt;b&gt;x&lt;/b&gt;, step 3" in html
