@@ -23,7 +23,7 @@ FLOORS = [
         "_warn",
     },
     {"torchside"},
-    {"stats"},
+    {"stats", "samples"},
     {"hooks", "rules", "treatments", "sinks", "precision"},
     {"notebook"},
     {"watch", "book", "runs"},

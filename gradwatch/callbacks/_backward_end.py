@@ -48,7 +48,7 @@ class BackwardEnd:
             and its outputs; what it returns must not hold either.
 
     Attributes:
-        is_muted: asked in backward: a probe of ours runs, which is none of the training's.
+        is_muted: asked in forward and backward: a probe of ours runs, which is none of the training's.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class BackwardEnd:
         self._handle.remove()
 
     def forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
-        if not (module.training and torch.is_grad_enabled()):
+        if not (module.training and torch.is_grad_enabled()) or self.is_muted():
             return
         with Aside():
             self._place(dict(kwargs) or args, outputs)

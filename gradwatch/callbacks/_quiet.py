@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 __all__ = ["run_quietly"]
@@ -9,13 +10,18 @@ __all__ = ["run_quietly"]
 _ABSENT = object()
 
 
-def run_quietly(module: Any, batch: Any, batch_idx: int) -> Any:
-    """Return what `module.training_step` returns, with its `log` and `log_dict` switched off meanwhile."""
+def run_quietly(module: Any, batch: Any, batch_idx: int, context: AbstractContextManager[Any]) -> Any:
+    """Return what `module.training_step` returns, with its `log` and `log_dict` switched off meanwhile.
+
+    Args:
+        context: the Trainer's around a step: autocast.
+    """
     before = {name: vars(module).get(name, _ABSENT) for name in ("log", "log_dict")}
     for name in before:
         vars(module)[name] = lambda *args, **kwargs: None
     try:
-        return module.training_step(batch, batch_idx)
+        with context:
+            return module.training_step(batch, batch_idx)
     finally:
         for name, value in before.items():
             if value is _ABSENT:

@@ -20,7 +20,7 @@ from .._warn import warn
 from ..errors import ConfigError, TrainingStopped
 from ..records import HEALTHY, NOT_ENOUGH_SEEN, NOT_HEALTHY, Incident, Incidents, StepRecord, Verdict, judge_run
 from ..sinks import sinks_for_loggers
-from ..torchside import WeakHook
+from ..torchside import WeakHook, weakly
 from ..treatments import MicroBatchSurgery
 from ..watch import (
     Forward,
@@ -204,9 +204,11 @@ class GradWatch:
             if tasks is not None:
                 self._tasks = model, tasks
                 self._collecting.enter_context(tasks.collecting())
-        if self._tasks is not None:
-            tasks = self._tasks[1]
-            end.is_muted = lambda: tasks.tasks.probing
+        end.is_muted = weakly(self._is_muted, False)
+
+    def _is_muted(self) -> bool:
+        probes = self._tasks is not None and self._tasks[1].tasks.probing
+        return probes or any(w.session.engine.is_replaying for w in self.watches)
 
     def watch(self, *optimizers: Any) -> None:
         """Begin before the first step. Optimizers named together share one `Watch`, and may step in turns.

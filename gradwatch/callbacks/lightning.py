@@ -70,7 +70,9 @@ class GradWatch(SessionDoor, _Callback):
         name: of this callback: its tags and its state in checkpoints begin with it. A second one of the same name in a
             Trainer goes by `<name>-2`.
         histogram_scale: `"log10"` of the magnitude, or `"signed"`.
-        autopsy: on the first non-finite incident find out where it was born, by running the batch again under hooks.
+        autopsy: on a non-finite or exploding gradient find out where it was born, and there and where the loss jumps
+            which samples carry it, by running the batch again.
+        noise_scale: measure the gradient noise scale, which tells what batch size is worth its price, now and then.
         preflight: check model and first batch before step 0.
         conflicts_every: measure conflicts between task losses without surgery; None never.
         history: records kept in `history`.
@@ -111,6 +113,7 @@ class GradWatch(SessionDoor, _Callback):
         name: str = "gradwatch",
         histogram_scale: str = "log10",
         autopsy: bool = False,
+        noise_scale: bool = False,
         preflight: bool = False,
         conflicts_every: int | None = None,
         history: int = 1000,
@@ -142,6 +145,7 @@ class GradWatch(SessionDoor, _Callback):
             name=name,
             histogram_scale=histogram_scale,
             autopsy=autopsy,
+            noise_scale=noise_scale,
             conflicts_every=conflicts_every,
             history=history,
             local_norms=local_norms,
@@ -231,8 +235,12 @@ class GradWatch(SessionDoor, _Callback):
             session.see(batch)
             self._scale.begin(lightning_run.loss_scaler(trainer))
             session.before_forward(self._step(trainer))
-            if self.settings.options.autopsy and pl_module.automatic_optimization:
-                session.engine.remember(lambda: run_quietly(pl_module, batch, batch_idx))
+            if session.engine.remembers() and pl_module.automatic_optimization:
+                precision = trainer.precision_plugin
+                session.engine.remember(
+                    lambda: run_quietly(pl_module, batch, batch_idx, precision.train_step_context()),
+                    session.count_samples(batch),
+                )
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         session = self._live

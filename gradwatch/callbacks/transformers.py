@@ -18,12 +18,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .._closing import end_all, insist, why_ended
-from ..errors import ConfigError, TrainingStopped
+from ..errors import TrainingStopped
 from ..protocols import Sink
 from ..requests import Request, StopTraining
+from ..torchside import weakly
 from ..watch import (
     Ending,
     Forward,
+    ForwardMemory,
     Home,
     IncidentTarget,
     RunDir,
@@ -51,7 +53,6 @@ __all__ = ["GradWatchCallback"]
 
 _WINDOWS = 8
 """Steps that are remembered for how many backwards they held."""
-_ELSEWHERE = ("autopsy",)
 
 
 class GradWatchCallback(SessionDoor, TrainerCallback):
@@ -105,12 +106,6 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         verbose: bool = True,
         **options: Any,
     ) -> None:
-        for option in _ELSEWHERE:
-            if options.get(option):
-                raise ConfigError(
-                    f"`{option}` needs an event before backward, which the Trainer does not have. It works in Watch "
-                    "and in the Lightning callback."
-                )
         given = {"rules": rules, "treatments": treatments, "sinks": sinks, "log_every": log_every, "name": name}
         self.settings = resolve(**given, **options)
         self._run_dir, self._verbose = checked_run_dir(run_dir), verbose
@@ -118,6 +113,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         self._session: Session | None = None
         self._elsewhere = Elsewhere()
         self._ends: BackwardEnd | None = None
+        self._forwards: list[ForwardMemory] = []
         self._stepper: Stepper | None = None
         self._requests: list[Request] = []
         self._scalars: dict[str, float] = {}
@@ -172,13 +168,20 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         when_left("train", "transformers", self._left)
         self._thread = get_ident()
         self._ends = BackwardEnd(session.model, self._on_backward_end, self._look)
+        self._ends.is_muted = weakly(self._is_muted, False)
+        self._forwards = session.engine.listen_to_forwards(session.model)
         session.begin()
         if session.tasks is not None:
             tasks = session.tasks
-            self._ends.is_muted = lambda: tasks.tasks.probing
             self._collecting = ExitStack()
             self._collecting.enter_context(tasks.collecting())
         self._begin_step(state.global_step)
+
+    def _is_muted(self) -> bool:
+        session = self._session
+        if session is None:
+            return False
+        return session.engine.is_replaying or (session.tasks is not None and session.tasks.tasks.probing)
 
     def _is_watching(self, state: Any) -> bool:
         return self._training is not None and self._training() is state and not getattr(self._session, "closed", True)
@@ -350,7 +353,9 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
             self._collecting.close()
         if self._ends is not None:
             self._ends.close()
-        self._ends, self._collecting, self._losses = None, None, []
+        for forwards in self._forwards:
+            forwards.close()
+        self._ends, self._forwards, self._collecting, self._losses = None, [], None, []
 
     def _left(self) -> None:
         # The Trainer has no event for an exception: its loop is left, and `on_train_end` was not called.
@@ -370,6 +375,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
             **self.__dict__,
             "_session": None,
             "_ends": None,
+            "_forwards": [],
             "_collecting": None,
             "_stepper": None,
             "_losses": [],

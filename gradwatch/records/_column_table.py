@@ -182,6 +182,7 @@ _SAMPLED = "activations_every"
 _NO_TARGETS = "no targets were given"
 _NO_OUTPUT = "no prediction was seen"
 _SET = "updates_every"
+_NOISE = "with `noise_scale` or micro-batch surgery"
 _NO_TOKENS = "inputs and targets are no tokens of one size"
 _NO_GRAPH = "the graph does not tell"
 _NO_FORMULA = "prediction and targets fit no such formula"
@@ -309,9 +310,11 @@ _SCALARS: tuple[tuple[str, str, str, str], ...] = (
         "with micro-batch surgery",
         "not by signs",
     ),
-    ("noise_trace", "Trace of the covariance of the samples’ gradients.", "with micro-batch surgery", ""),
-    ("noise_squared_norm", "Squared norm of the gradient without noise.", "with micro-batch surgery", ""),
-    ("noise_scale", "Batch size at which noise and signal are equal.", "with micro-batch surgery", "one batch size"),
+    ("noise_trace", "Trace of the covariance of the samples’ gradients.", _NOISE, ""),
+    ("noise_squared_norm", "Squared norm of the gradient without noise.", _NOISE, ""),
+    ("noise_scale", "Batch size at which noise and signal are equal.", _NOISE, "one batch size"),
+    ("noise_scale_error", "Standard error of the noise scale.", "with `noise_scale`", ""),
+    ("noise_batch_size", "Samples of the step, at which the noise scale was measured.", "with `noise_scale`", ""),
 )
 
 FAMILIES: Mapping[str, str] = {

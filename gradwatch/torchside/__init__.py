@@ -35,7 +35,7 @@ from ._pieces import Piece, StandIn, Whole, largest_piece, local_of, real_of, sh
 from ._samples import Samples, unlike
 from ._stages import Away, Pipeline, pipeline_of
 from ._standins import Owned, masters, parameters_of
-from ._untouched import untouched
+from ._untouched import every_random_state, set_every_random_state, untouched
 from ._untraced import untraced
 from ._values import Values, declassed, dense, overlaps, owned, parts, values, why_unreadable, writable
 
@@ -70,6 +70,7 @@ __all__ = [
     "declassed",
     "dense",
     "differ",
+    "every_random_state",
     "fetched",
     "find",
     "fresh",
@@ -112,6 +113,7 @@ __all__ = [
     "random_state",
     "real_of",
     "sent",
+    "set_every_random_state",
     "set_random_state",
     "shape_of",
     "size_of",

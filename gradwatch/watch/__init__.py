@@ -13,6 +13,7 @@ from ._options import MeasureOptions
 from ._paths import unwrap
 from ._prediction import Forward
 from ._produced import Look, look_at
+from ._replays import ForwardMemory
 from ._requests import Home
 from ._run_dir import RunDir, checked_run_dir, free_run_dir, run_dir_of
 from ._scaler import ScaleReader, scale_left_in_gradients
@@ -31,6 +32,7 @@ __all__ = [
     "Ending",
     "Engine",
     "Forward",
+    "ForwardMemory",
     "Guard",
     "Home",
     "IncidentTarget",

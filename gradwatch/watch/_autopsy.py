@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,30 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..torchside import (
-    Aside,
-    WeakHook,
-    clean_path,
-    find,
-    map_tensors,
-    random_state,
-    set_random_state,
-    tensors_of,
-    untouched,
-)
+from ..torchside import clean_path, tensors_of, untouched
+from ._replays import Replay
 
-__all__ = ["Autopsy", "ForwardMemory", "Replay", "examine", "rng_state"]
-
-rng_state = random_state
-
-
-@dataclass(frozen=True)
-class Replay:
-    """How to run one micro-batch's forward again: the random state it began with, and a call that returns its loss
-    (or anything else; without a scalar that has a graph only forward is examined)."""
-
-    rng: dict[str, Any]
-    run: Callable[[], Any]
+__all__ = ["Autopsy", "examine"]
 
 
 @dataclass
@@ -97,7 +77,6 @@ def _run_one(model: nn.Module, replay: Replay, params: Sequence[Tensor]) -> Auto
             if tensor.requires_grad:
                 tensor.register_hook(lambda grad: on_grad(row, grad))
 
-    set_random_state(replay.rng)
     with ExitStack() as stack:
         for path, module in model.named_modules():
             name = clean_path(path)
@@ -106,60 +85,14 @@ def _run_one(model: nn.Module, replay: Replay, params: Sequence[Tensor]) -> Auto
                 on_forward(name, args, kwargs, output)
 
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        loss = _loss(replay.run())
-        if loss is not None:
-            wanted = [p for p in params if p.requires_grad]
-            torch.autograd.grad(loss, wanted, allow_unused=True)
+        begun = replay.begin()
+        wanted = [p for p in params if p.requires_grad]
+        if begun.roots and wanted:
+            torch.autograd.grad(begun.roots, wanted, begun.grads, allow_unused=True)
     for row in rows:
         if not row["output_is_finite"] and row["input_is_finite"]:
             return Autopsy(born=row["path"], phase="forward", modules=rows)
     return Autopsy(born=backward[0] if backward else "", phase="backward" if backward else "", modules=rows)
-
-
-class ForwardMemory:
-    """Hands every training forward of a model over as something that can be run again, until it is closed.
-
-    Args:
-        model: whose forwards.
-        remember: takes a call that runs one again.
-    """
-
-    def __init__(self, model: nn.Module, remember: Callable[[Callable[[], Any]], None]) -> None:
-        self._remember = remember
-        self._examining = False
-        self._handle = WeakHook.of(self._before).hang(model.register_forward_pre_hook, with_kwargs=True)
-
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module.training and torch.is_grad_enabled() and not self._examining:
-            # Without the graphs they came of, which would stay until the step; but still asking for gradients.
-            kept: Any = (args, kwargs)
-            # A container of the user's that can't be built anew is kept as it is.
-            with Aside(), suppress(Exception):
-                kept = map_tensors(kept, _apart)
-            self._remember(lambda: self._again(module, *kept))
-
-    def _again(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        self._examining = True
-        try:
-            return module(*args, **kwargs)
-        finally:
-            self._examining = False
-
-    def close(self) -> None:
-        """Take the hook off. May be called twice."""
-        self._handle.remove()
-
-
-def _apart(value: Tensor, leaf: str) -> Tensor:
-    return value if value.is_leaf else value.detach().requires_grad_(value.requires_grad)
-
-
-def _loss(output: Any) -> Tensor | None:
-    if not isinstance(output, Tensor):
-        output = find(output, "loss")
-    if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad:
-        return output.reshape(())
-    return None
 
 
 def _floats(tree: Any) -> list[Tensor]:

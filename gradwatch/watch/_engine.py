@@ -15,11 +15,12 @@ from ..records import Incident, StepRecord
 from ..requests import StopTraining
 from ..rules import RuleBook, treatments_of
 from ..stats import Gradients
-from ..torchside import Aside, graph_task_id, is_host, weakly
+from ..torchside import Aside, every_random_state, graph_task_id, is_host, weakly
 from ..treatments import BufferKeeper, LearningRates, SkipStep
 from ._alarmed import Alarmed, note_histograms
 from ._announced import Announced
-from ._autopsy import Autopsy, Replay, examine, rng_state
+from ._autopsy import Autopsy, examine
+from ._carriers import Carriers, carriers, gathered
 from ._completion import MAX_FAILURES, Completion
 from ._context import Decision, StepOutcome
 from ._delivered import Delivered
@@ -31,12 +32,14 @@ from ._judge import Judge, own_incident
 from ._measuring import Measuring
 from ._memory import memory_of, remember
 from ._model_meter import ModelMeter
+from ._noise_scale import NoiseScale, noise_sums
 from ._options import MeasureOptions
 from ._plan import ALERT_STEPS, Planner, reasons_to_wait
 from ._produced import Produced
 from ._proofs import Proofs
 from ._ranks import are_several, world_size
 from ._record_draft import Draft
+from ._replays import ForwardMemory, Replay
 from ._rollbacks import rollbacks_of
 from ._run_treatments import attach
 from ._statistics import OwnStatistics
@@ -51,6 +54,9 @@ __all__ = ["Engine", "StepInputs", "StepOutcome"]
 
 ALARMS = ("non_finite", "exploding")
 """Rules whose incidents make gradwatch look closer."""
+
+OF_SAMPLES = (*ALARMS, "loss_spike")
+"""Rules whose incidents may be the work of a few samples."""
 
 
 class Engine:
@@ -69,6 +75,7 @@ class Engine:
 
     Attributes:
         ends_at_once: `finish_step` follows the optimizers' steps, with nothing in between.
+        is_replaying: a step's micro-batches are run again: what hooks see is none of the training's.
         waits_for: what makes every step wait for the device: a treatment that must look, or a rule with a treatment
             that is not decided by one norm alone. "" where nothing does.
     """
@@ -140,6 +147,9 @@ class Engine:
         self._measured: tuple[int, int | None] | None = None
         self._current: Draft | None = None
         self._replays: list[Replay] = []
+        self._inputs: StepInputs | None = None
+        self.noise = NoiseScale() if options.noise_scale else None
+        self.is_replaying = False
         self.autopsy: Autopsy | None = None
         self.alarmed: Alarmed = {}
         self.produced = Produced(self.meter, self.guard, weakly(self._is_due))
@@ -188,11 +198,22 @@ class Engine:
             self.gates.begin()
         self._begun = step
 
-    def remember(self, run: Callable[[], Any]) -> None:
-        """Keep how to run the present micro-batch again, for an autopsy; call it before forward."""
-        if self.options.autopsy:
+    def remembers(self) -> bool:
+        """Return whether the micro-batches of the step that has begun are kept to be run again."""
+        return self.options.autopsy or (self.noise is not None and self.noise.is_due(max(self._begun, 0)))
+
+    def listen_to_forwards(self, model: nn.Module) -> list[ForwardMemory]:
+        """Return what keeps the model's forward passes by itself, where they may be wanted; to be closed."""
+        if not self.options.autopsy and self.noise is None:
+            return []
+        return [ForwardMemory(model, weakly(self.remember), weakly(self.remembers, False))]
+
+    def remember(self, run: Callable[[], Any], size: int = 0, grads: Mapping[str, Tensor] | None = None) -> None:
+        """Keep how to run the present micro-batch again, where that may be wanted; call it before forward. See
+        `Replay`."""
+        if self.remembers() and not self.is_replaying:
             with Aside():
-                self._replays.append(Replay(rng_state(), run))
+                self._replays.append(Replay(every_random_state(), run, size, grads))
 
     def before_backward(self, scale: float, loss: Any = None) -> None:
         """Say what the loss is multiplied by, for treatments of error signals inside backward; and show it."""
@@ -217,6 +238,7 @@ class Engine:
         self.delivered.announce(inputs, optimizers)
         # Clears a veto whose step never came: it must not fall on this one.
         self.gates.arm(optimizers, False)
+        self._inputs = inputs if self.options.autopsy else None
         turn = Turn(self.planner.at(inputs.step), inputs, optimizers, self._measuring, self._update_ratios)
         if "measuring" in self.guard.failed:
             turn.give_up()
@@ -282,6 +304,8 @@ class Engine:
         turn.grads, turn.tensors = grads, _ = meter.listed_gradients(turn.optimizers, inputs.grad_scale)
         if not turn.plan.measures:
             return self._treating.act_unmeasured(turn)
+        if self.noise is not None and self.noise.is_due(inputs.step):
+            inputs.scalars = {**inputs.scalars, **self._noise(self.noise, inputs)}
         inputs.scalars = {**inputs.scalars, "overhead_seconds": self.spent}
         self.spent = 0.0
         if turn.plan.num_ranks > 1:
@@ -307,13 +331,23 @@ class Engine:
     ) -> None:
         """Look closer from here on where gradients explode or are not finite, and find out where it was born."""
         alarms = [i for i in opened if i.rule in ALARMS]
-        if not alarms:
-            return
-        self.planner.look_closer(self._step + ALERT_STEPS)
-        if grads is not None and self.options.histograms_every is not None:
+        if alarms:
+            self.planner.look_closer(self._step + ALERT_STEPS)
+        if alarms and grads is not None and self.options.histograms_every is not None:
             with self.guard("histograms at an alarm"), Aside():
                 note_histograms(self.alarmed, alarms, step, grads)
-        if step != self._step or not self._replays or not self.guard.ok("autopsy"):
+        if step != self._step or not self.options.autopsy:
+            return
+        self.is_replaying = True
+        try:
+            if alarms:
+                self._find_birth(alarms, params)
+            self._find_samples([i for i in opened if i.rule in OF_SAMPLES], params)
+        finally:
+            self.is_replaying = False
+
+    def _find_birth(self, alarms: Sequence[Incident], params: Sequence[Tensor]) -> None:
+        if not self._replays or not self.guard.ok("autopsy"):
             return
         with self.guard("autopsy"):
             found = self.autopsy = examine(self.model, self._replays, params)
@@ -321,6 +355,36 @@ class Engine:
                 details = {"born_in": found.born, "phase": found.phase}
                 for incident in alarms:
                     self.judge.explain(incident, details, first_path=found.born)
+
+    def _find_samples(self, incidents: Sequence[Incident], params: Sequence[Tensor]) -> None:
+        if not incidents:
+            return
+        own = Carriers()
+        if self._replays and self.guard.ok("telling samples apart"):
+            with self.guard("telling samples apart"):
+                try:
+                    own = carriers(self.model, self._replays, params, self._inputs)
+                except ValueError as error:
+                    self.guard.limit(f"which samples carry the gradient can't be told: {error}", aloud=True)
+        # All ranks judge alike, and meet here.
+        with self.guard("telling samples of several ranks apart"):
+            found = gathered(own)
+            for incident in incidents:
+                self.judge.explain(incident, found.details())
+
+    def _noise(self, noise: NoiseScale, inputs: StepInputs) -> dict[str, float]:
+        own, part = None, "the gradient noise scale"
+        if self.guard.ok(part):
+            self.is_replaying = True
+            with self.guard(part):
+                try:
+                    own = noise_sums(self.model, self._replays, self.meter.watched.held, inputs)
+                except ValueError as error:
+                    self.guard.limit(f"{part} is not seen: {error}", aloud=True)
+            self.is_replaying = False
+        # Of several optimizers, each record has the norm of its own parameters alone.
+        alone = len(self.optimizers) == 1
+        return noise.take(own, self.meter.device, list(self.completion.history) if alone else ())
 
     def _on_judged(self, draft: Draft, opened: Sequence[Incident]) -> None:
         """Called with every step that is complete: what was judged only then may be an alarm, too."""
@@ -356,7 +420,7 @@ class Engine:
         """Complete the last step's record: called after the optimizer has stepped."""
         self._complete_last()
         if self._replays and self._measured is not None and self._measured[0] == self._begun:
-            self._replays = []  # not between the micro-batches of a step
+            self._replays, self._inputs = [], None  # not between the micro-batches of a step
         self.announced.forget()
         if self.delivered.is_waiting:
             self.delivered.forget()
@@ -397,7 +461,7 @@ class Engine:
 
     def take_off(self) -> None:
         """Take every hook off, and put the optimizers' own rates back; what was measured stays to be written."""
-        self._replays, self.buffers, self._treating.buffers = [], None, None
+        self._replays, self._inputs, self.buffers, self._treating.buffers = [], None, None, None
         own = [] if self.own is None else [self.own]
         back = [] if self.rollbacks is None else [self.rollbacks]
         looks = [self.produced, self.delivered]

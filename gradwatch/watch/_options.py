@@ -35,7 +35,11 @@ class MeasureOptions:
         histogram_scale: `"log10"` of the magnitude, or `"signed"` values.
         history: records kept at `history`; where they would not fit in a fourth of `memory_limit_mb` fewer, and without
             their histograms but for the latest.
-        autopsy: on the first non-finite incident run the same batch again under hooks to say where it was born.
+        autopsy: on an incident of a gradient that explodes or is not finite run the same batch again under hooks to say
+            where it was born; there, and where the loss jumps, take the batch apart to say which samples carry it.
+            Every step then waits for its numbers.
+        noise_scale: measure the gradient noise scale, which tells what batch size is worth its price, at one step in 50
+            and at the beginning: such a step's batch is run again, for some five steps' time.
         local_norms: measure each rank's gradient norm before it is reduced, to name a bad rank.
         conflicts_every: measure conflicts between task losses at one step in this many, without surgery; None never.
         kind: what kind of training it is, which rules follow: `"auto"`: what the model, its loss and its optimizers
@@ -57,6 +61,7 @@ class MeasureOptions:
     histogram_scale: str = "log10"
     history: int = 1000
     autopsy: bool = False
+    noise_scale: bool = False
     local_norms: bool = False
     conflicts_every: int | None = None
     save_batch: bool = False
@@ -77,7 +82,7 @@ class MeasureOptions:
         for name, known in named:
             if getattr(self, name) not in known:
                 raise UnknownNameError(f"`{name}`", getattr(self, name), known)
-        for name in ("stop_on_unproven", "save_batch"):
+        for name in ("stop_on_unproven", "save_batch", "noise_scale"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be True or False. Got {getattr(self, name)!r}.")
         if self.save_batch and find_spec("safetensors") is None:

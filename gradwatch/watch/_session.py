@@ -31,6 +31,7 @@ from ._coverage import Standing, coverage
 from ._engine import Engine, StepOutcome
 from ._incident_target import IncidentTarget, incident_sink
 from ._named import own_numbers
+from ._noise_scale import noise_line
 from ._paths import unwrap
 from ._prediction import Forward
 from ._ranks import is_writer
@@ -197,7 +198,7 @@ class Session:
             self.incidents,
             verdict=self.verdict(),
             num_skipped=self.engine.completion.num_skipped,
-            remarks=self.engine.delivered.remarks,
+            remarks=[*self.engine.delivered.remarks, *noise_line(self.history)],
             notes=self.notes,
             why_nothing=why_nothing(self.engine.meter, self.engine.announced),
         )

@@ -17,7 +17,6 @@ from ..protocols import Sink, Treatment
 from ..records import Incident, StepRecord, Verdict
 from ..requests import Request, StopTraining
 from ..torchside import weakly
-from ._autopsy import ForwardMemory
 from ._batch import num_samples
 from ._closure import Evaluated, closure_in, only_one
 from ._ending import Ending
@@ -157,8 +156,7 @@ class Watch:
         self.session.restores(scaler=self.scaler, wrappers=_wrappers(self._steppers))
         self.session.engine.gates.know(s.given for s in self._steppers)
         self.session.begin()
-        remember = weakly(self.session.engine.remember)
-        forwards = [ForwardMemory(model, remember)] if settings.options.autopsy else []
+        forwards = self.session.engine.listen_to_forwards(model)
         self._end = Ending(self.session, self._stack.close, *(f.close for f in forwards))
         self.session.before_forward(0)
 

@@ -11,7 +11,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from gradwatch import ConfigError
 from gradwatch.callbacks.transformers import GradWatchCallback
 from gradwatch.errors import TrainingStopped
 from gradwatch.rules import NonFinite
@@ -187,15 +186,6 @@ def test_a_loss_outside_of_the_model_is_unknown_but_gradients_are_not(tmp_path: 
     logged = [x["grad_norm"] for x in run.state.log_history if "grad_norm" in x]
     assert [r.global_norm for r in watch.history] == pytest.approx(logged, rel=1e-5)
     assert not any(r.has_loss for r in watch.history)
-
-
-def test_what_the_trainer_can_not_offer_is_refused_with_the_place_where_it_works() -> None:
-    with pytest.raises(ConfigError) as info:
-        GradWatchCallback(autopsy=True)
-    assert str(info.value) == (
-        "`autopsy` needs an event before backward, which the Trainer does not have. It works in Watch and in the "
-        "Lightning callback."
-    )
 
 
 def test_the_callback_survives_pickle_and_copies_of_the_model_carry_no_hook(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def classes() -> Watch:
     model = net(3)
-    watch = Watch(model, sgd(model), rules=[Witness(), Exploding(warmup=2)], **EVERY)
+    watch = Watch(model, sgd(model), rules=[Witness(), Exploding(warmup=2)], noise_scale=True, **EVERY)
     return steps(watch, model, torch.arange(16) % 3, nn.functional.cross_entropy, 40)
 
 

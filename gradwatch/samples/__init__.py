@@ -1,0 +1,18 @@
+"""Which samples of a batch made its gradient: losses, norms and shares sample by sample."""
+
+from __future__ import annotations
+
+from ._apart import Begun, take_apart
+from ._functional import per_sample_gradients
+from ._losses import LossCall, matching_losses
+from ._result import PerSample, Sample
+
+__all__ = [
+    "Begun",
+    "LossCall",
+    "PerSample",
+    "Sample",
+    "matching_losses",
+    "per_sample_gradients",
+    "take_apart",
+]
