@@ -122,6 +122,15 @@ async function start() {
     show.addEventListener('click', () => app.goTo(incident, data.name));
     story.append(show);
   }
+  // Paper can't be clicked: what is folded is opened for it.
+  let opened = [];
+  window.addEventListener('beforeprint', () => {
+    opened = [...document.querySelectorAll('details.gw-case:not([open])')];
+    for (const details of opened) details.open = true;
+  });
+  window.addEventListener('afterprint', () => {
+    for (const details of opened) details.open = false;
+  });
   document.body.dataset.ready = String(Math.round(performance.now()));
 }
 

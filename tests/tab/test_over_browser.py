@@ -145,6 +145,24 @@ def test_the_case_file_stands_with_its_incident(driver, show, runs):
     wait_until(lambda: where in texts(driver, ".gw-line .gw-case dd"), "the case of the chosen incident")
 
 
+def test_a_case_file_is_open_on_paper_and_fits_a_narrow_page(driver, show, runs):
+    is_open = "return document.querySelector('.gw-story .gw-case').open"
+    driver.set_window_size(500, 2000)
+    try:
+        show(runs["spike"])
+        assert not driver.execute_script(is_open)
+        driver.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+        assert driver.execute_script(is_open)
+        driver.execute_script("window.dispatchEvent(new Event('afterprint'))")
+        assert not driver.execute_script(is_open)
+        driver.execute_script("document.querySelector('.gw-story .gw-case summary').click()")
+        assert driver.execute_script(is_open)
+        beyond = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert driver.execute_script(beyond) <= 0
+    finally:
+        driver.set_window_size(1500, 2000)
+
+
 def test_without_scripts_there_is_a_picture_with_its_legend(driver, tmp_path, runs):
     page = tmp_path / "report.html"
     page.write_text(to_html([runs["spike"], runs["small"]]), encoding="utf-8")
