@@ -27,6 +27,7 @@ from ._histogram import NUM_BINS, Buckets, Histogram, HistogramTable
 from ._incident import SEVERITIES, Finding, Incident
 from ._index import MODULE, PARAMETER, Bools, Floats, Index, select_paths
 from ._kind import TRAINING_KINDS, kind_scalars, kinds_in, told_kinds
+from ._sample import Sample
 from ._shown import incidents_html
 from ._step import StepRecord, TreatmentReport, iter_scalars
 from ._verdict import (
@@ -75,6 +76,7 @@ __all__ = [
     "Index",
     "Ranked",
     "RuleCoverage",
+    "Sample",
     "StepRecord",
     "TreatmentReport",
     "Verdict",

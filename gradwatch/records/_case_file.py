@@ -12,12 +12,15 @@ from .._markup import Prints, card, escape, table
 from ._causes import rank_incidents
 from ._histogram import NUM_BINS, Histogram
 from ._incident import Incident, _plain
+from ._sample import Sample
 
 __all__ = ["CASE_SCHEMA", "CaseFile", "CaseHistogram", "CaseLayer", "CaseTreatment", "with_cases"]
 
 CASE_SCHEMA = 1
 """Version of a case file; readers refuse a higher one."""
 
+HALF = 0.5
+"""A sample that carries so much of a gradient is looked at first."""
 JUMP = 3.0
 """A number that is so many times what it was before is worth a word."""
 
@@ -65,8 +68,10 @@ class CaseFile(Prints):
         epoch, batch_idx: as the trainer counts; -1 where it does not.
         num_samples: in the step's batches; 0 where unknown.
         rank, num_ranks: whose batch it was.
-        samples: indices in the data set, or ids, of the samples of the step's batches; empty where nobody tells.
-        samples_from: who told, in words.
+        samples: those that carry most of the gradient, largest share first, with `autopsy=True`.
+        sample_ids: indices in the data set, or ids, of the samples of the step's batches; empty where nobody tells.
+        num_micro_batches: how many the step had, where `samples` are known.
+        samples_from: who told `sample_ids`, in words.
         batch_file: of the saved batch, beside the case file; "" where none was saved.
         steps: of the curves: some before the incident, and some after.
         curves: name -> one number for each of `steps`, nan where there is none: `loss`, `lr`, `global_norm` (as
@@ -96,7 +101,9 @@ class CaseFile(Prints):
     num_samples: int = 0
     rank: int = 0
     num_ranks: int = 1
-    samples: tuple[int | str, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    sample_ids: tuple[int | str, ...] = ()
+    num_micro_batches: int = 1
     samples_from: str = ""
     batch_file: str = ""
     steps: tuple[int, ...] = ()
@@ -133,7 +140,8 @@ class CaseFile(Prints):
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; non-finite floats as "nan", "inf" and "-inf", histograms by their filled bins alone."""
-        plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "histograms"}
+        plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("histograms", "samples")}
+        plain["samples"] = [sample.to_json() for sample in self.samples]
         return {"schema": CASE_SCHEMA, **plain, "histograms": [_packed(entry) for entry in self.histograms]}
 
     @classmethod
@@ -150,13 +158,14 @@ class CaseFile(Prints):
         known["treatments"] = tuple(
             CaseTreatment(int(s), str(n), str(r), float(b), float(a)) for s, n, r, b, a in data.get("treatments", ())
         )
-        for name in ("samples", "consequences", "notes"):
+        for name in ("sample_ids", "consequences", "notes"):
             known[name] = tuple(known.get(name, ()))
+        known["samples"] = tuple(map(Sample.from_json, data.get("samples", ())))
         known["steps"] = tuple(map(int, data.get("steps", ())))
         known["modules"] = tuple(dict(row) for row in data.get("modules", ()))
         for name in ("value", "bar"):
             known[name] = float(known.get(name, "nan"))
-        for name in ("step", "id", "epoch", "batch_idx", "num_samples", "rank", "num_ranks"):
+        for name in ("step", "id", "epoch", "batch_idx", "num_samples", "num_micro_batches", "rank", "num_ranks"):
             if name in known:
                 known[name] = int(known[name])
         return cls(**known)
@@ -171,6 +180,7 @@ class CaseFile(Prints):
             ("limit", self._limit()),
             ("layers", "; ".join(map(_layer, self.layers[:3]))),
             ("born in", f"{self.born_in} ({self.phase})" if self.born_in else ""),
+            ("carried by", "; ".join(map(str, self.samples[:2]))),
             ("done", self._done()),
             ("follows", "; ".join(self.consequences[:4]) + _more(len(self.consequences) - 4)),
             ("look first at", "; ".join(self.check_first())),
@@ -184,6 +194,9 @@ class CaseFile(Prints):
         found = []
         if self.born_in:
             found.append(f"the {self.phase} of {self.born_in}")
+        first = next(iter(self.samples), None)
+        if first is not None and (not first.is_finite or first.share >= HALF):
+            found.append(str(first))
         rate, usual = self.at("lr"), self.before("lr")
         if usual > 0 and rate / usual >= JUMP:
             found.append(f"the learning rate, which went from {usual:.3g} to {rate:.3g}")
@@ -192,7 +205,7 @@ class CaseFile(Prints):
             found.append("the loss, which is not finite itself")
         elif level > 0 and loss / level >= JUMP:
             found.append(f"the batch: its loss is {loss / level:.3g} times the level before")
-        elif self.samples or self.batch_idx >= 0:
+        elif self.sample_ids or self.batch_idx >= 0:
             found.append(f"the batch ({self.batch})")
         alone = [layer for layer in self.layers if layer.growth >= JUMP]
         if alone and len(alone) <= 2 < len(self.layers):
@@ -212,8 +225,8 @@ class CaseFile(Prints):
 
     def _where(self) -> str:
         samples = ""
-        if self.samples:
-            some = ", ".join(map(str, self.samples[:8])) + _more(len(self.samples) - 8)
+        if self.sample_ids:
+            some = ", ".join(map(str, self.sample_ids[:8])) + _more(len(self.sample_ids) - 8)
             samples = f"samples {some} ({self.samples_from})"
         elif self.num_samples:
             samples = f"{self.num_samples:,} samples"

@@ -61,7 +61,7 @@ def _is_sound(case: CaseFile) -> bool:
     texts += [case.batch_file, case.born_in, case.phase, case.flight_recorder]
     return (
         all(isinstance(text, str) for text in (*texts, *case.notes, *case.consequences))
-        and all(isinstance(sample, (int, str)) for sample in case.samples)
+        and all(isinstance(sample, (int, str)) for sample in case.sample_ids)
         and all(len(values) == len(case.steps) for values in case.curves.values())
         and isinstance(case.complete, bool)
     )

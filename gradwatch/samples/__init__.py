@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ..records import Sample
 from ._apart import Begun, take_apart
 from ._functional import per_sample_gradients
 from ._losses import LossCall, matching_losses
-from ._result import PerSample, Sample
+from ._result import PerSample
 
 __all__ = [
     "Begun",

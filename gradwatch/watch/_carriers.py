@@ -10,7 +10,8 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..samples import Begun, LossCall, PerSample, Sample, matching_losses, take_apart
+from ..records import Sample
+from ..samples import Begun, LossCall, PerSample, matching_losses, take_apart
 from ..torchside import untouched
 from ._batch import split_batch
 from ._ranks import rank_of_this, world_size
@@ -34,6 +35,7 @@ class Carriers:
         coverage: share of the gradient's square that was told apart.
         method: see `PerSample`.
         num_finite: how many of the samples are finite.
+        num_micro_batches: of this rank.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -42,6 +44,7 @@ class Carriers:
     coverage: float = 1.0
     method: str = ""
     num_finite: int = 0
+    num_micro_batches: int = 1
 
     def details(self) -> dict[str, Any]:
         """Return plain values for an incident."""
@@ -52,6 +55,7 @@ class Carriers:
             "samples_of": self.size,
             "samples_method": self.method,
             "samples_coverage": self.coverage,
+            "samples_micro_batches": self.num_micro_batches,
         }
 
 
@@ -71,7 +75,7 @@ def carriers(
     Raises:
         ValueError: no micro-batch can be taken apart.
     """
-    return _together(taken_apart(model, replays, params, inputs))
+    return replace(_together(taken_apart(model, replays, params, inputs)), num_micro_batches=len(replays))
 
 
 def taken_apart(
@@ -168,6 +172,7 @@ def _shared(parts: Sequence[Carriers]) -> Carriers:
         min(part.coverage for part in told),
         told[0].method,
         sum(part.num_finite for part in told),
+        told[0].num_micro_batches,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..records import CaseFile, Incident, StepRecord, with_cases
 from ..sinks import SafeSinks, batch_name
 from ._batches import Batches, Fetched
-from ._case_numbers import LONGEST_LOOK, gathered
+from ._case_numbers import LONGEST_LOOK, gathered, with_ids
 from ._engine import Engine
 from ._loaders import samples_of
 from ._ranks import is_writer, rank_and_size
@@ -132,12 +132,12 @@ class CaseFiles:
         loader = self.loader()
         if loader is not None:
             samples, how = samples_of(loader, case.batch_idx, case.num_samples, case.epoch)
-        return replace(case, samples=samples, samples_from=how)
+        return with_ids(case, samples, how)
 
     def _with_batch(self, key: tuple[int, str, int], case: CaseFile) -> CaseFile:
         seen = self.batches.of(case.step)
         if seen is None:
-            notes = () if case.samples else ("which samples it were: nobody tells (see the page on case files)",)
+            notes = () if case.sample_ids else ("which samples it were: nobody tells (see the page on case files)",)
             return replace(case, notes=(*case.notes, *notes))
         saves = bool(seen.batches) and self._num_saved < MAX_BATCHES
         self._num_saved += saves
@@ -154,7 +154,7 @@ class CaseFiles:
         samples = fetched.samples()
         if samples and (not case.num_samples or len(samples) == case.num_samples):
             names = " and ".join(f"`{name}`" for name in fetched.names)
-            case = replace(case, samples=samples, samples_from=f"{names} of the batch")
+            case = with_ids(case, samples, f"{names} of the batch")
         if fetched.has_batch:
             case = replace(case, batch_file=batch_name(case))
         self._cases[key] = replace(case, notes=(*case.notes, *fetched.left_out))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import inf, isfinite, nan
 from typing import Any
 
 import numpy as np
 
-from ..records import CaseFile, CaseHistogram, CaseLayer, CaseTreatment, Incident, StepRecord
+from ..records import CaseFile, CaseHistogram, CaseLayer, CaseTreatment, Incident, Sample, StepRecord
 from ._alarmed import MAX_HISTOGRAMS, Alarmed, paths_of
 from ._autopsy import Autopsy
 
-__all__ = ["LONGEST_LOOK", "gathered"]
+__all__ = ["LONGEST_LOOK", "gathered", "with_ids"]
 
 AROUND = 32
 """Records before an incident, and at most as many after its beginning, that its curves show."""
@@ -51,6 +52,8 @@ def gathered(incident: Incident, history: Sequence[StepRecord], autopsy: Autopsy
         steps=tuple(r.step for r in (*before, *since)),
         curves=_curves([*before, *since]),
         layers=layers,
+        samples=tuple(map(Sample.from_json, incident.details.get("samples", ()))),
+        num_micro_batches=int(incident.details.get("samples_micro_batches", 1)),
         histograms=tuple(_histograms(_paths(incident, layers, at), first, history, alarmed)),
         born_in=born,
         phase=str(incident.details.get("phase", "")),
@@ -58,6 +61,17 @@ def gathered(incident: Incident, history: Sequence[StepRecord], autopsy: Autopsy
         treatments=tuple(_treatments([*before, *since])),
         flight_recorder=str(incident.details.get("flight_recorder", "")),
     )
+
+
+def with_ids(case: CaseFile, ids: Sequence[int | str], how: str) -> CaseFile:
+    """Return the case with the ids of its samples, those that carry the gradient among them, and who told them."""
+    size = len(ids) // case.num_micro_batches  # all but the last batch of an epoch are equal
+    samples = list(case.samples)
+    for number, sample in enumerate(samples):
+        place = sample.micro_batch * size + sample.index
+        if sample.rank == case.rank and sample.index < size and place < len(ids):
+            samples[number] = replace(sample, dataset_index=ids[place])
+    return replace(case, sample_ids=tuple(ids), samples_from=how, samples=tuple(samples))
 
 
 def _curves(records: Sequence[StepRecord]) -> dict[str, tuple[float, ...]]:

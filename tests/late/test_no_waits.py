@@ -303,5 +303,5 @@ def test_a_case_file_with_its_samples_and_its_batch_waits_for_nothing() -> None:
     assert found == {}, stacks[:3]
     case = loop.watch.incidents[0].case
     assert case is not None
-    assert (case.step, case.samples) == (12, tuple(range(100, 116)))
+    assert (case.step, case.sample_ids) == (12, tuple(range(100, 116)))
     assert saved == 1

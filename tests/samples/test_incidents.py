@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradwatch import Watch
 from gradwatch.errors import GradwatchWarning
+from gradwatch.runs import read_run
 
 from ..modes.ranks import run_group
 from . import rank_cases
@@ -176,3 +177,22 @@ def test_hugging_face_names_the_sample(tmp_path: Path) -> None:
     first = told(watch.incidents, "exploding")[0]
     assert (first["micro_batch"], first["index"]) == (WHO // 8, WHO % 8)
     assert first["share"] > 0.8
+
+
+def test_the_case_file_names_it_with_its_item_of_the_data_set(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Watch(model, optimizer, rules=RULES, autopsy=True, on_error="raise", run_dir=tmp_path / "run") as watch:
+        for step, (x, y) in enumerate(data(WHEN + 2, "target")):
+            optimizer.zero_grad()
+            items = {"x": x, "y": y, "idx": torch.arange(SIZE) + SIZE * step}
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            watch.step(loss, batch=items)
+    live = next(i.case for i in watch.incidents if i.rule == "exploding")
+    for case in (live, next(c for c in read_run(tmp_path / "run").cases if c.rule == "exploding")):
+        first = case.samples[0]
+        assert (first.index, first.dataset_index) == (WHO, WHEN * SIZE + WHO)
+        assert first.share > 0.8
+        assert case.check_first()[0].startswith(f"sample {WHO} (item {WHEN * SIZE + WHO} of the data set) carries")
+        assert case.sample_ids[WHO] == first.dataset_index

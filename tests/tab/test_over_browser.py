@@ -45,7 +45,7 @@ def runs(tmp_path_factory):
         step=incident.first_step,
         batch_idx=7,
         epoch=1,
-        samples=(3, 5),
+        sample_ids=(3, 5),
         samples_from="`idx` of the batch",
         layers=(CaseLayer("h.2.mlp.c_proj.weight", 0.1, 40.0),),
     )

@@ -55,7 +55,7 @@ def spike_case(watch: Watch) -> CaseFile:
 def test_a_case_tells_the_samples_and_the_numbers_around_its_step() -> None:
     watch = train()
     case = spike_case(watch)
-    assert case.samples == tuple(range(SPIKE * SIZE, (SPIKE + 1) * SIZE))
+    assert case.sample_ids == tuple(range(SPIKE * SIZE, (SPIKE + 1) * SIZE))
     assert case.samples_from == "`idx` of the batch"
     records = {r.step: r for r in watch.history}
     assert case.step == SPIKE
@@ -125,7 +125,7 @@ def test_a_case_is_on_disk_when_its_incident_is(tmp_path: Path) -> None:
         loss.backward()
         watch.step(loss, batch=batch)
     (case,) = read_run(tmp_path / "run").cases
-    assert case.samples
+    assert case.sample_ids
     assert not case.complete
     watch.close()
 
@@ -213,7 +213,7 @@ def test_a_damaged_case_file_is_told_and_its_incident_stays(tmp_path: Path, dama
 
 def test_where_nobody_tells_the_samples_the_case_says_so() -> None:
     case = spike_case(train(share=False))
-    assert not case.samples
+    assert not case.sample_ids
     assert any("which samples" in note for note in case.notes)
 
 
@@ -256,7 +256,7 @@ def test_watch_batches_count_epochs_and_batches_and_tell_the_samples() -> None:
     assert [(r.epoch, r.batch_idx) for r in watch.history] == [(e, b) for e in range(2) for b in range(4)]
     (incident,) = watch.incidents
     assert incident.case is not None
-    assert incident.case.samples == tuple(range(32, 48))
+    assert incident.case.sample_ids == tuple(range(32, 48))
 
 
 def test_save_batch_is_checked_at_the_door() -> None:
@@ -268,7 +268,7 @@ def test_save_batch_is_checked_at_the_door() -> None:
 def test_a_case_survives_json_with_numbers_that_are_not_finite() -> None:
     counts = np.zeros(512, np.int64)
     counts[[0, 255, 400]] = 3
-    from gradwatch.records import CaseHistogram, CaseLayer, CaseTreatment
+    from gradwatch.records import CaseHistogram, CaseLayer, CaseTreatment, Sample
 
     case = CaseFile(
         rule="non_finite",
@@ -278,7 +278,8 @@ def test_a_case_survives_json_with_numbers_that_are_not_finite() -> None:
         layers=(CaseLayer("a", 1.0, float("inf")),),
         histograms=(CaseHistogram("at", 3, "a", Histogram(counts)),),
         treatments=(CaseTreatment(3, "skip_step", "non_finite", float("inf"), float("nan")),),
-        samples=(1, "two"),
+        samples=(Sample(index=4, share=float("nan"), dataset_index="a", is_finite=False),),
+        sample_ids=(1, "two"),
     )
     back = CaseFile.from_json(json.loads(json.dumps(case.to_json(), allow_nan=False)))
     assert str(back.to_json()) == str(case.to_json())
@@ -286,7 +287,7 @@ def test_a_case_survives_json_with_numbers_that_are_not_finite() -> None:
 
 
 def test_a_notebook_shows_a_case_and_names_in_it_stay_words() -> None:
-    case = CaseFile(rule="<b>x</b>", step=3, samples=("<img src=x>",), samples_from="`idx` of the batch")
+    case = CaseFile(rule="<b>x</b>", step=3, sample_ids=("<img src=x>",), samples_from="`idx` of the batch")
     html = case._repr_html_()
     assert "<img" not in html
     assert "<b>x</b>" not in html
