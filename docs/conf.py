@@ -18,7 +18,10 @@ release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.empty_glob"]
+suppress_warnings = [
+    "toc.empty_glob",
+    "ref.python",  # attributes that are listed together are taken for types, and several classes have a `name`
+]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4

@@ -31,7 +31,8 @@ def draw(data: ReportData, path: Path, title: str, statistic: str = "grad_norm")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1.3, 0.16 * len(rows)])
     curves(upper, data)
-    edges = np.append(table.steps, table.last + 1)
+    # What is measured now and then stands until it is measured again.
+    edges = np.append(table.steps, max(table.last, data.last_step) + 1)
     # One scale for all pictures of a statistic: they are there to be compared.
     low, high = {"grad_norm": (-4, 1), "update_ratio": (-6, -1)}[statistic]
     mesh = lower.pcolormesh(edges, np.arange(len(rows) + 1), logs, vmin=low, vmax=high, cmap="viridis")
@@ -42,6 +43,7 @@ def draw(data: ReportData, path: Path, title: str, statistic: str = "grad_norm")
     lower.set_yticks(np.arange(len(rows)) + 0.5, [index.paths[r] for r in rows], fontsize=7)
     lower.invert_yaxis()
     lower.set_xlabel("step")
+    lower.set_xlim(edges[0], edges[-1])
     upper.set_title(title, loc="left", fontsize=10)
     for incident in data.incidents:
         for axes in (upper, lower):
@@ -79,15 +81,15 @@ def draw_norms(data: ReportData, path: Path, title: str, names: dict[str, str]) 
     for name, label in names.items():
         steps, values = data.scalars[name]
         axes.plot(steps, values, color=colors[name], lw=1.2, label=label)
-    for incident in data.incidents:
-        if incident.severity != "info":
-            over = incident.resolved_step or data.last_step
-            axes.axvspan(incident.first_step, over, color=RED, alpha=0.1, lw=0)
-            place = (incident.first_step + 2, axes.get_ylim()[1])
-            axes.annotate(f"{incident.name or incident.rule}", place, fontsize=8, color=RED, va="top")
+    told = [incident for incident in data.incidents if incident.severity != "info"]
+    for row, incident in enumerate(told):
+        over = incident.resolved_step or data.last_step
+        axes.axvspan(incident.first_step, over, color=RED, alpha=0.08, lw=0)
+        place = {"xycoords": ("data", "axes fraction"), "fontsize": 8, "color": RED, "va": "top"}
+        axes.annotate(incident.name or incident.rule, (over + 2, 0.96 - 0.07 * row), **place)
     axes.set_yscale("log")
     axes.set_ylabel("global gradient norm", fontsize=8)
-    axes.legend(fontsize=8, frameon=False, loc="upper left")
+    axes.legend(fontsize=8, frameon=False, loc="lower left")
     save(figure, path)
 
 

@@ -49,8 +49,9 @@ def _entry(name: str, run: Run, title: str) -> str:
 
 
 def _flat(text: str) -> str:
-    """Return text in which markdown finds nothing of its own."""
-    words = " ".join(text.split())
-    for character in "\\`*_[]<>|#":
-        words = words.replace(character, "\\" + character)
-    return words
+    """Return text in which markdown finds nothing of its own but `code`."""
+    parts = " ".join(text.split()).split("`")
+    for place in range(0, len(parts), 2):
+        for character in "\\*_[]<>|#":
+            parts[place] = parts[place].replace(character, "\\" + character)
+    return "`".join(parts)

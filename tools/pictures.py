@@ -46,7 +46,7 @@ NORMS = {
     "treatments": (
         "spike",
         {"rules": "autoclip"},
-        "the same step under autoclip: the optimizer gets what the steps before were like",
+        "the same under autoclip: once the alarm has fired, the optimizer gets no more than the bar",
         {"global_norm": "as produced", "global_norm_applied": "as the optimizer got it"},
     ),
 }
@@ -69,7 +69,7 @@ def digit_runs(folder: Path, out: Path, wanted: set[str]) -> dict[str, Path]:
                 train(runs[name], fault)
             draw(ReportData.from_run(read_run(runs[name])), out / f"{name}.png", title, statistic)
     for name, (fault, options, title, norms) in NORMS.items():
-        runs[name] = folder / f"{fault}-{options.get('rules', 'default')}"
+        runs[name] = folder / f"one-bad-batch-{options.get('rules', 'watched')}"
         if name in wanted:
             if not runs[name].exists():
                 train(runs[name], fault, **options)

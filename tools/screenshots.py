@@ -75,7 +75,7 @@ def terminal(driver: Any, run: Path, path: Path) -> None:
 
 def card(driver: Any, run: Path, path: Path) -> None:
     """Show the card of a run as a notebook has it."""
-    body = read_run(run)._repr_html_()
+    body = read_run(run)._repr_html_().replace(html.escape(str(run)), f"runs/{run.name}")
     show(driver, PAGE.format(back="#ffffff", text="#1f2328", font="14px sans-serif", body=body), path)
 
 
@@ -86,17 +86,19 @@ def show(driver: Any, page: str, path: Path) -> None:
         driver.get(file.as_uri())
         time.sleep(0.3)
         width = driver.execute_script("return Math.max(...[...document.body.children].map((e) => e.scrollWidth)) + 28")
-        save(driver, path, driver.execute_script("return document.documentElement.scrollHeight"), min(1280, width))
+        save(
+            driver, path, driver.execute_script("return document.body.getBoundingClientRect().height"), min(1280, width)
+        )
 
 
-def save(driver: Any, path: Path, height: int, width: int = 1280) -> None:
+def save(driver: Any, path: Path, height: float, width: int = 1280) -> None:
     """Save the upper part of the window, with few colours: a picture for a page, not for a microscope."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
     driver.save_screenshot(str(path))
     with Image.open(path) as picture:
-        cut = picture.convert("RGB").crop((0, 0, width, min(height, picture.height)))
+        cut = picture.convert("RGB").crop((0, 0, width, min(round(height), picture.height)))
     cut.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=3, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path} {path.stat().st_size // 1024} kB")
 
@@ -117,9 +119,12 @@ def shoot_tab(driver: Any, folder: Path, out: Path) -> None:
         tab(driver, address, run="bad-batch", step=220, path="h.2.up.weight", dark=True)
         save(driver, out / "tab-dark.png", 1090)
         tab(driver, address, run="sigmoid", other="healthy")
-        save(driver, out / "healthy-and-vanishing.png", 960)
+        save(driver, out / "healthy-and-vanishing.png", 905)
         tab(driver, address, run="sigmoid", other="healthy", view="flow", step=300)
-        save(driver, out / "flow.png", 920)
+        # Below the curves.
+        driver.execute_script("document.querySelector('.gw-flow').scrollIntoView({block: 'end'})")
+        time.sleep(0.5)
+        save(driver, out / "flow.png", 1480)
         tab(driver, address, run="healthy", stat="update_ratio", path="h.2.up.weight", step=200)
         save(driver, out / "update-ratio.png", 1120)
 

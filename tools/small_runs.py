@@ -46,15 +46,16 @@ def train(folder: Path, fault: str, steps: int = 300, **options: Any) -> Watch:
         for layer in (model[10], model[12], model[14]):  # live on their biases alone
             nn.init.constant_(layer.bias, 0.1)
     held = [p for n, p in model.named_parameters() if fault != "forgotten" or not n.startswith("6.")]
-    rate = {"wild": 0.3, "sigmoid": 0.05, "crawl": 1e-5}.get(fault, 0.02)
+    rate = {"wild": 0.45, "sigmoid": 0.05, "crawl": 1e-5}.get(fault, 0.02)
     optimizer = torch.optim.SGD(held, lr=rate, momentum=0.9 if fault != "wild" else 0.0)
     with Watch(model, optimizer, run_dir=folder, **options) as watch:
         for step, (x, y) in enumerate(batches(steps)):
-            x = 1000 * x if fault == "spike" and step == steps // 2 else x
             outputs = model(x)
             if fault == "nan" and step >= steps // 2:
                 outputs = outputs + torch.log(torch.zeros(()))  # the logarithm of an empty class
-            loss = nn.functional.cross_entropy(outputs, y)
+            # Once summed where it should be averaged.
+            how = "sum" if fault == "spike" and step == steps // 2 else "mean"
+            loss = nn.functional.cross_entropy(outputs, y, reduction=how)
             loss.backward()
             watch.step(loss=loss, batch=x, outputs=outputs, targets=y)
             model.zero_grad()

@@ -85,7 +85,7 @@ class RunCard:
         norms = [
             Curve("as produced", series.curve("global_norm"), GREY),
             Curve("as the optimizer got it", series.curve("global_norm_applied"), GREEN),
-            Curve("limit", series.curve("limit"), ORANGE),
+            Curve("alarm's bar", series.curve("limit"), ORANGE),
         ]
         norms = [norm for norm in norms if (norm.values != MISSING).any()]
         steps, last, incidents = series.steps, series.last_step, self.incidents

@@ -25,9 +25,8 @@ def card_of(run: Recorded, where: str) -> RunCard:
         return RunCard.of(verdict, Series(), incidents, facts=[where])
     series = Series.over(steps, run.index)
     for name in Series.NAMES:
-        if name != "limit" and name in run.scalars:
+        if name in run.scalars:
             series.put(name, *run.scalar(name))
-    series.put("limit", *run.limits())
     if "grad_norm" in run.columns:
         for when, values, measured in run.parts("grad_norm"):
             series.put_norms(when, values, measured)

@@ -3,7 +3,7 @@
 import {el, clear, cssColor, number, sizeCanvas, ticks} from './dom.js';
 import {LEVELS, levelOf, palette} from './colors.js';
 import {MARGIN} from './lines.js';
-import {columnAt, displayValues, extent, spanText} from './matrix.js';
+import {columnAt, displayValues, spanText} from './matrix.js';
 
 const AXIS = 18;
 const TICKS = 12;
@@ -25,12 +25,12 @@ export class Heatmap {
     this.#listen();
   }
 
-  /** Draw `view`: {matrix, layout, stat, range, dark, width, gutter, incidents}. */
+  /** Draw `view`: {matrix, span, layout, stat, range, dark, width, gutter, incidents}. */
   draw(view) {
     this.view = view;
     const {matrix, layout, width, gutter, stat} = view;
     this.width = Math.max(40, width - gutter - MARGIN);
-    [this.low, this.high] = extent(matrix);
+    [this.low, this.high] = view.span;
     this.gutter.style.width = `${gutter}px`;
     this.gutter.style.height = `${layout.height}px`;
     this.plot.style.width = `${this.width}px`;

@@ -65,7 +65,7 @@ export class Panel {
     if (!data.matrix.count) said.push('No measurement in these steps yet.');
     else if (this.unseen) said.push(this.unseen);
     this.note.textContent = said.join(' ');
-    const view = {matrix: data.matrix, layout: this.layout, stat, range, dark, width, gutter,
+    const view = {matrix: data.matrix, span: this.span(state), layout: this.layout, stat, range, dark, width, gutter,
       incidents: data.incidents, step: state.step, path: state.path};
     if (state.view === 'flow') {
       keep(this.picture, this.flow.root);
@@ -85,11 +85,17 @@ export class Panel {
     else this.heat.mark(state.step, state.path);
   }
 
-  /** The steps on view: those of the heatmap, so that the curve above lies over the same columns. */
+  /**
+   * The steps on view, of curves and heatmap alike, so that a curve lies over its columns: a statistic that is measured now and then
+   * ends before the run does.
+   */
   span(state) {
-    const {matrix, headline} = this.data;
-    if (matrix?.count) return extent(matrix);
-    const steps = headline?.steps || [];
+    const {matrix, headline} = this.data, steps = headline?.steps || [];
+    if (matrix?.count) {
+      const [low, high] = extent(matrix);
+      const whole = state.from === '' && state.to === '' && steps.length;
+      return whole ? [Math.min(low, steps[0]), Math.max(high, steps[steps.length - 1] + 1)] : [low, high];
+    }
     return [state.from === '' ? (steps[0] ?? 0) : state.from, state.to === '' ? (steps[steps.length - 1] ?? 1) : state.to];
   }
 

@@ -39,6 +39,25 @@ def text(driver, selector: str) -> str:
     return driver.execute_script("return document.querySelector(arguments[0])?.textContent || ''", selector)
 
 
+HOVER = """
+const over = document.querySelector('.u-over'), box = over.getBoundingClientRect();
+for (const kind of ['mouseenter', 'mousemove']) {
+  over.dispatchEvent(new MouseEvent(kind, {clientX: box.right - 1, clientY: box.top + 20, bubbles: true}));
+}
+"""
+
+
+def test_a_statistic_measured_now_and_then_is_shown_up_to_the_end_of_the_run(driver, trained):
+    folder, callback = trained
+    # Curves lie over the columns of the heatmap; the last update ratio is of an earlier step than the last loss.
+    assert callback.history[-1].step == 139
+    assert "update_ratio" not in callback.history[-1].columns
+    with tensorboard(folder) as address:
+        open_tab(driver, address, "#gradwatch&p.gradwatch.stat=update_ratio")
+        driver.execute_script(HOVER)
+        wait_until(lambda: text(driver, ".u-legend .u-value") == "139", "the last step's being under the right edge")
+
+
 def test_tab_shows_the_bad_batch_of_a_lightning_run(driver, trained):
     folder, callback = trained
     (incident,) = [i for i in callback.incidents if i.rule == "exploding"]
