@@ -15,7 +15,7 @@ from ..torchside import map_tensors
 from ._report import PreflightFinding
 from ._snapshot import same_randomness
 from ._task import first_tensor, float_tensors
-from ._trial import Trial
+from ._trial import NotChecked, Trial
 
 __all__ = ["leaks", "overfit", "train_and_eval"]
 
@@ -51,8 +51,11 @@ def train_and_eval(trial: Trial) -> Findings:
 
 def leaks(trial: Trial) -> Findings:
     """In eval mode the gradient of one sample's output reaches no other sample's input."""
-    if trial.batch_size < 2 or trial.task.takes_model or trial.task.loss_fn is None:
-        return
+    if trial.batch_size < 2:
+        raise NotChecked("a batch of one")
+    if trial.task.takes_model or trial.task.loss_fn is None:
+        # Nodes of a graph, pairs of a contrastive loss: their outputs may depend on each other by right.
+        raise NotChecked("the model is not called as model(inputs) with loss_fn(outputs, targets)")
     trial.model.eval()
     with torch.enable_grad():
         inputs, outputs = _with_gradients(trial)
@@ -104,7 +107,9 @@ def _with_gradients(trial: Trial) -> tuple[Tensor | None, object]:
 def overfit(trial: Trial) -> Findings:
     """Training on this one batch lowers its loss: with the optimizer as it is set, else with Adam at some step size."""
     steps, start = trial.overfit_steps, trial.trace.loss
-    if not steps or not trial.trace.can_learn or not math.isfinite(start):
+    if not steps:
+        raise NotChecked("overfit_steps is 0")
+    if not trial.trace.can_learn or not math.isfinite(start):
         return
     trial.model.train()
     own = [twin for o in trial.optimizers if (twin := _twin(o)) is not None]

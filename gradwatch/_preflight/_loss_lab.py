@@ -14,24 +14,28 @@ from torch import Tensor, nn
 
 from ._outputs import last_activation
 from ._report import PreflightFinding
-from ._trial import Trial
+from ._trial import NotChecked, Trial
 
 __all__ = ["initial_loss", "loss_coupling", "loss_gradient", "loss_pairing", "reachable_loss"]
 
 Findings = Iterable[PreflightFinding]
 
-LARGEST_INITIAL = 10.0
+LARGEST_INITIAL = 3.0
 LEAST_REACHABLE = 0.4
 MOST_DEAF = 0.2
 
 
 def initial_loss(trial: Trial) -> Findings:
-    """The loss of k classes begins near ln k, whatever the model: ten times that means confident nonsense.
+    """The loss of k classes begins near ln k, whatever the model: three times that means confident nonsense.
 
-    The constant predictor's loss is reported among the measures.
+    The constant predictor's loss is reported among the measures. Where the loss can't be tried on other outputs the
+    cross-entropy of outputs and class indices stands for it.
     """
     wanted = trial.wanted
-    if wanted is None or not trial.is_finite or trial.outputs is None:
+    if wanted is None:
+        yield from _initial_scores(trial)
+        return
+    if not trial.is_finite:
         return
     baseline = _constant_loss(trial, wanted)
     if baseline is not None:
@@ -39,21 +43,39 @@ def initial_loss(trial: Trial) -> Findings:
     k = wanted.shape[1] if wanted.dim() > 1 and wanted.shape[1] > 1 else 2
     if not trial.task.is_classification or not _is_log_loss(trial, wanted):
         return
+    yield from _above_chance(trial, trial.trace.loss, k)
+
+
+def _above_chance(trial: Trial, loss: float, k: int) -> Findings:
     limit = LARGEST_INITIAL * math.log(k)
     trial.measures["ln_k"] = math.log(k)
-    if trial.trace.loss > limit:
+    if loss > limit:
         yield PreflightFinding(
             check="bad_initial_loss",
-            message=f"the loss begins at {trial.trace.loss:.4g}, a guess among {k} classes has {math.log(k):.3g}",
+            message=f"the loss begins at {loss:.4g}, a guess among {k} classes has {math.log(k):.3g}",
             cause="too large initial weights or inputs, a penalty, or a sum instead of a mean",
             advice="scale the initialisation of the last layer; normalise the inputs; loss averaged over the batch",
-            value=trial.trace.loss,
+            value=loss,
             limit=limit,
         )
 
 
+def _initial_scores(trial: Trial) -> Findings:
+    """The cross-entropy of the outputs, where targets are the indices of their last dimension."""
+    outputs, targets = trial.outputs, trial.task.targets
+    indices = isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dtype != torch.bool
+    if outputs is None or not indices or outputs.shape[:-1] != targets.shape or outputs.shape[-1] < 2:
+        raise NotChecked("no scores of classes and their indices were seen: the loss is computed elsewhere")
+    k, flat = outputs.shape[-1], targets.reshape(-1).long()
+    chosen = (flat >= 0) & (flat < k)
+    if bool(chosen.any()) and trial.is_finite:
+        loss = nn.functional.cross_entropy(outputs.reshape(-1, k)[chosen].float(), flat[chosen]).item()
+        yield from _above_chance(trial, loss, k)
+
+
 def loss_pairing(trial: Trial) -> Findings:
     """Where all outputs are equal, the gradient tells the samples apart by their targets, and points towards them."""
+    trial.requires_lab()
     wanted, outputs = trial.wanted, trial.outputs
     if wanted is None or outputs is None or wanted.shape[0] < 4 or not _varies(wanted) or wanted is outputs:
         return
@@ -91,6 +113,7 @@ def loss_pairing(trial: Trial) -> Findings:
 
 def reachable_loss(trial: Trial) -> Findings:
     """The best outputs that the last activation can give make the loss small; and better than outputs like targets."""
+    trial.requires_lab()
     wanted, start = trial.wanted, trial.trace.loss
     if wanted is None or trial.outputs is None or not trial.is_finite or not start > 0 or not _varies(wanted):
         return
@@ -145,6 +168,7 @@ def _prefers_constant(trial: Trial, wanted: Tensor, best: float) -> Findings:
 
 def loss_gradient(trial: Trial) -> Findings:
     """Few samples are beyond the reach of the loss's gradient."""
+    trial.requires_lab()
     if trial.outputs is None or not trial.task.can_lab or trial.outputs.dim() < 1 or trial.outputs.shape[0] < 4:
         return
     gradient = _gradient(trial, trial.outputs)
@@ -168,6 +192,7 @@ def loss_gradient(trial: Trial) -> Findings:
 
 def loss_coupling(trial: Trial) -> Findings:
     """A classifier's loss treats samples one by one: changing one output leaves the others' gradients alone."""
+    trial.requires_lab()
     outputs = trial.outputs
     if outputs is None or trial.wanted is None or not trial.task.is_classification or outputs.shape[0] < 4:
         return

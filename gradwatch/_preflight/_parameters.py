@@ -8,9 +8,17 @@ import torch
 from torch import nn
 
 from ._report import PreflightFinding
-from ._trial import Trial, weight_shaped
+from ._trial import NotChecked, Trial, weight_shaped
 
-__all__ = ["dead_weights", "held_by_optimizer", "learning_rate", "symmetric_rows", "trainable", "without_gradient"]
+__all__ = [
+    "dead_weights",
+    "frozen",
+    "held_by_optimizer",
+    "learning_rate",
+    "symmetric_rows",
+    "trainable",
+    "without_gradient",
+]
 
 Findings = Iterable[PreflightFinding]
 
@@ -31,6 +39,55 @@ def trainable(trial: Trial) -> Findings:
     )
 
 
+def frozen(trial: Trial) -> Findings:
+    """A remark on what does not require a gradient: which share of the model, and whether it was ever trained."""
+    still = {path: p for path, p in trial.model.named_parameters() if not p.requires_grad}
+    total = sum(p.numel() for p in trial.model.parameters())
+    share = sum(p.numel() for p in still.values()) / max(total, 1)
+    trial.measures["frozen_share"] = share
+    if not still or not trial.parameters:
+        return
+    fresh = _as_made(trial, still)
+    yield PreflightFinding(
+        check="frozen",
+        severity="info",
+        path=next(iter(still)),
+        message=f"{share:.1%} of the model's {total} elements require no gradient: {_some(list(still))}"
+        + ("; they look as they were initialised, and will stay so" if fresh else ""),
+        cause="requires_grad_(False) on more than was meant, or on weights before they were loaded" if fresh else "",
+        advice="load the trained weights first; freeze by name and print what is left" if fresh else "",
+        value=share,
+        limit=0.0,
+    )
+
+
+def _as_made(trial: Trial, still: dict[str, nn.Parameter]) -> bool:
+    """Return whether frozen linear layers and convolutions hold what torch draws for them, and norms ones and zeros."""
+    owners = {_owner(path): trial.model.get_submodule(_owner(path)) for path in still}
+    known = [fresh for m in owners.values() if (fresh := _is_fresh(m)) is not None]
+    return len(known) > 0 and all(known)
+
+
+def _is_fresh(module: nn.Module) -> bool | None:
+    """Return whether a module is as it was made; None where that can't be told."""
+    weight = module.__dict__.get("_parameters", {}).get("weight")
+    if weight is None or weight.numel() < _ENOUGH:
+        return None
+    values = weight.detach().double().flatten()
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        bound = (weight[0].numel()) ** -0.5
+        spread = values.std().item() * 3**0.5
+        # Four standard errors of a uniform distribution's deviation.
+        return (
+            values.abs().max().item() <= bound * (1 + 1e-6) and abs(spread - bound) < 1.8 * bound / len(values) ** 0.5
+        )
+    return bool((values == 1).all()) if isinstance(module, _NORMS) else None
+
+
+_ENOUGH = 16
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
 def without_gradient(trial: Trial) -> Findings:
     """Parameters that the loss does not depend on: a cut graph where they come before others, else unused ones."""
     if not trial.trace.can_learn:
@@ -39,6 +96,8 @@ def without_gradient(trial: Trial) -> Findings:
     reached = [order.index(owner) for p, g in grads.items() if g is not None and (owner := _owner(p)) in order]
     last_reached = max(reached, default=-1)
     missing = [path for path, grad in grads.items() if grad is None]
+    sizes = {path: trial.parameters[path].numel() for path in grads}
+    trial.measures["without_gradient_share"] = sum(sizes[p] for p in missing) / max(sum(sizes.values()), 1)
     cut = [p for p in missing if _owner(p) in order and order.index(_owner(p)) < last_reached]
     unused = [p for p in missing if p not in cut]
     if cut:
@@ -111,7 +170,7 @@ def symmetric_rows(trial: Trial) -> Findings:
 def held_by_optimizer(trial: Trial) -> Findings:
     """Every parameter that gets a gradient is in one optimizer, once."""
     if not trial.optimizers:
-        return
+        raise NotChecked("no optimizer was given")
     held = [id(p) for o in trial.optimizers for group in o.param_groups for p in group["params"]]
     every = {id(p) for p in trial.model.parameters()}
     learning = [p for p, grad in trial.trace.grads.items() if grad is not None]
@@ -145,6 +204,8 @@ def held_by_optimizer(trial: Trial) -> Findings:
 
 def learning_rate(trial: Trial) -> Findings:
     """Some group moves, or will after warm-up."""
+    if not trial.optimizers:
+        raise NotChecked("no optimizer was given")
     groups = [group for o in trial.optimizers for group in o.param_groups if group["params"]]
     if not groups or any(float(group.get("lr", 1.0)) != 0 for group in groups):
         return

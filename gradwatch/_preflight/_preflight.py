@@ -12,24 +12,26 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError, UnknownNameError
-from . import _batch, _loss_lab, _outputs, _parameters, _signal
+from . import _batch, _loss_lab, _outputs, _parameters, _places, _signal
 from ._report import PreflightFinding, PreflightReport
 from ._snapshot import same_randomness, unchanged
 from ._task import Task
 from ._trace import Trace, trace
-from ._trial import Check, Trial, weight_shaped
+from ._trial import Check, NotChecked, Trial, weight_shaped
 
 __all__ = ["CHECKS", "preflight"]
 
 CHECKS: dict[str, Check] = {
     "trainable": _parameters.trainable,
     "finite": _signal.finite,
+    "frozen": _parameters.frozen,
     "without_gradient": _parameters.without_gradient,
     "held_by_optimizer": _parameters.held_by_optimizer,
     "learning_rate": _parameters.learning_rate,
     "symmetric_rows": _parameters.symmetric_rows,
     "dead_weights": _parameters.dead_weights,
     "unnormalised_inputs": _outputs.unnormalised_inputs,
+    "repeated_rows": _places.repeated_rows,
     "constant_targets": _outputs.constant_targets,
     "output_shape": _outputs.output_shape,
     "output_units": _outputs.output_units,
@@ -46,6 +48,7 @@ CHECKS: dict[str, Check] = {
     "loss_coupling": _loss_lab.loss_coupling,
     "train_and_eval": _batch.train_and_eval,
     "leaks": _batch.leaks,
+    "sees_future": _places.sees_future,
     "overfit": _batch.overfit,
 }
 """Name -> check, in the order in which they run."""
@@ -101,6 +104,8 @@ def preflight(
                 try:
                     with same_randomness():
                         findings += check(trial)
+                except NotChecked as why:
+                    skipped[name] = str(why)
                 except Exception as error:
                     skipped[name] = f"{type(error).__name__}: {error}"
     return PreflightReport(

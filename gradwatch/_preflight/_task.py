@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -96,15 +97,29 @@ class Task:
         loss = _own_loss(outputs) if self.loss_fn is None else self.loss_fn(outputs, self.targets)
         return outputs, _checked(loss)
 
-    def _run_whole(self) -> tuple[Any, Tensor]:
-        caught: list[Any] = []
-        handle = self.model.register_forward_hook(lambda _m, _args, out: caught.append(out))
-        try:
+    def _run_whole(self, batch: Any = None) -> tuple[Any, Tensor]:
+        own: list[Any] = []
+        parts: list[Any] = []
+        with ExitStack() as stack:
+            for module in (self.model, *self.model.children()):
+                kept = own if module is self.model else parts
+                handle = module.register_forward_hook(lambda _m, _args, out, kept=kept: kept.append(out))
+                stack.callback(handle.remove)
             assert self.loss_fn is not None
-            loss = self.loss_fn(self.model, self.batch)
-        finally:
-            handle.remove()
-        return (caught[0] if caught else None), _checked(loss)
+            loss = self.loss_fn(self.model, self.batch if batch is None else batch)
+        # A module of Lightning's calls its network; the last part that gives more than a number made the outputs.
+        outputs = own[:1] or [out for out in parts if (t := first_tensor(out)) is not None and t.dim()][-1:]
+        return (outputs[0] if outputs else None), _checked(loss)
+
+    def outputs_of(self, change: Callable[[Any], Any]) -> Any:
+        """Return the model's outputs for changed inputs; None where the loss calls no module that gives any.
+
+        Args:
+            change: given the inputs (of a loss that takes model and batch: the batch), returns what to use instead.
+        """
+        if self.takes_model:
+            return self._run_whole(change(self.batch))[0]
+        return self.forward(change(self.inputs))
 
     @cached_property
     def can_lab(self) -> bool:

@@ -14,9 +14,13 @@ from ._report import PreflightFinding
 from ._task import Task, float_tensors
 from ._trace import Trace
 
-__all__ = ["Check", "Trial", "weight_shaped"]
+__all__ = ["Check", "NotChecked", "Trial", "weight_shaped"]
 
 Check = Callable[["Trial"], Iterable[PreflightFinding]]
+
+
+class NotChecked(Exception):  # noqa: N818 (it is no error: a reason)
+    """A check could not be made; the text says why."""
 
 
 @dataclass(eq=False)
@@ -63,6 +67,19 @@ class Trial:
     def wanted(self) -> Tensor | None:
         """Targets as floats in the outputs' shape, or None."""
         return None if self.outputs is None or not self.task.can_lab else self.task.like_outputs(self.outputs)
+
+    def requires_lab(self) -> None:
+        """Go on only where the loss can be tried on outputs of our own.
+
+        Raises:
+            NotChecked: it can't.
+        """
+        if not self.task.can_lab:
+            form = "it is given as loss_fn(model, batch)" if self.task.takes_model else "targets are no tensor"
+            why = "the model returns its own loss" if self.task.loss_fn is None else form
+            raise NotChecked(f"the loss can't be tried on chosen outputs: {why}")
+        if self.wanted is None:
+            raise NotChecked("targets and outputs are of sizes that can't be compared")
 
     @cached_property
     def is_finite(self) -> bool:

@@ -174,10 +174,11 @@ def test_unknown_check_is_an_error_with_suggestions(net, images):
 def test_report_reads_as_a_table(regressor, numbers):
     report = preflight(regressor, (numbers[0] * 25, numbers[1]), nn.MSELoss(), skip=["overfit", "leaks"])
     lines = str(report).splitlines()
-    assert lines[0].startswith(f"Pre-flight: 1 to see to, 0 to know ({len(CHECKS) - 2} checks in ")
+    assert lines[0].startswith(f"Pre-flight: 1 to see to, 0 to know ({len(CHECKS) - 4} checks in ")
     assert lines[1].startswith("[warning] unnormalised_input at 0: inputs have mean ")
     assert lines[2] == "    cause: raw features or pixels; or normalised twice"
-    assert lines[-2:] == ["not checked: overfit (left out)", "not checked: leaks (left out)"]
+    unasked = [f"not checked: {name} (no optimizer was given)" for name in ("held_by_optimizer", "learning_rate")]
+    assert lines[-4:] == ["not checked: overfit (left out)", "not checked: leaks (left out)", *unasked]
     assert not report
     (incident,) = report.incidents()
     assert (incident.rule, incident.first_path) == ("preflight_unnormalised_input", "0")
