@@ -23,6 +23,7 @@ from ..watch import (
     checked_run_dir,
     incident_target,
     resolve,
+    validation_inputs,
 )
 from . import _lightning_run as lightning_run
 from ._bar import NumberInBar
@@ -322,6 +323,12 @@ class GradWatch(SessionDoor, _Callback):
 
     def _latest_norm(self) -> float | None:
         return None if self._session is None else self._session.engine.completion.latest_norm
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._live is not None and not trainer.sanity_checking and batch_idx == dataloader_idx == 0:
+            self._scalars |= validation_inputs(batch, self._live.engine.guard)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self._live is not None and not trainer.sanity_checking:

@@ -15,6 +15,9 @@ __all__ = ["LEADS_TO", "Incidents", "Ranked", "consequences", "rank_incidents"]
 LAG = 256
 """Steps that a cause may be found after what follows from it: rules for causes wait until they are sure."""
 
+TOGETHER = 20
+"""Steps within which two causes were found together: which was first is chance."""
+
 _RESULT = ("not_learning", "val_not_learning", "undertrained")
 _UNSTABLE = ("exploding", "gradient_growth", "update_too_large", "loss_spike", "diverging", "non_finite")
 _STILL = ("update_too_small", "crawling", *_RESULT)
@@ -29,11 +32,12 @@ LEADS_TO: Mapping[str, tuple[str, ...]] = {
     "repeated_batch": ("overfit", *_RESULT),
     "repeated_targets": _RESULT,
     "whole_targets": _RESULT,
-    "targets_shifted": ("overfit", *_RESULT),
-    "sees_future": ("overfit", *_RESULT),
+    "targets_shifted": ("too_good", "overfit", *_RESULT),
+    "too_good": ("overfit", *_RESULT),
+    "sees_future": ("too_good", "overfit", *_RESULT),
     "target_semantics": ("constant_output", "loss_terms", *_RESULT),
     "mistaken_loss": ("output_range", "loss_terms", "bad_initial_loss", *_RESULT),
-    "output_range": ("constant_output", "loss_terms", "dead", *_RESULT),
+    "output_range": ("diverging", "constant_output", "loss_terms", "dead", *_RESULT),
     "loss_terms": ("constant_output", *_UNSTABLE, *_RESULT),
     # How the model was made and set.
     "symmetric_units": ("dead", *_RESULT),
@@ -46,6 +50,7 @@ LEADS_TO: Mapping[str, tuple[str, ...]] = {
     "learning_rate_gone": _STILL,
     "epsilon_too_large": _STILL,
     "weight_decay_too_large": ("update_too_large", *_UNITS, *_RESULT),
+    "dropout_too_large": ("exploding", "val_not_learning", *_STILL),
     "weights_overwritten": ("restarted", *_UNSTABLE, *_STILL),
     "restarted": ("loss_spike", "diverging", *_RESULT),
     "amp_overflow": ("non_finite", *_RESULT),
@@ -59,6 +64,7 @@ LEADS_TO: Mapping[str, tuple[str, ...]] = {
     "dead": ("act_scale", "update_too_large", "dead_signal", "constant_output", *_STILL),
     "dead_units": ("dead", "update_too_small", "constant_output", *_RESULT),
     "idle_experts": _RESULT,
+    "one_sided": (*_UNITS, *_UNSTABLE, *_STILL),
     "update_too_large": ("diverging", "loss_spike", *_RESULT),
     "update_too_small": ("crawling", *_RESULT),
     "dead_signal": _RESULT,
@@ -112,21 +118,27 @@ class Incidents(list[Incident]):
 
 
 def rank_incidents(incidents: Sequence[Incident]) -> list[Ranked]:
-    """Return a run's incidents, each behind what it follows from: causes in the order in which they began, and what is
-    only worth knowing at the end.
+    """Return a run's incidents, each behind what it follows from: causes in the order in which they began (of those
+    found together at the beginning the worst first), and what is only worth knowing at the end.
 
     One follows from another if that may cause it and was found before it, or at most `LAG` steps after; of several the
     one that none of the others causes, the earliest of these.
     """
     ordered = sorted(incidents, key=lambda i: (i.first_step, -_severity(i), i.id))
     causes = {id(i): _cause(i, ordered) for i in ordered}
-    leads = sorted((i for i in ordered if causes[id(i)] is None), key=_is_note)
+    leads = sorted((i for i in ordered if causes[id(i)] is None), key=lambda i: _place(i, ordered))
     ranked = []
     for lead in leads:
         ranked.append(Ranked(lead, None))
         followers = [i for i in ordered if causes[id(i)] is lead]
         ranked += [Ranked(i, lead) for i in sorted(followers, key=lambda i: _remove(i, followers))]
     return ranked
+
+
+def _place(incident: Incident, ordered: Sequence[Incident]) -> tuple[bool, int]:
+    """Return where one stands among those that lead: notes last, and of what was found together the worst first."""
+    together = incident.first_step <= ordered[0].first_step + TOGETHER
+    return _is_note(incident), -_severity(incident) if together else 0
 
 
 def _remove(incident: Incident, among: Sequence[Incident]) -> tuple[bool, int]:

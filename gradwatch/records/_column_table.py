@@ -179,6 +179,7 @@ _COLUMNS: tuple[dict[str, Any], ...] = (
 )
 
 _SAMPLED = "activations_every"
+_VALIDATED = "after a validation"
 _NO_TARGETS = "no targets were given"
 _NO_OUTPUT = "no prediction was seen"
 _SET = "updates_every"
@@ -217,12 +218,15 @@ _SCALARS: tuple[tuple[str, str, str, str], ...] = (
     ("seconds", "Since the step before.", "every step", ""),
     ("overhead_seconds", "Spent by gradwatch since the step before.", "every step", ""),
     ("end_of_run", "1 in the last record, with which rules judge the run as a whole.", "at the end", ""),
-    ("val_loss", "The validation loss.", "after a validation", "none was given"),
-    ("train_eval_loss", "Loss of training data in eval mode.", "after a validation", "none was given"),
+    ("val_loss", "The validation loss.", _VALIDATED, "none was given"),
+    ("train_eval_loss", "Loss of training data in eval mode.", _VALIDATED, "none was given"),
     ("batch_size", "First dimension of the inputs.", _SAMPLED, "the batch holds no float tensor"),
     ("input_mean", "Mean of the inputs.", _SAMPLED, "the batch holds no float tensor"),
     ("input_std", "Standard deviation of the inputs.", _SAMPLED, "the batch holds no float tensor"),
     ("input_absmax", "Largest magnitude in the inputs.", _SAMPLED, "the batch holds no float tensor"),
+    ("val_input_mean", "Mean of the validation inputs.", _VALIDATED, "no validation batch was seen"),
+    ("val_input_std", "Standard deviation of the validation inputs.", _VALIDATED, "no validation batch was seen"),
+    ("val_input_absmax", "Largest magnitude in the validation inputs.", _VALIDATED, "no validation batch was seen"),
     ("output_units", "Numbers that the model gives per sample.", _SAMPLED, _NO_OUTPUT),
     (
         "output_batch_variance",
@@ -270,6 +274,7 @@ _SCALARS: tuple[tuple[str, str, str, str], ...] = (
     ("loss_of_softmax", "1 where a softmax comes before a cross-entropy.", _SAMPLED, _NO_GRAPH),
     ("loss_of_sigmoid", "1 where a sigmoid comes before a loss of logits.", _SAMPLED, _NO_GRAPH),
     ("loss_of_chosen", "1 where the loss compares one value a row, chosen by an index.", _SAMPLED, _NO_GRAPH),
+    ("loss_of_shares", "1 where the loss is a binary cross-entropy.", _SAMPLED, _NO_GRAPH),
     ("targets_of_loss", "1 where targets were found in the loss’s graph alone.", _SAMPLED, "the batch holds them"),
     ("weight_decay", "Largest weight decay over the optimizers’ groups.", _SET, "there is none"),
     ("decay_is_decoupled", "1 where it acts beside the gradient, as in AdamW.", _SET, "there is no weight decay"),
@@ -278,7 +283,13 @@ _SCALARS: tuple[tuple[str, str, str, str], ...] = (
     ("num_second_moments", "How many these are.", _SET, "the optimizer has none"),
     ("beta2", "Largest second beta of Adam and its kin.", _SET, "the optimizer has none"),
     ("dropout_in_eval", "Share of the dropout layers that are in eval mode.", _SET, "there are none"),
-    ("batch_norm_in_eval", "Share of the BatchNorm layers that are in eval mode.", _SET, "there are none"),
+    ("dropout_rate", "Largest rate of the dropout layers that are in training mode.", _SET, "there are none"),
+    (
+        "batch_norm_in_eval",
+        "Share of the BatchNorm layers in eval mode with the module around them.",
+        _SET,
+        "there are none",
+    ),
     ("batch_norm_batches", "Batches that BatchNorm has seen in training mode.", _SET, "there are no such layers"),
     ("batch_norm_means", "Size of BatchNorm’s running means; 0 where untouched.", _SET, "there are no such layers"),
     ("batch_norm_followed", "Share of what these showed that its statistics hold.", _SET, "there are no such layers"),
@@ -290,6 +301,7 @@ _SCALARS: tuple[tuple[str, str, str, str], ...] = (
         "whole copies fit in `memory_limit_mb`",
     ),
     ("written_between", "Share of parameters written to since the optimizer’s last step.", _SET, ""),
+    ("others_loss", "Last loss of another optimizer of this training.", "every step", "one optimizer steps alone"),
     (
         "others_step",
         "Other watched trainings in this program that stepped since this one did.",

@@ -179,6 +179,10 @@ EXPLANATIONS = {
         "Targets are shifted by the wrong number of places",
         "The network is to predict another token than the next one.",
     ),
+    "too_good": Explanation(
+        "The loss is too good",
+        "Nothing but a copy is learned as fast: what is to be predicted leaks into the inputs.",
+    ),
     "whole_targets": Explanation(
         "Targets were rounded to whole numbers",
         "What lies behind the point is lost, and can't be learned.",
@@ -190,6 +194,14 @@ EXPLANATIONS = {
     "idle_experts": Explanation(
         "Most experts are not used",
         "The router sends everything to a few, and the others learn nothing.",
+    ),
+    "dropout_too_large": Explanation(
+        "Dropout takes nearly everything",
+        "Next to nothing of what a layer gives reaches the next one, and the network can't learn from it.",
+    ),
+    "one_sided": Explanation(
+        "One side of the game has won",
+        "Its loss is next to nothing, and the other network gets no gradient that it could learn from.",
     ),
     "sees_future": Explanation(
         "The model sees what it is to predict",

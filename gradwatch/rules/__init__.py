@@ -21,13 +21,15 @@ from ._kinds import kinds_of_index
 from ._learning import ConstantOutput, NotLearning
 from ._loss import BadInitialLoss, Diverging, LossSpike, Undertrained
 from ._non_finite import NonFinite
-from ._pairs import LossTerms, TargetsShifted, WholeTargets
+from ._pairs import LossTerms, TargetsShifted, TooGood, WholeTargets
+from ._players import OneSided
 from ._restarted import Restarted
 from ._rule import RULE, Rule, as_rule
 from ._rulebook import INHIBITS, RuleBook, Silence
 from ._run import AmpOverflow, ClipTooOften, DeadSignal, GradConflict, GradNotReset, RankDivergence, Stalled
 from ._settings import (
     BatchNormStatistics,
+    DropoutTooLarge,
     EpsilonTooLarge,
     EvalMode,
     LearningRateGone,
@@ -93,6 +95,9 @@ _CATALOGUE: tuple[type[Rule], ...] = (
     RepeatedTargets,
     TargetOutliers,
     TargetScale,
+    DropoutTooLarge,
+    OneSided,
+    TooGood,
     Expression,
 )
 
@@ -117,6 +122,7 @@ __all__ = [
     "DeadSignal",
     "DeadUnits",
     "Diverging",
+    "DropoutTooLarge",
     "EpsilonTooLarge",
     "EvalMode",
     "Exploding",
@@ -135,6 +141,7 @@ __all__ = [
     "NonFinite",
     "NotLearning",
     "NotUpdating",
+    "OneSided",
     "OutputRange",
     "Overfit",
     "RankDivergence",
@@ -155,6 +162,7 @@ __all__ = [
     "TargetScale",
     "TargetSemantics",
     "TargetsShifted",
+    "TooGood",
     "TrainEvalMismatch",
     "Undertrained",
     "UnnormalisedInput",

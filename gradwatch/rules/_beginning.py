@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ..records import StepRecord
 from ._block import Block, Passed
+from ._company import COMPANY, has_company
 from ._findings import Findings
 from ._kinds import VALUES, is_of
 from ._reductions import reductions, summed_over
 from ._rule import Rule, State
 from ._selection import select
-from ._updates import is_effective
+from ._updates import is_effective, usual_update
 from ._windows import Progress, median, progress, progress_over
 
 __all__ = ["BlownUp", "Crawling", "MistakenLoss"]
@@ -25,10 +26,10 @@ class BlownUp(Rule):
 
     The first loss is the only one that no step has touched. It stays where the median since the first such loss is as
     large: a few bad batches, with good ones between them, are none. Values that are learned from themselves grow by
-    right. Batches of fewer than eight samples are not judged: their
-    losses differ by as much from the data alone. Nor are losses that are zero or below now and then, which have no
-    level. Where nobody said what the batch is (returns and advantages change with the policy), an update must have
-    been above `update` of the weights.
+    right, and so does the loss of a network whose opponent learns. Batches of fewer than eight samples are not judged:
+    their losses differ by as much from the data alone. Nor are losses that are zero or below now and then, which have
+    no level. Where nobody said what the loss compares (returns and advantages change with the policy, and so does their
+    level), the median weight's update must have been above `update` of it.
 
     Args:
         ratio: times the first loss.
@@ -43,12 +44,12 @@ class BlownUp(Rule):
     update: float = 0.1
     severity: str = "critical"
     advice: str = (
-        "The first steps are too large: lower the learning rate by 10 or warm it up; normalise inputs; average the "
-        "loss instead of summing it; check the sign of the loss. What was initialised is lost by now: start again."
+        "The first steps are too large: lower the learning rate by 10 or warm it up; check the scale of inputs and "
+        "targets, and that the loss is a mean, not a sum. Start again: the weights are lost by now."
     )
 
     is_core = False
-    needs = frozenset({"loss", "batch_size", "update_ratio", *VALUES})
+    needs = frozenset({"loss", "batch_size", "target_min", "update_ratio", *COMPANY, *VALUES})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,11 +66,14 @@ class BlownUp(Rule):
             "summed": "",
             "least": math.inf,
             "update": 0.0,
+            "told": False,
         }
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         if not math.isfinite(record.loss) or state["seen"] > self.steps:
             return self.unjudged(record, f"judged on the first {self.steps} losses"), state
+        if has_company(record):
+            return self.unjudged(record, "several optimizers step in turns"), state
         samples = record.num_samples or record.scalars.get("batch_size", math.nan)
         first = record.loss if state["first"] is None else state["first"]
         limit = self.ratio * first
@@ -81,12 +85,13 @@ class BlownUp(Rule):
             "samples": min(state["samples"], samples) if math.isfinite(samples) else state["samples"],
             "summed": state["summed"] or summed_over(record),
             "least": min(state["least"], record.loss),
-            "update": max(state["update"], _largest_update(record)),
+            "update": max(state["update"], usual_update(record)),
+            "told": state["told"] or "target_min" in record.scalars,
         }
         if state["samples"] < 8 or not state["least"] > 0:
             return self.unjudged(record, "batches of fewer than eight, or a loss that is not above 0"), state
-        if not math.isfinite(state["samples"]) and 0 < state["update"] < self.update:
-            return self.unjudged(record, "nobody said what the batch is, and updates are small"), state
+        if not state["told"] and 0 < state["update"] < self.update:
+            return self.unjudged(record, "nobody said what the loss compares, and updates are small"), state
         text = f"loss {{value:.4g}}, before the first step it was {first:.4g}{state['summed']}"
         stays = median(state["since"]) > limit and not is_of(record, VALUES)
         fires = state["high"] >= self.times and record.loss > limit and stays
@@ -94,15 +99,6 @@ class BlownUp(Rule):
 
     def pass_over(self, block: Block, state: State) -> Passed | None:
         return Passed(state, 0, f"judged on the first {self.steps} losses") if state["seen"] > self.steps else None
-
-
-def _largest_update(record: StepRecord) -> float:
-    """Return the largest update over its weight; 0 where none was measured."""
-    if "update_ratio" not in record.columns:
-        return 0.0
-    chosen = select(record.index, "*", min_ndim=2) & record.measured("update_ratio")
-    ratios = record.columns["update_ratio"][chosen]
-    return float(np.max(ratios, initial=0.0, where=np.isfinite(ratios)))
 
 
 class Crawling(Rule):
@@ -196,7 +192,8 @@ class MistakenLoss(Rule):
     predictions were broadcast against targets, softmax taken over the batch, or taken twice. What the loss has beside
     (a penalty) changes slowly: so the difference between the loss and the formula that it follows hardly varies. Losses
     that are summed where others take the mean are known, too.
-    Flagged where that deviation is below `share` of the one from the right formula, which is above 1 % of the loss. A
+    Flagged where that deviation is below `share` of the one from the right formula, which is above 1 % of the loss, and
+    a small part of what the loss itself varies by. A
     softmax or sigmoid right before a loss that takes it itself is also read from the graph behind the loss.
 
     Args:
@@ -238,14 +235,33 @@ class MistakenLoss(Rule):
         if len(losses) < self.samples:
             return self.unjudged(record, f"fewer than {self.samples} batches were measured"), state
         scales = reductions(record)
-        for mistake, right, what in _MISTAKES:
-            if mistake == "cross_entropy" and not _is_softmax(record):
-                continue
-            off = _deviation(losses, values.get(mistake, ()), scales)
-            off_right = _deviation(losses, values.get(right, ()), scales)
-            if off < self.share * off_right and off_right > 0.01 * abs(median(losses)):
-                return self.whole(record, True, off, self.share * off_right, what), state
+        followed = _followed(record, losses, values, scales)
+        found = [(off, right, what) for off, right, what in followed if off < self.share * right]
+        if found:
+            off, right, what = min(found)
+            return self.whole(record, True, off, self.share * right, what), state
         return self.clear(record), state
+
+
+def _followed(
+    record: StepRecord, losses: Sequence[float], values: Mapping[str, Sequence[float]], scales: Mapping[str, float]
+) -> Iterator[tuple[float, float, str]]:
+    """Yield, for each mistake whose formula the loss follows, how far off it and the right one are, and what it is.
+
+    What hardly varies follows nothing: the formula must explain most of what the loss varies by.
+    """
+    varies = float(np.std(losses))
+    for mistake, right, what in _MISTAKES:
+        if mistake == "cross_entropy" and not _is_softmax(record):
+            continue
+        off = _deviation(losses, values.get(mistake, ()), scales)
+        off_right = _deviation(losses, values.get(right, ()), scales)
+        if off < _EXPLAINED * varies and off_right > 0.01 * abs(median(tuple(losses))):
+            yield off, off_right, what
+
+
+_EXPLAINED = 0.3
+"""Share of what a loss varies by that its formula may leave open."""
 
 
 def _deviation(losses: Sequence[float], values: Sequence[float], scales: Mapping[str, float]) -> float:

@@ -28,7 +28,8 @@ class Exploding(Rule):
     the ratio the size of the jump; twice running each jump must be sqrt(`ratio`). In a run whose norm is noisy z
     alone would let a thousandfold spike pass, so a norm `ceiling` times the level counts as `z`. A norm that the
     run's first steps had as well is not an explosion: late in training norms are small and jump about. Once they are
-    a hundredth of those, it takes `ratio` times those.
+    a hundredth of those, it takes `ratio` times those. Nor is one that the trainer is seen to have clipped, to
+    sqrt(`ratio`) times the level at most, where this rule has no treatment of its own: it did not reach the weights.
 
     With `paths`, the norm of those parameters together. The incident names the paths that left their own level
     (running mean of the log), the first of them in backward order.
@@ -62,7 +63,7 @@ class Exploding(Rule):
     )
 
     enough = 20
-    needs = frozenset({"grad_norm"})
+    needs = frozenset({"grad_norm", "global_norm_applied", "trainer_clip"})
     order = "backward"
 
     def __post_init__(self) -> None:
@@ -118,7 +119,7 @@ class Exploding(Rule):
         suspicious, alarm = self._bars(state)
         if not log_norm > suspicious:
             return self.clear(record), self._accept(record, state, log_norm)
-        fires = log_norm > alarm or state["again"]
+        fires = (log_norm > alarm or state["again"]) and not self._was_clipped(record, state)
         limit = math.exp(suspicious if state["again"] else alarm)
         findings = self._findings(record, state, norm, limit) if fires else self.clear(record)
         return findings, self._reject(record, state, log_norm, fires)
@@ -153,12 +154,19 @@ class Exploding(Rule):
         chosen = column[select(record.index, self.paths) & record.measured("grad_norm")]
         return float(np.sqrt(np.sum(np.square(chosen)))) if len(chosen) else math.nan
 
+    def _was_clipped(self, record: StepRecord, state: State) -> bool:
+        """Return whether a norm that is clipped behind this look did not reach the optimizer."""
+        applied = record.global_norm_applied
+        if applied is None:
+            applied = record.scalars.get("trainer_clip", math.inf)
+        return not self.then and applied < math.exp(median(state["window"])) * self.ratio**0.5
+
     def _bars(self, state: State) -> tuple[float, float]:
         """Return the log norms above which one is suspicious, and flagged at once."""
         center, sigma, count = level(state["window"], self.sigma_floor)
         lately = level(state["window"][-32:], self.sigma_floor).sigma
-        # Twice: more than the uncertainty of so short a window.
-        sigma = lately if lately > 2 * sigma else sigma
+        # By two standard errors of so short a window's.
+        sigma = lately if lately > 1.4 * sigma else sigma
         # A cold window knows little of the noise.
         caution = 5.0 if count < min(64, self.window) else 1.0
         ratio = math.log(caution * self.ratio)

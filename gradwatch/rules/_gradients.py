@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from weakref import WeakKeyDictionary
+
 import numpy as np
 
 from ..records import Bools, Index, StepRecord
@@ -20,8 +23,8 @@ class Vanishing(Rule):
     norm / largest norm < `ratio`, and the loss fell by less than `stuck` of its first level. A converged model has
     small gradients by definition, hence the second condition; without a loss the rule is silent. Like is compared with
     like: layers of one type, and only where the small ones come before all others of that type: an embedding, a gate or
-    a head has gradients of another size by right. Gradients of exactly zero are `dead`, not vanishing. Biases are left
-    out.
+    a head has gradients of another size by right, and so have queries and keys while attention is even: told by their
+    names. Gradients of exactly zero are `dead`, not vanishing. Biases are left out.
 
     Source: X. Glorot, Y. Bengio, "Understanding the difficulty of training deep feedforward neural networks",
     AISTATS 2010; ratio to the largest layer, since absolute sizes depend on the loss, the batch and the width.
@@ -61,6 +64,7 @@ class Vanishing(Rule):
             return self.clear(record), state
         norms = record.columns["grad_norm"]
         judged = select(record.index, self.paths, min_ndim=2) & record.measured("grad_norm") & np.isfinite(norms)
+        judged &= ~_match(record.index)
         if judged.sum() < 2:
             return self.unjudged(record, "fewer than two weights with a gradient"), state
         fires, limits = np.zeros(len(norms), np.bool_), np.full(len(norms), np.nan)
@@ -79,7 +83,7 @@ class Vanishing(Rule):
         if block.grad_norms is None or not block.has_finite_losses:
             return None
         norms, measured = block.grad_norms
-        judged = select(block.index, self.paths, min_ndim=2) & measured & np.isfinite(norms)
+        judged = select(block.index, self.paths, min_ndim=2) & measured & np.isfinite(norms) & ~_match(block.index)
         if (judged.sum(axis=1) < 2).any():
             return None
         largest = np.where(judged, norms, 0.0).max(axis=1, keepdims=True)
@@ -88,6 +92,19 @@ class Vanishing(Rule):
         loss = progress_over(past, block.losses, block.samples)
         early = min(max(99 - past.seen, 0), len(block))
         return Passed({"loss": tuple(loss)}, len(block) - early, "the loss is not known over 100 steps" * (early > 0))
+
+
+_MATCHING = re.compile(r"(^|[._])(q|k|wq|wk|query|key|to_q|to_k)(_?proj(ection)?|_?lin(ear)?)?\.weight$")
+"""Names of the weights whose products attention is made of."""
+
+_CACHE: WeakKeyDictionary[Index, Bools] = WeakKeyDictionary()
+
+
+def _match(index: Index) -> Bools:
+    """Return which paths are weights of queries or keys."""
+    if index not in _CACHE:
+        _CACHE[index] = np.array([bool(_MATCHING.search(path)) for path in index.paths], np.bool_)
+    return _CACHE[index]
 
 
 def _kinds(index: Index) -> list[Bools]:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..records import StepRecord
+from ..records import Index, StepRecord
 from ._block import Block, Passed
 from ._company import COMPANY, has_company
 from ._findings import Findings
@@ -16,6 +16,7 @@ from ._loss import remember, remember_over
 from ._reductions import reductions
 from ._rule import Rule, State
 from ._selection import select
+from ._updates import usual_update
 from ._windows import HEAD, Progress, median
 
 __all__ = ["ConstantOutput", "NotLearning"]
@@ -176,6 +177,9 @@ class NotLearning(Rule):
         shares = [_share(guess) for guess in state["guesses"]]
         value, level, least = state["guesses"][-1]
         nearer = shares[-1] == min(shares) < shares[0] - 0.02
+        if least_share > 1:
+            # From far above it, noise alone comes nearer now and then: half of the way, or none.
+            nearer = shares[-1] - 1 < 0.5 * (shares[0] - 1)
         guessing = min(shares) > least_share and not nearer
         # Down to where a guess would be is no way that anything was learned on.
         guessing = guessing and (least_share > 1 or not _creeps(state))
@@ -190,7 +194,9 @@ class NotLearning(Rule):
 
     @staticmethod
     def _because(record: StepRecord, state: State) -> str:
-        update = state["update"]
+        update, frozen = state["update"], _frozen_share(record.index)
+        if frozen > _MOSTLY:
+            return f"; {frozen:.0%} of the model is frozen: check `requires_grad`"
         if update > 0.03:
             return f"; each update is {update:.2g} of the weights: lower the learning rate ({record.lr:.2g})"
         if update < 1e-4:
@@ -209,6 +215,16 @@ class NotLearning(Rule):
         after = remember_over(block.losses, state, block.samples)
         after = {**after, "values": state["values"] or block.has_any(VALUES)}
         return Passed(after, 0, f"judged at {self.start} losses and every {self.every} after")
+
+
+_MOSTLY = 0.5
+"""Share of a model that, frozen, may be why it does not learn."""
+
+
+def _frozen_share(index: Index) -> float:
+    """Return which share of the model's elements requires no gradient."""
+    total = int(index.numel[index.is_parameter].sum())
+    return float(index.numel[index.is_parameter & ~index.trainable].sum()) / max(total, 1)
 
 
 def _creeps(state: State) -> bool:
@@ -255,20 +271,26 @@ class ConstantOutput(Rule):
     for_steps: int = 20
     warmup: int = 5
     advice: str = (
-        "Usually a softmax over one unit, dead or saturated units before the output, or an input that never reaches "
-        "it. Use a sigmoid for one unit; check the last layers' activations and initialisation; lower the learning "
-        "rate."
+        "Usually a softmax over one unit (which is always 1: use a sigmoid), dead or saturated units before the "
+        "output, or an input that never reaches it. Look for the first layer that gives the same for all samples."
     )
 
     is_core = False
-    needs = awaits = frozenset({"output_batch_variance"})
+    needs = frozenset(
+        {"output_batch_variance", "output_units", "output_min", "output_max", "update_ratio", "param_norm"}
+    )
+    awaits = frozenset({"output_batch_variance", "update_ratio"})
     low_is_worse = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("variance", self.variance > 0, 0, "above")
 
+    def init(self) -> State:
+        return {"update": 0.0, "size": math.nan, "left": 1.0}
+
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        state = self._remembered(record, state)
         variance = record.scalars.get("output_batch_variance", math.nan)
         if not math.isfinite(variance):
             return self.unjudged(record, "the model's output was not measured"), state
@@ -278,5 +300,27 @@ class ConstantOutput(Rule):
             return self.clear(record), state
         size = max(abs(record.scalars.get(k, 0.0)) for k in ("output_min", "output_max"))
         limit = self.variance * max(1.0, size * size)
-        text = "variance of the output over the batch {value:.2g}"
+        ones = record.scalars.get("output_min") == record.scalars.get("output_max") == 1
+        is_softmax = ones and record.scalars.get("output_units") == 1
+        text = "variance of the output over the batch {value:.2g}" + ": the softmax of one unit is 1" * is_softmax
+        if state["update"] > _LARGE:
+            text += f", after updates of {state['update']:.2g} of the weights: the learning rate is too high"
+        elif state["left"] < _SHRUNK:
+            text += f", and weights are {state['left']:.2g} of what they were: a regularisation pulls them to zero"
         return self.whole(record, variance < limit, variance, limit, text), state
+
+    def _remembered(self, record: StepRecord, state: State) -> State:
+        """Return the memory with the largest update so far, and with how much of the weights is left."""
+        if not {"update_ratio", "param_norm"} <= set(record.columns):
+            return state
+        chosen = select(record.index, self.paths, min_ndim=2) & record.measured("param_norm")
+        now = float(np.median(record.columns["param_norm"][chosen])) if chosen.any() else math.nan
+        size = now if math.isnan(state["size"]) else state["size"]
+        left = now / size if size > 0 else 1.0
+        return {"update": max(state["update"], usual_update(record)), "size": size, "left": left}
+
+
+_SHRUNK = 0.05
+"""Share of their first norms that weights have left where something has pulled them to zero."""
+_LARGE = 0.1
+"""Update over its weight from which on the learning rate is too high."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from ..records import StepRecord
 from ._block import Block, Passed
@@ -181,11 +182,13 @@ class Diverging(Rule):
             "norms": (),
             "wrong": False,
             "size": (0.0, 0.0),
+            "jump": (),
         }
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         if not math.isfinite(record.loss):
             return self.unjudged(record, "no finite loss was given"), state
+        jump = _jump(record, Progress(*state["loss"]), state["jump"])
         loss = progress(Progress(*state["loss"]), record.loss, record.num_samples)
         now = sorted(loss.recent[-self.span :])[min(self.span, len(loss.recent)) // 4]
         least = min(state["least"], now) if loss.seen >= self.span else math.inf
@@ -204,6 +207,7 @@ class Diverging(Rule):
             "norms": norms,
             "wrong": wrong,
             "size": _sizes(record, state["size"]),
+            "jump": jump,
         }
         if loss.seen < 30:
             return self.unjudged(record, "fewer than 30 losses"), state
@@ -212,7 +216,7 @@ class Diverging(Rule):
         if (classes or wrong) and now < lowest:
             return self.whole(record, True, now, lowest, "loss {value:.4g}, far below zero: a sign is wrong"), state
         limit = max(least + abs(least), start + 0.5 * abs(start))
-        text = f"loss {{value:.4g}}, it began at {start:.4g} and was {least:.4g}"
+        text = f"loss {{value:.4g}}, it began at {start:.4g} and was {least:.4g}{_after(jump)}"
         grown = not early or not median(norms) < 5 * median(early)
         # Where others step in between the level is theirs to move: both must hold.
         far = now > start + 9 * abs(start)
@@ -225,6 +229,9 @@ class Diverging(Rule):
         first = past.first
         # The first losses must be known, and be a level to compare with.
         if past.seen < 30 or not block.has_finite_losses or median(first) > 5 * first[0] > 0:
+            return None
+        jump = state["jump"]
+        if (jump and not jump[3]) or (not jump and _may_jump((past.recent[-1], *block.losses))):
             return None
         classes = state["classes"] or any(_has_class_targets(record) for record in block.records)
         wrong = state["wrong"]
@@ -249,7 +256,41 @@ class Diverging(Rule):
         for record in block.records:
             size = _sizes(record, size)
         known = {"classes": classes, "early": early, "norms": recent, "wrong": wrong, "size": size}
+        known["jump"] = jump
         return Passed({"loss": tuple(loss), "least": least, **known}, len(block))
+
+
+_JUMP = 100.0
+"""Times the median of the last losses that one batch's is, where something is wrong with that batch."""
+_FEW = 3
+"""Losses without which none is usual."""
+
+
+def _jump(record: StepRecord, past: Progress, known: tuple[float, ...]) -> tuple[float, ...]:
+    """Return step and size of the first single loss that was far above all before, how many times their median it was,
+    and whether one of a hundredth came after (1.0): it was the batch then, not the weights. () where there was none.
+    """
+    if known:
+        return (*known[:3], max(known[3], float(record.loss < known[1] / _JUMP)))
+    usual = median(past.recent[-10:])
+    if past.seen < _FEW or not record.loss > _JUMP * abs(usual) or not record.loss > 10 * max(past.recent):
+        return ()
+    return (float(record.step), record.loss, record.loss / abs(usual) if usual else math.inf, 0.0)
+
+
+def _may_jump(losses: Sequence[float]) -> bool:
+    """Return whether any of these but the first may be far above all before it."""
+    return any(later > 10 * earlier and later > 0 for earlier, later in pairwise(losses))
+
+
+def _after(jump: tuple[float, ...]) -> str:
+    """Return what a rise came after, as a phrase."""
+    if not (jump and jump[3]):
+        return ""
+    return (
+        f"; at step {jump[0]:.0f} one batch had {jump[2]:.3g} times the usual loss: look at its targets (a bad batch, "
+        "an outlier among the labels)"
+    )
 
 
 def _sizes(record: StepRecord, sizes: tuple[float, float]) -> tuple[float, float]:

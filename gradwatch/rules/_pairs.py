@@ -11,7 +11,7 @@ from ._reductions import FORMULAS, reductions
 from ._rule import Rule, State
 from ._windows import Progress, progress, progress_over
 
-__all__ = ["LossTerms", "TargetsShifted", "WholeTargets"]
+__all__ = ["LossTerms", "TargetsShifted", "TooGood", "WholeTargets"]
 
 _PLACES = {-1: "target_at_minus_1", 0: "target_at_0", 1: "target_at_1", 2: "target_at_2"}
 _SAID = {
@@ -70,6 +70,58 @@ class TargetsShifted(Rule):
 def _follows(record: StepRecord, name: str) -> bool:
     value = record.scalars.get(name, math.nan)
     return abs(record.loss - value) <= 0.01 * abs(value)
+
+
+class TooGood(Rule):
+    """Flags a model of sequences that knows nearly all of what it is to predict within its first steps.
+
+    Its cross-entropy began at that of a guess, and is below `share` of the best constant's at two batches measured
+    running, within the first `losses` losses: nothing but a copy is learned as fast.
+
+    Args:
+        share: of the best constant's cross-entropy.
+        losses: within which it is too good.
+    """
+
+    share: float = 0.01
+    losses: int = 64
+    advice: str = (
+        "It is too good: what is to be predicted leaks into the inputs. A decoder is given its targets without a "
+        "shift, a mask is missing, or the label is a column of the input; or it is the same batch at every step."
+    )
+
+    is_core = False
+    needs = frozenset({"loss", "cross_entropy", "cross_entropy_shifted", "baseline_loss"})
+    awaits = frozenset({"cross_entropy_shifted"})
+    low_is_worse = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("share", 0 < self.share < 1, "0 and below 1", "above")
+        self._require("losses", self.losses >= 1, 1)
+
+    def init(self) -> State:
+        return {"since": None, "first": math.nan, "running": 0}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        value, level = (record.scalars.get(name, math.nan) for name in ("cross_entropy", "baseline_loss"))
+        if "cross_entropy_shifted" not in record.scalars or not (math.isfinite(value) and level > _LEAST_LEVEL):
+            return self.unjudged(record, "no sequences of classes were seen"), state
+        since = record.step if state["since"] is None else state["since"]
+        share = value / level
+        first = share if math.isnan(state["first"]) else state["first"]
+        running = state["running"] + 1 if share < self.share else 0
+        state = {"since": since, "first": first, "running": running}
+        fires = running >= _TWICE and record.step - since < self.losses and first > _OF_A_GUESS
+        text = f"{{value:.2g}} of what a guess has ({level:.3g}) after {record.step - since} steps"
+        return self.whole(record, fires, share, self.share, text), state
+
+
+_LEAST_LEVEL = 0.5
+"""Nats that there must be to learn."""
+_OF_A_GUESS = 0.7
+"""Share of a guess's loss above which nothing was known."""
+_TWICE = 2
 
 
 class WholeTargets(Rule):

@@ -16,7 +16,8 @@ _CACHE: WeakKeyDictionary[Index, dict[Any, Bools]] = WeakKeyDictionary()
 
 
 def select(index: Index, paths: Sequence[str], kind: str = "parameter", min_ndim: int = 0) -> Bools:
-    """Return which paths a rule looks at: trainable parameters of the optimizer, or modules, that match `paths`.
+    """Return which paths a rule looks at: trainable parameters of the optimizer that hold any element, or modules, that
+    match `paths`.
 
     Args:
         paths: glob patterns.
@@ -29,6 +30,7 @@ def select(index: Index, paths: Sequence[str], kind: str = "parameter", min_ndim
         chosen = index.select(tuple(paths))
         if kind == "parameter":
             chosen = chosen & index.is_parameter & index.trainable & index.in_optimizer & (index.ndim >= min_ndim)
+            chosen &= index.numel > 0
         elif kind == "module":
             chosen = chosen & index.is_module
         cache[key] = chosen

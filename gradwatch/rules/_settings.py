@@ -17,6 +17,7 @@ from ._windows import Progress, progress, progress_over
 
 __all__ = [
     "BatchNormStatistics",
+    "DropoutTooLarge",
     "EpsilonTooLarge",
     "EvalMode",
     "LearningRateGone",
@@ -201,7 +202,8 @@ class EpsilonTooLarge(_Stuck):
     severity: str = "warning"
     advice: str = (
         "Adam's epsilon is larger than the gradients: each step is smaller by that factor. Lower epsilon (1e-8 is "
-        "usual), or check why gradients are so small: a loss divided twice, or vanishing layers."
+        "usual), or check why gradients are so small: a loss divided twice, vanishing layers, or underflow in float16 "
+        "without a loss scaler."
     )
 
     is_core = False
@@ -219,8 +221,41 @@ class EpsilonTooLarge(_Stuck):
         count *= 1 - beta2 ** max(Progress(*state["loss"]).seen, 1) if 0 < beta2 < 1 else 1.0
         if not (math.isfinite(size) and count > 0):
             return None
-        ratio = epsilon / math.sqrt(max(size / count, 1e-60))
+        if size == 0:
+            text = "Adam's second moments are 0: gradients are zero, or so small that their squares underflow"
+            return epsilon / 1e-30, self.ratio, text
+        ratio = epsilon / math.sqrt(size / count)
         return ratio, self.ratio, f"Adam's epsilon {epsilon:g} is {{value:.3g}} times the root of its second moments"
+
+
+class DropoutTooLarge(_Stuck):
+    """Flags dropout that leaves next to nothing of what a layer gives, while the loss does not improve.
+
+    Usual is .1 to .5. The commonest slip is to give the share that is kept, as older libraries took it.
+
+    Args:
+        ratio: share that is dropped, above which it is too much.
+        times: measurements running.
+        stuck: share of its first level by which the loss must have fallen to be improving.
+    """
+
+    ratio: float = 0.8
+    advice: str = (
+        "The dropout rate is too large: it is the share that is dropped, not the one that is kept. Usual is 0.1 to 0.5."
+    )
+
+    is_core = False
+    needs = frozenset({"loss", "dropout_rate"})
+    awaits = frozenset({"dropout_rate"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("ratio", 0 < self.ratio < 1, "0 and below 1", "above")
+
+    def _measured(self, record: StepRecord, state: State) -> tuple[float, float, str] | None:
+        rate = record.scalars.get("dropout_rate", math.nan)
+        text = "dropout takes {value:.0%} of what a layer gives"
+        return (rate, self.ratio, text) if math.isfinite(rate) else None
 
 
 class WeightsOverwritten(_Stuck):

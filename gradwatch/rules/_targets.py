@@ -25,7 +25,7 @@ _RANGES = {
 
 class OutputRange(Rule):
     """Flags outputs that can't reach the targets: the last activation's range leaves targets out, or every output lies
-    beyond every target.
+    beyond every target; and targets beyond 0 to 1 under a binary cross-entropy, which then has no least value.
 
     Scores of classes that a last ReLU cuts off at zero count too. The range is that of the last module in forward
     order, where outputs keep to it, or else of outputs that press against 0, 1 or -1. Targets must lie outside by more
@@ -46,7 +46,7 @@ class OutputRange(Rule):
     )
 
     is_core = False
-    needs = frozenset({"output_min", "output_max", "target_min", "target_max", "target_is_integer"})
+    needs = frozenset({"output_min", "output_max", "target_min", "target_max", "target_is_integer", "loss_of_shares"})
     awaits = frozenset({"output_min", "target_min"})
 
     def init(self) -> State:
@@ -56,6 +56,9 @@ class OutputRange(Rule):
         if _is_cut(record):
             text = "the last module is a ReLU: scores of classes are cut off at zero"
             return self.whole(record, True, 0.0, 0.0, text), state
+        outside = _beyond_shares(record)
+        if outside is not None:
+            return self.whole(record, True, outside[1], 1.0, _SHARES.format(*outside)), state
         found = _ranges(record)
         if found is None:
             return self.unjudged(record, "outputs or targets are not known, or targets are classes"), state
@@ -76,7 +79,24 @@ class OutputRange(Rule):
         late = record.step >= self.settle and not binary
         beyond = low > target[1] + slack or high < target[0] - slack
         text = f"outputs {low:.4g} to {high:.4g}, targets {target[0]:.4g} to {target[1]:.4g}"
+        if record.loss < _FAR_BELOW:
+            text += f"; the loss is {record.loss:.3g}: check the sign of its terms"
         return self.whole(record, late and beyond, low, target[1], text), state
+
+
+_SHARES = "targets are {:g} to {:g}, and the binary cross-entropy takes 0 to 1: scale them into that range"
+
+
+def _beyond_shares(record: StepRecord) -> tuple[float, float] | None:
+    """Return the range of targets that a binary cross-entropy can't be meant for; None where there is no such thing."""
+    low, high = (record.scalars.get(f"target_{end}", math.nan) for end in ("min", "max"))
+    of_shares = record.scalars.get("loss_of_shares", 0.0) > 0
+    return (low, high) if of_shares and (low < -_ROUNDING or high > 1 + _ROUNDING) else None
+
+
+_ROUNDING = 1e-3
+_FAR_BELOW = -10.0
+"""A loss that few objectives reach with the right sign."""
 
 
 def _has_one_label(record: StepRecord) -> bool:
@@ -139,8 +159,8 @@ class TargetSemantics(Rule):
     severity: str = "critical"
     for_steps: int = 2
     advice: str = (
-        "Give prediction and target the same shape (`squeeze`, `unsqueeze`). Several labels a sample need a sigmoid "
-        "per unit and binary cross-entropy, not a softmax."
+        "Give prediction and target the same shape (`squeeze`, `unsqueeze`). Where a sample has several labels, give "
+        "`binary_cross_entropy_with_logits` the logits, not a softmax's outputs: each unit needs a sigmoid of its own."
     )
 
     is_core = False
@@ -217,7 +237,10 @@ class UnnormalisedInput(_FirstBatches):
     size: float = 20.0
     tiny: float = 0.01
     batches: int = 10
-    advice: str = "Subtract the mean and divide by the standard deviation of the training set (images: divide by 255)."
+    advice: str = (
+        "Subtract the mean and divide by the standard deviation of the training set (images: divide by 255). Gradients "
+        "grow with the inputs: where these are to stay as they are, lower the learning rate."
+    )
 
     needs = awaits = frozenset({"input_mean", "input_std", "input_absmax"})
 

@@ -13,12 +13,24 @@ from ._rule import Rule, State
 from ._selection import select
 from ._windows import Progress, progress, progress_over
 
-__all__ = ["NotUpdating", "UpdateTooLarge", "UpdateTooSmall", "is_effective"]
+__all__ = ["NotUpdating", "UpdateTooLarge", "UpdateTooSmall", "is_effective", "usual_update"]
 
 
 def is_effective(record: StepRecord) -> bool:
     """Return whether the optimizer was free to move the weights at this step."""
     return record.lr != 0 and not record.skipped and not record.scalars.get("amp_overflow", 0.0) > 0
+
+
+def usual_update(record: StepRecord) -> float:
+    """Return the median weight's update over its norm; 0 where none was measured.
+
+    A weight that starts near zero has a large one at any learning rate.
+    """
+    if "update_ratio" not in record.columns:
+        return 0.0
+    chosen = select(record.index, "*", min_ndim=2) & record.measured("update_ratio")
+    ratios = record.columns["update_ratio"][chosen & np.isfinite(record.columns["update_ratio"])]
+    return float(np.median(ratios)) if len(ratios) else 0.0
 
 
 class _UpdateRatio(Rule):
@@ -65,14 +77,20 @@ class UpdateTooLarge(_UpdateRatio):
     """Flags weights that each step changes by more than `ratio` of their norm, while the loss does not improve.
 
     Source: A. Karpathy's rule of thumb (a ratio near 1e-3); .1 is a hundred times that. Ratios start after 100 steps,
-    since weights that begin at zero have infinite ones.
+    since weights that begin at zero have infinite ones; and so the median of the first steps' is remembered: where most
+    weights were moved by more than `early` of their norm at a step, and the loss is no better after 100 steps than
+    before the first, their beginning was lost. Under a normalisation they may have grown since, and move little now.
 
     Args:
         ratio: norm(update) / norm(weight) that is too much.
+        early: as much of three quarters of the weights, in the first `first` steps.
+        first: steps whose updates are remembered.
         stuck: share of its first level by which the loss must have fallen to be improving.
     """
 
     ratio: float = 0.1
+    early: float = 0.5
+    first: int = 20
     stuck: float = 0.5
     for_steps: int = 20
     advice: str = "Usually the learning rate is too high. Lower it by 3 to 10; lengthen its warm-up; clip gradients."
@@ -80,10 +98,44 @@ class UpdateTooLarge(_UpdateRatio):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("ratio", self.ratio > 0, 0, "above")
+        self._require("early", self.early > 0, 0, "above")
+
+    def init(self) -> State:
+        return {**super().init(), "early": 0.0}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        early = state["early"]
+        if "update_ratio" in record.columns and Progress(*state["loss"]).seen < self.first:
+            early = max(early, self._of_most(record))
+        findings, after = super().judge(record, state)
+        state = {**after, "early": early}
+        loss = Progress(*after["loss"])
+        lost = early > self.early and loss.is_stuck(_NO_BETTER)
+        if len(findings) or findings.judged is False or not lost:
+            return findings, state
+        text = (
+            f"in the first {self.first} steps most weights moved by {{value:.2g}} of their norm at a step, and the "
+            f"loss is no better since: {loss.now:.4g}, first {loss.start:.4g}"
+        )
+        return self.whole(record, True, early, self.early, text), state
+
+    def _of_most(self, record: StepRecord) -> float:
+        """Return the update that three quarters of the weights exceed; 0 where none was measured."""
+        ratios = record.columns["update_ratio"]
+        judged = select(record.index, self.paths, min_ndim=2) & record.measured("update_ratio") & np.isfinite(ratios)
+        return float(np.quantile(ratios[judged], 0.25)) if judged.any() else 0.0
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        passed = super().pass_over(block, state)
+        return None if passed is None else passed._replace(state={**passed.state, "early": state["early"]})
 
     @property
     def _limit(self) -> float:
         return self.ratio
+
+
+_NO_BETTER = 0.05
+"""Share of its first level by which a loss has fallen that is no better."""
 
 
 class UpdateTooSmall(_UpdateRatio):
@@ -98,19 +150,64 @@ class UpdateTooSmall(_UpdateRatio):
     stuck: float = 0.3
     for_steps: int = 100
     advice: str = (
-        "Usually the learning rate is too low, or gradients vanish. Raise the learning rate by 3 to 10; check that "
-        "the loss is not divided twice; under Adam check epsilon against the size of the gradients."
+        "Usually the learning rate is too low, gradients vanish in saturated units, or a clip is far below their norm. "
+        "Raise the learning "
+        "rate by 3 to 10; check that the loss is not divided twice; under Adam check epsilon against the size of the "
+        "gradients."
     )
 
+    needs = frozenset({"update_ratio", "loss", "lr", "global_norm_applied"})
     low_is_worse = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("ratio", self.ratio > 0, 0, "above")
 
+    def init(self) -> State:
+        return {**super().init(), "lr": (), "rises": False}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        findings, after = super().judge(record, state)
+        state = {**after, **_rates(state, record.lr)}
+        if len(findings):
+            findings.text += self._because(record, state)
+        return findings, state
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        passed = super().pass_over(block, state)
+        if passed is None:
+            return None
+        rates = state
+        for record in block.records:
+            rates = _rates(rates, record.lr)
+        return passed._replace(state={**passed.state, "lr": rates["lr"], "rises": rates["rises"]})
+
+    @staticmethod
+    def _because(record: StepRecord, state: State) -> str:
+        """Return what a clip or the learning rate has to do with it, as a phrase."""
+        lr, norm, applied = record.lr, record.global_norm, record.global_norm_applied
+        if applied is not None and applied < 0.01 * norm:
+            return f", because gradients are clipped from a norm of {norm:.2g} to {applied:.2g}"
+        if not (math.isfinite(lr) and state["lr"]):
+            return ""
+        first, highest = state["lr"]
+        if state["rises"] and lr > 1.5 * first:
+            return f", and the learning rate ({lr:.2g}) still rises: its warm-up is not over"
+        if lr < 0.1 * highest:
+            return f", because the learning rate ({lr:.2g}) is {lr / highest:.1g} of its highest"
+        return f", at a learning rate of {lr:.2g}"
+
     @property
     def _limit(self) -> float:
         return self.ratio
+
+
+def _rates(state: State, lr: float) -> State:
+    """Return the first learning rate above zero and the highest, and whether the present one is above all before."""
+    if not (math.isfinite(lr) and lr > 0):
+        return {"lr": state["lr"], "rises": state["rises"]}
+    first, highest = state["lr"] or (lr, lr)
+    return {"lr": (first, max(highest, lr)), "rises": lr > highest}
 
 
 class NotUpdating(Rule):

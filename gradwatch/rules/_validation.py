@@ -14,6 +14,13 @@ from ._windows import Progress, progress, progress_over
 __all__ = ["Overfit", "TrainEvalMismatch", "ValNotLearning"]
 
 
+_INPUTS, _VAL_INPUTS = ("input_mean", "input_std"), ("val_input_mean", "val_input_std")
+
+
+_LEVELS = {"squared_error": ("target_variance", 0.1), "cross_entropy": ("baseline_loss", 0.02)}
+"""Loss by formula -> the best constant's, and by how much of it a training loss is below it that has learned."""
+
+
 class _Evaluations(Rule):
     """Judges when a validation loss is given; the condition must hold at `evaluations` of them running."""
 
@@ -37,10 +44,11 @@ class _Evaluations(Rule):
         state = {**state, "first": value if state["first"] is None else state["first"]}
         limit = self._limit(loss, state)
         running = state["running"] + 1 if value > limit else 0
+        enough = self._enough(state)
         best = value if state["best"] is None else min(state["best"], value)
         state = {**state, "loss": tuple(loss), "best": best, "running": running}
-        text = self._text(loss, best)
-        return self.whole(record, running >= self.evaluations, value, limit, text), state
+        text = self._text(loss, best, state)
+        return self.whole(record, running >= enough or self._also(loss, state), value, limit, text), state
 
     def pass_over(self, block: Block, state: State) -> Passed | None:
         if block.has_any({self._value, *self._on_the_way}):
@@ -58,7 +66,15 @@ class _Evaluations(Rule):
     def _limit(self, loss: Progress, state: State) -> float:
         raise NotImplementedError
 
-    def _text(self, loss: Progress, best: float) -> str:
+    def _enough(self, state: State) -> int:
+        """Return how many evaluations running it takes."""
+        return self.evaluations
+
+    def _also(self, loss: Progress, state: State) -> bool:
+        """Return whether something else than the limit is ground enough."""
+        return False
+
+    def _text(self, loss: Progress, best: float, state: State) -> str:
         return f"validation loss {{value:.4g}}, best {best:.4g}, training loss {loss.now:.4g}"
 
 
@@ -99,6 +115,8 @@ class Overfit(_Evaluations):
 
 def _is_score(name: str, value: float) -> bool:
     """Return whether a validation metric is one of which more is better."""
+    if name.startswith("val_input_"):
+        return False
     words = ("loss", "error", "err", "ppl", "perplexity", "mse", "mae", "rmse", "wer", "cer", "fid")
     return name.startswith("val_") and 0 < value <= 1 and not any(word in name.lower() for word in words)
 
@@ -106,16 +124,18 @@ def _is_score(name: str, value: float) -> bool:
 class ValNotLearning(_Evaluations):
     """Flags a validation loss that stays where it began, or where a constant would be, while the training loss falls.
 
-    Any of four, at `evaluations` running:
+    Any of five, at `evaluations` running:
 
     * validation loss at least 97 % of its first value and 60 % of the first training loss, which itself has fallen by
       more than a fifth and lies a third lower;
     * validation loss at least 97 % of its first value and 95 % of the first training loss, which itself has fallen by
       more than a twelfth;
-    * for a squared error: validation loss above the targets' variance over the batch, which a constant would reach,
-      while the training loss is below 90 % of that;
+    * for a squared error or a cross-entropy: validation loss above what the best constant has (the variance, the
+      entropy of the classes), while the training loss is below it, by 10 % of a variance or 2 % of an entropy;
     * validation loss never below `far` times what the untrained model had on training data, while the training loss
-      has fallen: what the model is given there is of another scale.
+      has fallen: what the model is given there is of another scale;
+    * inputs of validation, where they are known, are of another scale than those of training (three deviations away, or
+      a deviation three times as large or as small), and its loss is above the training loss by a third: at two running.
 
     Args:
         evaluations: running.
@@ -129,29 +149,35 @@ class ValNotLearning(_Evaluations):
         "are shuffled, or training labels are noise. Evaluate on training data; compare the two pipelines."
     )
 
-    needs = frozenset({"loss", "val_loss", "squared_error", "target_variance"})
-    _on_the_way = frozenset({"squared_error"})
+    needs = frozenset({"loss", "val_loss", *_LEVELS, *(level for level, _ in _LEVELS.values()), *_INPUTS, *_VAL_INPUTS})
+    _on_the_way = frozenset({*_LEVELS, *_INPUTS, *_VAL_INPUTS})
 
     def init(self) -> State:
-        return {**super().init(), "measured": 0, "loss_sum": 0.0, "error_sum": 0.0, "variance_sum": 0.0}
+        sums = dict.fromkeys(_LEVELS, (0, 0.0, 0.0, 0.0))
+        return {**super().init(), **sums, "inputs": (), "val_inputs": (), "guesses": 0}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
-        error, variance = (record.scalars.get(n, math.nan) for n in ("squared_error", "target_variance"))
-        sums = {k: state[k] for k in ("measured", "loss_sum", "error_sum", "variance_sum")}
-        if math.isfinite(error) and math.isfinite(variance) and math.isfinite(record.loss):
-            sums["measured"] += 1
-            sums["loss_sum"] += record.loss
-            sums["error_sum"] += error
-            sums["variance_sum"] += variance
-        findings, after = super().judge(record, {**state, **sums})
-        return findings, {**sums, **after}
+        sums = {name: _added(record, name, state[name]) for name in _LEVELS}
+        inputs = _sizes(record, _INPUTS) or state["inputs"]
+        seen: State = {**sums, "inputs": inputs, "val_inputs": _sizes(record, _VAL_INPUTS) or state["val_inputs"]}
+        value = record.scalars.get(self._value, math.nan)
+        if math.isfinite(value):
+            guess = min((_level(sums, name) for name in _LEVELS), default=math.inf)
+            seen["guesses"] = state["guesses"] + 1 if value > guess else 0
+        findings, after = super().judge(record, {**state, **seen})
+        return findings, {**seen, **after}
+
+    def _also(self, loss: Progress, state: State) -> bool:
+        # No better than a guess for as long, and training is just getting below it.
+        learned = any(_constant(loss, state, name) < math.inf for name in _LEVELS)
+        return learned and state["guesses"] >= self.evaluations
 
     def _limit(self, loss: Progress, state: State) -> float:
         first = state["first"]
         if not loss.seen:
             return math.inf
         fall = (loss.start - loss.now) / abs(loss.start) if loss.start else 0.0
-        limits = [self._constant(loss, state)]
+        limits = [_constant(loss, state, name) for name in _LEVELS]
         best = state["best"]
         if loss.start > 0 and loss.now < loss.start and (best is None or best > self.far * loss.start):
             limits.append(self.far * loss.start)
@@ -159,24 +185,68 @@ class ValNotLearning(_Evaluations):
         if fall > 0.2:
             # What was learned before the first evaluation counts, too.
             limits.append(max(unmoved, loss.now + 0.3 * abs(loss.now), loss.start - 0.4 * abs(loss.start)))
+        if _differ(state):
+            limits.append(loss.now + 0.3 * abs(loss.now))
         if fall > 0.08:
             limits.append(max(unmoved, loss.start - 0.05 * abs(loss.start)))
         return min(limits)
 
-    def _text(self, loss: Progress, best: float) -> str:
-        text = super()._text(loss, best)
+    def _enough(self, state: State) -> int:
+        return min(2, self.evaluations) if _differ(state) else self.evaluations
+
+    def _text(self, loss: Progress, best: float, state: State) -> str:
+        text = super()._text(loss, best, state)
+        if (level := min(_constant(loss, state, name) for name in _LEVELS)) < math.inf:
+            text = f"{text}, a guess has {level:.4g}"
+        if _differ(state):
+            (mean, std), (val_mean, val_std) = state["inputs"], state["val_inputs"]
+            return (
+                f"{text}; validation inputs have mean {val_mean:.3g} and deviation {val_std:.3g}, training inputs "
+                f"{mean:.3g} and {std:.3g}: they are prepared differently"
+            )
         if not best > self.far * loss.start > 0:
             return text
         return f"{text}; {best / loss.start:.0f} times what the untrained model had: inputs of another scale"
 
-    @staticmethod
-    def _constant(loss: Progress, state: State) -> float:
-        """Return the loss of the best constant where the loss is the mean squared error, or nearly; else infinity."""
-        n = state["measured"]
-        if n < 5 or abs(state["loss_sum"] - state["error_sum"]) > 0.2 * state["error_sum"]:
-            return math.inf
-        variance = state["variance_sum"] / n
-        return variance if variance > 0 and loss.now < 0.9 * variance else math.inf
+
+_Sums = tuple[int, float, float, float]
+
+
+def _added(record: StepRecord, name: str, sums: _Sums) -> _Sums:
+    """Return the sums of losses, of their formula and of the best constant's, over the batches that were measured."""
+    now = record.loss, *(record.scalars.get(n, math.nan) for n in (name, _LEVELS[name][0]))
+    if not all(map(math.isfinite, now)):
+        return sums
+    count, loss, error, level = sums
+    return count + 1, loss + now[0], error + now[1], level + now[2]
+
+
+def _level(state: State, name: str) -> float:
+    """Return the loss of the best constant where the loss is this formula, or nearly; else infinity."""
+    count, losses, errors, levels = state[name]
+    if count < 5 or abs(losses - errors) > 0.2 * errors:
+        return math.inf
+    return levels / count if levels > 0 else math.inf
+
+
+def _constant(loss: Progress, state: State, name: str) -> float:
+    """Return the same, where the training loss is below it; else infinity."""
+    level = _level(state, name)
+    return level if loss.now < (1 - _LEVELS[name][1]) * level else math.inf
+
+
+def _sizes(record: StepRecord, names: tuple[str, str]) -> tuple[float, ...]:
+    """Return mean and standard deviation of inputs; () where they were not measured."""
+    found = tuple(record.scalars.get(name, math.nan) for name in names)
+    return found if all(map(math.isfinite, found)) else ()
+
+
+def _differ(state: State) -> bool:
+    """Return whether inputs of validation are of another scale than those of training."""
+    if not (state["inputs"] and state["val_inputs"]):
+        return False
+    (mean, std), (val_mean, val_std) = state["inputs"], state["val_inputs"]
+    return abs(val_mean - mean) > 3 * std or not std / 3 <= val_std <= 3 * std
 
 
 class TrainEvalMismatch(_Evaluations):
@@ -214,5 +284,5 @@ class TrainEvalMismatch(_Evaluations):
             return math.inf
         return loss.now + max((self.ratio - 1) * abs(loss.now), 0.1 * abs(loss.start))
 
-    def _text(self, loss: Progress, best: float) -> str:
+    def _text(self, loss: Progress, best: float, state: State) -> str:
         return f"loss in eval mode {{value:.4g}}, in train mode {loss.now:.4g}"

@@ -29,11 +29,13 @@ class LossForm(NamedTuple):
         of_softmax: a cross-entropy, which takes the softmax itself, of what a softmax has made.
         of_sigmoid: a binary cross-entropy of logits that a sigmoid has made.
         of_chosen: an error between numbers of which one a row was chosen by an index, as a value by its action.
+        of_shares: a binary cross-entropy, whose targets are shares of 0 to 1.
     """
 
     of_softmax: bool = False
     of_sigmoid: bool = False
     of_chosen: bool = False
+    of_shares: bool = False
 
 
 def _node_of(loss: Any) -> Any:
@@ -53,6 +55,7 @@ def loss_form(loss: Any) -> LossForm | None:
         of_softmax=name.startswith("NllLoss") and made.startswith("Softmax"),
         of_sigmoid=name.startswith("BinaryCrossEntropyWithLogits") and made.startswith("Sigmoid"),
         of_chosen=name.startswith(_VALUES) and made.startswith("Gather"),
+        of_shares=name.startswith("BinaryCrossEntropy"),
     )
 
 

@@ -1,6 +1,6 @@
 """The engine that knows no trainer, and `Watch`, its door for plain loops."""
 
-from ._batch import look
+from ._batch import look, validation_inputs
 from ._clean import CLEAN
 from ._ending import Ending
 from ._engine import Engine, StepOutcome
@@ -63,6 +63,7 @@ __all__ = [
     "summarize",
     "tasks_of",
     "unwrap",
+    "validation_inputs",
     "validation_name",
     "validation_scalars",
 ]

@@ -54,6 +54,7 @@ class Account:
 
     def __init__(self) -> None:
         self._began: tuple[Sequence[Tensor], list[int]] = ((), [])
+        self._held: Sequence[Tensor] = ()
         self.inside: set[int] = set()
         self.has_own_hooks = False
         self.heard: set[int] = set()
@@ -91,6 +92,7 @@ class Account:
     def begin(self, watched: Watched) -> None:
         """Remember the parameters as they are when a step begins, after the last one's update."""
         self.inside.clear()
+        self._held = watched.held
         known = watched.known
         try:
             self._began = known, list(map(_VERSION, known))
@@ -119,8 +121,9 @@ class Account:
 
     @property
     def written_between(self) -> float:
-        """Share of the parameters that were written to since the step began, by whatever but the optimizer."""
-        return len(self._moved()) / len(self._began[0]) if self._began[0] else 0.0
+        """Share of the optimizers' parameters that were written to since the step began, by whatever but these."""
+        moved = self._moved()
+        return sum(id(p) in moved for p in self._held) / len(self._held) if moved and self._held else 0.0
 
     def is_taken(self, p: Tensor) -> bool:
         """Whether the program has a hook of its own on the parameter's gradient."""

@@ -20,7 +20,7 @@ from ._numbers import Missed, Numbers, Scalars
 from ._prediction import Forward, Prediction, blocks, extremes, predicted, row_sums
 from ._target_numbers import repeats, tail
 
-__all__ = ["batch_scalars", "holds_targets", "look", "num_samples", "reduced", "split_batch"]
+__all__ = ["batch_scalars", "holds_targets", "look", "num_samples", "reduced", "split_batch", "validation_inputs"]
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 _OUTPUT_KEYS = ("logits", "preds", "pred", "predictions", "outputs", "output", "y_hat")
@@ -93,6 +93,21 @@ def _first(tree: Any, want: Callable[[Tensor], bool], *, with_graph: bool = Fals
     return None
 
 
+def validation_inputs(batch: Any, guard: Guard) -> dict[str, float]:
+    """Return size and spread of a validation batch's inputs, to stand beside those of training. Reads them back."""
+    with guard("validation inputs"), torch.no_grad():
+        x = _float_input(split_batch(batch)[0])
+        if x is not None:
+            numbers = Numbers(guard.miss)
+            numbers.ask("the validation inputs", (_spread, _range), x)
+            return {f"val_{name}": float(value) for name, value in numbers.found.items()}
+    return {}
+
+
+def _float_input(inputs: Any) -> Tensor | None:
+    return _first(inputs, lambda t: t.is_floating_point() and t.numel() > 1)
+
+
 def batch_scalars(
     batch: Any = None, outputs: Any = None, targets: Any = None, *, missed: Missed | None = None
 ) -> Scalars:
@@ -110,7 +125,7 @@ def batch_scalars(
     if type(batch) is Forward:
         return dict(batch.numbers or {})
     inputs, found = split_batch(batch)
-    x = _first(inputs, lambda t: t.is_floating_point() and t.numel() > 1)
+    x = _float_input(inputs)
     target = _first(found if targets is None else targets, lambda t: t.numel() > 0)
     numbers = Numbers(missed)
     with torch.no_grad():

@@ -1,10 +1,30 @@
-"""Other watched trainings of the same program that step in turns with this one: a generator's and its critic's."""
+"""Who steps in turns with a training: other watched ones of the same program, and other optimizers of its own."""
 
 from __future__ import annotations
 
 from weakref import WeakKeyDictionary, WeakSet
 
-__all__ = ["Company"]
+from torch import Tensor
+
+from ._numbers import Scalars
+
+__all__ = ["Company", "LossOfOthers"]
+
+
+class LossOfOthers:
+    """Remembers the last loss of each optimizer that steps on its own, for the others to stand beside."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, Tensor | float] = {}
+
+    def told(self, optimizer: int | None, loss: Tensor | float | None) -> Scalars:
+        """Take in a step's loss; return the last one of another optimizer, if one has given any."""
+        if optimizer is None or loss is None:
+            return {}
+        self._last.pop(optimizer, None)
+        others = list(self._last.values())[-1:]
+        self._last[optimizer] = loss
+        return {"others_loss": others[0]} if others else {}
 
 
 class Company:

@@ -89,9 +89,13 @@ def _moments(optimizer: Optimizer, group: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _modes(model: nn.Module) -> Scalars:
-    """Layers that behave otherwise in training, and are in eval mode while the model is trained."""
+    """Dropout: how many layers are in eval mode while the model is trained, and the largest rate of the others."""
     drops = [m for m in model.modules() if isinstance(m, _DropoutNd) and m.p > 0]
-    return {"dropout_in_eval": sum(not m.training for m in drops) / len(drops)} if drops else {}
+    if not drops:
+        return {}
+    rates = [float(m.p) for m in drops if m.training]
+    in_eval = 1 - len(rates) / len(drops)
+    return {"dropout_in_eval": in_eval, **({"dropout_rate": max(rates)} if rates else {})}
 
 
 def _statistics(model: nn.Module) -> Scalars:
@@ -108,11 +112,18 @@ def _statistics(model: nn.Module) -> Scalars:
     means = [m.running_mean for m in norms if isinstance(m.running_mean, Tensor) and m.running_mean.device == device]
     return {
         **({"batch_norm_means": torch.stack(torch._foreach_norm(means)).sum()} if means else {}),
-        "batch_norm_in_eval": sum(not m.training for m in norms) / len(norms),
+        "batch_norm_in_eval": _share_in_eval(model, norms),
         "batch_norm_followed": (1 - kept.pow(seen)).amin(),
         "batch_norm_batches": seen.amin(),
         **({"batch_norm_momentum": min(m for m in momenta if m)} if any(momenta) else {}),
     }
+
+
+def _share_in_eval(model: nn.Module, norms: Sequence[nn.Module]) -> float:
+    """Return which share of layers is in eval mode together with the module that holds them: one that is set so by
+    itself, within a module in training mode, is somebody's choice."""
+    chosen = {id(child) for holder in model.modules() if holder.training for child in holder.children()}
+    return sum(not m.training and id(m) not in chosen for m in norms) / len(norms)
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -38,6 +38,7 @@ def form_scalars(loss: Any) -> Scalars:
         "loss_of_softmax": float(form.of_softmax),
         "loss_of_sigmoid": float(form.of_sigmoid),
         "loss_of_chosen": float(form.of_chosen),
+        "loss_of_shares": float(form.of_shares),
     }
 
 

@@ -17,7 +17,7 @@ from ..hooks import TapStats
 from ..stats import Exchange, GradientPieces, Gradients, Shards, global_norm
 from ..torchside import Aside, are_modes_on, is_host, moved, real_of, wide_dtype
 from ._batch import batch_scalars, holds_targets, num_samples
-from ._company import Company
+from ._company import Company, LossOfOthers
 from ._configured import configured
 from ._guard import Guard
 from ._kind import Kind
@@ -81,6 +81,7 @@ class Measuring:
         self._num_batches: tuple[object, int] | None = None
         self._has_compared = False
         self._company = Company()
+        self._others = LossOfOthers()
         self.kind = Kind(meter.options.kind)
 
     def measure(self, turn: Turn) -> Draft:
@@ -128,6 +129,7 @@ class Measuring:
             numbers["loss"] = loss
         numbers["samples"] = inputs.num_samples or (0 if inputs.batch is None else num_samples(inputs.batch))
         scalars = self._plain_scalars(inputs)
+        scalars |= {name: float(value) for name, value in self._others.told(inputs.optimizer, loss).items()}
         now, last = perf_counter(), self._clock
         self._clock, scalars["seconds"] = now, now - last
         kept = self.meter.were_kept(few_seals(params) if turn.seals is None else turn.seals, len(losses) or 1)
@@ -155,6 +157,7 @@ class Measuring:
         parts: dict[str, Tensor | float] = {"samples": seen.samples}
         if seen.loss is not None:
             parts["loss"] = seen.loss
+        others = self._others.told(inputs.optimizer, seen.loss) if plan.is_alone else {}
         parts |= seen.sums | seen.maxima
         parts |= {f"batch/{k}": v for k, v in batch.items() if isinstance(v, Tensor)}
         if found.histograms is not None:
@@ -173,7 +176,7 @@ class Measuring:
             parts |= spreads
         if plan.is_alone:
             plain |= extras
-        settings = self._configured(turn)
+        settings = {**self._configured(turn), **others}
         parts |= {f"batch/{k}": v for k, v in settings.items() if isinstance(v, Tensor)}
         plain |= {k: v for k, v in settings.items() if not isinstance(v, Tensor)}
         draft = self._draft(

@@ -17,7 +17,7 @@ from ..protocols import Sink, Treatment
 from ..records import Incident, StepRecord, Verdict
 from ..requests import Request, StopTraining
 from ..torchside import weakly
-from ._batch import num_samples
+from ._batch import num_samples, validation_inputs
 from ._closure import Evaluated, closure_in, only_one
 from ._ending import Ending
 from ._engine import StepOutcome
@@ -355,11 +355,20 @@ class Watch:
             yield batch
         self._batch_idx = -1
 
-    def validation(self, loss: Any = None, **metrics: Any) -> None:
+    def validation(self, loss: Any = None, *, batch: Any = None, **metrics: Any) -> None:
         """Hand over validation values; they stand on the next step's record as `val_loss` and `val_<metric>`;
-        after the last step, rules hear of them when the run ends."""
+        after the last step, rules hear of them when the run ends.
+
+        Args:
+            loss: of the validation data.
+            batch: one of its batches: size and spread of its inputs are compared with those of training.
+            metrics: by name; anything that is one number.
+        """
         given = {"loss": loss, **metrics}
-        self._extra |= validation_scalars(given, self.session.engine.guard, known=given)
+        guard = self.session.engine.guard
+        self._extra |= validation_scalars(given, guard, known=given)
+        if batch is not None:
+            self._extra |= validation_inputs(batch, guard)
 
     def record(self, **values: Any) -> None:
         """Put numbers of your own on the next step's record: `watch.record(kl=kl, reward=reward)`.

@@ -83,3 +83,36 @@ def test_targets_that_only_the_loss_holds_are_alike_by_right(tmp_path: Path) -> 
     ).fit(Contrastive(), DataLoader(rows(), batch_size=12))
     assert watch.history[0].scalars["targets_of_loss"] == 1
     assert watch.incidents == []
+
+
+class Validates(Odd):
+    def validation_step(self, batch: Any, i: int) -> None:
+        self.log("val_loss", self.training_step(batch, i))
+
+
+def test_inputs_of_the_first_validation_batch_stand_beside_those_of_training(tmp_path: Path) -> None:
+    watch = GradWatch(run_dir=False, verbose=False, history=100)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    inputs = [(7 * x, weight, y) for weight, x, y in rows()]
+    trainer.fit(Swapped(), DataLoader(inputs, batch_size=12), DataLoader(inputs[:12], batch_size=12))
+    (seen,) = [r.scalars for r in watch.history if "val_loss" in r.scalars]
+    given = torch.stack([x for x, _, _ in inputs[:12]])
+    assert abs(seen["val_input_std"] - given.std(correction=0).item()) < 1e-5
+    assert abs(seen["val_input_mean"] - given.mean().item()) < 1e-5
+
+
+class Swapped(Validates):
+    """The inputs come first in its batch."""
+
+    def training_step(self, batch: Any, i: int) -> Tensor:
+        x, weight, y = batch
+        return super().training_step((weight, x, y), i)

@@ -12,6 +12,7 @@ import pytest
 
 from gradwatch.records import SEVERITIES, StepRecord, TreatmentReport
 from gradwatch.rules import RULES, Rule, RuleBook, RuleEngine
+from gradwatch.treatments import ClipToLimit
 from gradwatch.watch._account import NO_BACKWARD, STEPS_INSIDE
 
 from .series import MODULES, make_index, make_record, norms, run
@@ -63,7 +64,7 @@ def decayed(decay: float, gradient: float) -> list[StepRecord]:
     return steady(300, loss=2.3, weight_decay=decay, decay_is_decoupled=0.0, param_norm=shrinks, update_norm=moves, grad_norm=norms(*[gradient] * 3))  # fmt: skip
 
 
-def guessing(loss: float, num: int) -> list[StepRecord]:
+def guessing(loss: Any, num: int) -> list[StepRecord]:
     return steady(num, loss=loss, cross_entropy=every(20, loss), baseline_loss=every(20, 2.3), num_samples=64)
 
 
@@ -118,6 +119,64 @@ def scale(variance: float, largest: float) -> list[StepRecord]:
     return steady(200, loss=1.0, target_variance=every(20, variance), squared_error=1.0, output_min=-1.0, output_max=largest)  # fmt: skip
 
 
+def jumped(applied: float, times: int = 1) -> list[StepRecord]:
+    """Norms a thousand times the others, and what the optimizer got of them."""
+    high = range(50, 50 + times)
+    one = steady(60, global_norm=lambda s: np.exp(jitter(s)) * (1000 if s in high else 1))
+    return [replace(r, scalars={"global_norm_applied": applied if r.step in high else r.global_norm}) for r in one]
+
+
+def beginnings(loss: float, first: Any = None) -> list[StepRecord]:
+    """Large updates in the first steps, small ones later; the loss of the later steps."""
+    large = norms(0.8, 1.1, 1.5) if first is None else first
+    updates = {s: large if s < 10 else norms(0.01, 0.01, 0.01) for s in (0, 1, 2, 4, 8, *range(50, 300, 50))}
+    return steady(300, loss=lambda s: 2.3 if s < 5 else loss, update_ratio=updates.get)
+
+
+def validated(mean: float, std: float, val_loss: float) -> list[StepRecord]:
+    """Two validations, and what their inputs are like; those of training have mean 0 and deviation 1."""
+    seen = every(40, lambda s: val_loss if s else None)
+    given = {"val_input_mean": every(40, mean), "val_input_std": every(40, std), "val_loss": seen}
+    return steady(
+        100, loss=lambda s: 2.0 if s < 5 else 0.5, input_mean=every(20, 0.0), input_std=every(20, 1.0), **given
+    )
+
+
+def sequences(loss: Any) -> list[StepRecord]:
+    measured = (0, 1, 2, 4, 8, 16, 32, 50, 100)
+    given = {s: loss(s) for s in measured}
+    return steady(120, loss=loss, cross_entropy=given.get, cross_entropy_shifted=given.get, baseline_loss=2.3)
+
+
+def by_heart(val_loss: float, until: int = 0) -> list[StepRecord]:
+    """A training loss from far above a guess to hardly below it, and a validation loss that stays."""
+    loss = lambda s: (2.31 if s < until else 2.2) + 2.5 * 0.9**s  # noqa: E731
+    known = {"cross_entropy": every(20, loss), "baseline_loss": every(20, 2.3)}
+    return steady(420, loss=loss, val_loss=every(50, lambda s: val_loss if s else None), **known)
+
+
+def flat(followed: str, right: str) -> list[StepRecord]:
+    """A loss and a formula that hardly vary, each in its own way, beside a right one that does."""
+    rng = np.random.default_rng(0)
+    noise_ = lambda scale: float(scale * rng.normal())  # noqa: E731
+    varied = [(1.86 + noise_(0.003), 2.0 + noise_(0.01), 1.0 + noise_(0.5)) for _ in range(12)]
+    return [make_record(s, loss=a, **{followed: b, right: c}) for s, (a, b, c) in enumerate(varied)]
+
+
+def attention(*names: str) -> list[StepRecord]:
+    """Two weights with next to no gradient before all others."""
+    index = make_index(tuple(f"{name}.weight" for name in (*names, "value", "out")), ())
+    sizes = dict(zip(index.paths, (1e-6, 1e-6, 1.0, 1.0), strict=True))
+    return [make_record(s, index, loss=STUCK, grad_norm=sizes) for s in range(200)]
+
+
+def game(own: float, others: float) -> list[StepRecord]:
+    """A critic's losses, and beside each its opponent's last one."""
+    return steady(
+        300, optimizer=1, loss=lambda s: 1.4 if s < 5 else own, others_loss=lambda s: 0.7 if s < 5 else others
+    )
+
+
 STUCK, GOOD = 2.3, falling
 CREEPING = norms(1e-5, 1e-4, 5e-5)
 jitter, grow = noise(0.2), noise(0.1, 1)
@@ -130,6 +189,9 @@ SHIFTED_BY_0 = {"target_at_minus_1": 0.1, "target_at_0": 1, "target_at_1": 0.1, 
 SHIFTED_BY_1 = {"target_at_minus_1": 0.1, "target_at_0": 0.1, "target_at_1": 1, "target_at_2": 0.1}
 
 EXPERTS = make_index([f"moe.experts.{k}.{part}" for k in range(4) for part in ("up.weight", "down.weight")], ())
+
+
+HOLLOW = replace(make_index(), numel=np.array([0, 100, 100, 0, 0, 0]))
 
 
 def of_experts(*values: float) -> dict[str, float]:
@@ -386,6 +448,41 @@ CASES = [
     case("target_scale", lambda: scale(1e7, 2.0), True, "rewards-of-thousands"),
     case("target_scale", lambda: scale(1e7, 3000.0), False, "outputs-reach-them"),
     case("target_scale", lambda: scale(1.0, 0.01), False, "unit"),
+    case("exploding", lambda: jumped(1.0), False, "clipped-behind-the-look"),
+    case("exploding", lambda: jumped(1.0, 3), False, "clipped-again-and-again"),
+    case("exploding", lambda: jumped(900.0), True, "reached-the-optimizer"),
+    case("exploding", lambda: jumped(1.0), True, "clipped-but-has-a-treatment", then=ClipToLimit()),
+    case("update_too_large", lambda: beginnings(2.3), True, "lost-in-the-first-steps"),
+    case("update_too_large", lambda: beginnings(1.5), False, "large-first-steps-and-learns"),
+    case("update_too_large", lambda: beginnings(2.3, norms(0.01, 0.01, 1.5)), False, "one-that-starts-near-zero"),
+    case("val_not_learning", lambda: validated(5.0, 6.0, 1.5), True, "inputs-of-another-scale"),
+    case("val_not_learning", lambda: validated(0.1, 1.2, 1.5), False, "inputs-alike-and-early"),
+    case("val_not_learning", lambda: validated(5.0, 6.0, 0.5), False, "inputs-of-another-scale-and-no-harm"),
+    case("overfit", lambda: steady(300, loss=GOOD, val_loss=every(25, lambda s: 1 + s / 50), val_input_std=every(25, 0.5)), True, "inputs-are-no-score"),
+    case("output_range", lambda: steady(8, loss=1.0, loss_of_shares=1, target_min=0, target_max=255), True, "masks-of-255"),
+    case("output_range", lambda: steady(8, loss=1.0, loss_of_shares=1, target_min=0, target_max=1), False, "masks"),
+    case("output_range", lambda: steady(8, loss=1.0, loss_of_shares=0, target_min=0, target_max=255), False, "another-loss"),
+    case("vanishing", lambda: attention("query", "key"), False, "queries-and-keys-of-an-even-attention"),
+    case("vanishing", lambda: attention("first", "second"), True, "the-same-by-other-names"),
+    case("too_good", lambda: sequences(lambda s: 2.3 if s < 5 else 0.001), True, "copies"),
+    case("too_good", lambda: sequences(lambda s: 2.3 * 0.95**s), False, "learns"),
+    case("too_good", lambda: sequences(lambda s: 0.001), False, "knew-it-before"),
+    case("not_learning", lambda: guessing(lambda s: 5.5 - 0.002 * s, 220), True, "far-above-and-hardly-nearer"),
+    case("not_learning", lambda: guessing(lambda s: 1 + 5 * 0.995**s, 220), False, "far-above-and-on-its-way"),
+    case("val_not_learning", lambda: by_heart(2.35), True, "noise-learned-by-heart"),
+    case("val_not_learning", lambda: by_heart(2.35, 300), True, "noise-learned-by-heart-at-last"),
+    case("val_not_learning", lambda: by_heart(2.2), False, "hardly-better-than-a-guess"),
+    case("mistaken_loss", lambda: flat("cross_entropy_over_batch", "cross_entropy"), False, "what-hardly-varies-follows-nothing"),
+    case("dropout_too_large", lambda: steady(200, loss=STUCK, dropout_rate=every(50, 0.95)), True, "what-is-kept-for-what-goes"),
+    case("dropout_too_large", lambda: steady(200, loss=STUCK, dropout_rate=every(50, 0.5)), False, "usual"),
+    case("dropout_too_large", lambda: steady(200, loss=GOOD, dropout_rate=every(50, 0.95)), False, "learns-all-the-same"),
+    case("one_sided", lambda: game(0.004, 6.0), True, "the-critic-has-won"),
+    case("one_sided", lambda: game(0.4, 6.0), False, "the-critic-is-better"),
+    case("one_sided", lambda: game(0.004, 0.5), False, "both-are-content"),
+    case("one_sided", lambda: game(-4.0, 6.0), False, "no-level"),
+    case("blown_up", lambda: steady(30, loss=lambda s: 0.7 if s == 0 else 9.0, batch_size=32, optimizer=0), False, "the-opponent-learns"),
+    case("blown_up", lambda: steady(30, loss=lambda s: 2.3 if s == 0 else 100.0 * 0.9**s, batch_size=32, update_ratio=norms(0.01, 0.01, 0.9)), False, "unknown-targets-and-one-large-step"),
+    case("dead", lambda: [make_record(s, HOLLOW, loss=STUCK, grad_norm=norms(0, 1, 1)) for s in range(60)], False, "a-weight-without-elements"),
 ]  # fmt: skip
 
 
@@ -455,6 +552,36 @@ def test_non_finite_names_the_module_where_it_was_born() -> None:
 def test_non_finite_gradients_alone_name_a_parameter(given: Any, expected: str) -> None:
     (incident,) = run(RULES["non_finite"](), [make_record(0, **given)])
     assert incident.first_path == expected
+
+
+def test_a_rise_behind_one_bad_batch_says_so() -> None:
+    losses = {**dict.fromkeys(range(40), 2.0), 40: 3e4}
+    large = lambda s: norms(1 if s < 40 else 100)  # noqa: E731
+    (incident,) = run(RULES["diverging"](), steady(120, loss=lambda s: losses.get(s, 200.0), grad_norm=large))
+    assert "at step 40 one batch had 1.5e+04 times the usual loss" in incident.message
+    (stays,) = run(RULES["diverging"](), steady(120, loss=lambda s: losses.get(s, 3e4), grad_norm=large))
+    assert "one batch" not in stays.message
+
+
+@pytest.mark.parametrize(
+    ("lr", "expected"),
+    [
+        pytest.param(lambda s: 1e-9 * (s + 1), "still rises: its warm-up is not over", id="warm-up"),
+        pytest.param(lambda s: 1e-3 if s < 50 else 1e-6, "because the learning rate (1e-06) is 0.001", id="decayed"),
+        pytest.param(1e-7, "at a learning rate of 1e-07", id="constant"),
+    ],
+)
+def test_updates_that_are_too_small_say_what_the_learning_rate_has_to_do_with_it(lr: Any, expected: str) -> None:
+    records = steady(300, loss=STUCK, lr=lr, update_ratio=every(50, norms(1e-7, 1e-7, 1e-7)))
+    (incident,) = run(RULES["update_too_small"](), records)
+    assert expected in incident.message
+
+
+def test_updates_that_are_too_small_for_a_clip_say_so() -> None:
+    clipped = {"global_norm": 1.3, "global_norm_applied": 1e-5}
+    records = steady(300, loss=STUCK, lr=0.1, update_ratio=every(50, norms(1e-7, 1e-7, 1e-7)), **clipped)
+    (incident,) = run(RULES["update_too_small"](), records)
+    assert "because gradients are clipped from a norm of 1.3 to 1e-05" in incident.message
 
 
 def test_exploding_names_the_layers_that_left_their_level_the_last_one_first() -> None:

@@ -29,3 +29,19 @@ def test_a_training_counts_the_others_that_have_stepped_since_its_last_step() ->
         watch.close()
     # Those that it meets for the first time have no last time yet: all have met before the fourth step.
     assert company[3:] == [1.0, 2.0, 0.0]
+
+
+def test_each_optimizer_that_steps_on_its_own_is_told_the_last_loss_of_another() -> None:
+    parts = nn.ModuleList(nn.Linear(3, 1) for _ in range(2))
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.01) for part in parts]
+    given, told = [], []
+    with Watch(parts, optimizers, rules="observe", on_error="raise") as watch:
+        for step in range(6):
+            which = step % 2
+            loss = parts[which](torch.ones(2, 3)).mean() + step
+            loss.backward()
+            given.append(float(loss.detach()))
+            told.append(watch.step(loss=loss, optimizer=optimizers[which]).record.scalars.get("others_loss"))
+            optimizers[which].zero_grad()
+    assert told[0] is None
+    assert told[1:] == given[:-1]

@@ -15,6 +15,7 @@ CLASSES = torch.arange(8) % 5
 
 
 OF_SOFTMAX = LossForm(of_softmax=True)
+OF_SHARES = LossForm(of_shares=True)
 of_logits = F.binary_cross_entropy_with_logits
 
 
@@ -38,8 +39,8 @@ def scores() -> Tensor:
         pytest.param(lambda x: F.cross_entropy(x.log_softmax(1), CLASSES), LossForm(), id="log-softmax-again"),
         pytest.param(lambda x: F.cross_entropy(x.softmax(1), CLASSES), OF_SOFTMAX, id="softmax"),
         pytest.param(lambda x: beside(F.cross_entropy(x.softmax(1), CLASSES), x), OF_SOFTMAX, id="beside-a-penalty"),
-        pytest.param(lambda x: of_logits(x, X.sigmoid()), LossForm(), id="logits"),
-        pytest.param(lambda x: of_logits(x.sigmoid(), X.sigmoid()), LossForm(of_sigmoid=True), id="sigmoid"),
+        pytest.param(lambda x: of_logits(x, X.sigmoid()), OF_SHARES, id="logits"),
+        pytest.param(lambda x: of_logits(x.sigmoid(), X.sigmoid()), OF_SHARES._replace(of_sigmoid=True), id="sigmoid"),
         pytest.param(lambda x: F.smooth_l1_loss(chosen(x), X[:, 0]), LossForm(of_chosen=True), id="values-of-actions"),
         pytest.param(lambda x: F.mse_loss(x, X), LossForm(), id="squared-error"),
         pytest.param(lambda x: F.mse_loss(x, X) + F.cross_entropy(x, CLASSES), None, id="two-errors"),

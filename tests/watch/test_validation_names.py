@@ -82,3 +82,14 @@ def test_metrics_of_any_kind_cost_only_themselves():
     assert len(said) == 5
     assert all(len(str(w.message)) < 300 and "\n" not in str(w.message) for w in said)
     assert sum("could not be read" in note for note in watch.session.notes) == 5
+
+
+def test_inputs_of_a_validation_batch_stand_beside_those_of_training():
+    model = nn.Linear(2, 1)
+    with Watch(model, torch.optim.SGD(model.parameters(), lr=0.1), rules=[]) as watch:
+        watch.validation(loss=0.5, batch=(torch.tensor([[1.0, 3.0], [5.0, -7.0]]), torch.zeros(2)))
+        model(torch.ones(4, 2)).mean().backward()
+        record = watch.step().record
+    assert record.scalars["val_input_mean"] == 0.5
+    assert record.scalars["val_input_absmax"] == 7
+    assert record.scalars["val_input_std"] == pytest.approx(np.std([1, 3, 5, -7]))

@@ -1,0 +1,73 @@
+"""Networks that play against each other: whether one of them has won."""
+
+from __future__ import annotations
+
+import math
+
+from ..records import StepRecord
+from ._findings import Findings
+from ._rule import Rule, State
+from ._windows import TAIL, Progress, progress
+
+__all__ = ["OneSided"]
+
+
+class OneSided(Rule):
+    """Flags an adversarial training that one side has won: the loss of one optimizer is next to nothing, and that of
+    another far above where it began.
+
+    Of losses above zero alone: a Wasserstein critic's has no such level. Judged once `TAIL` losses of each are known.
+
+    Source: I. Goodfellow et al., "Generative adversarial networks", NeurIPS 2014, section 3: where the discriminator is
+    sure of itself the generator's gradient vanishes.
+
+    Args:
+        share: of its first level that is next to nothing.
+        ratio: times its first level that is far above.
+    """
+
+    share: float = 0.03
+    ratio: float = 2.0
+    for_steps: int = 100
+    advice: str = (
+        "The discriminator (critic) has won, and teaches the generator nothing any more. Lower its learning rate or "
+        "its steps, or raise the generator's; add noise, label smoothing or a gradient penalty."
+    )
+
+    is_core = False
+    needs = frozenset({"loss", "optimizer", "others_loss"})
+    awaits = frozenset({"others_loss"})
+    low_is_worse = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("share", 0 < self.share < 1, "0 and below 1", "above")
+        self._require("ratio", self.ratio > 1, 1, "above")
+
+    def init(self) -> State:
+        return {"own": Progress(), "others": Progress()}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        theirs = record.scalars.get("others_loss", math.nan)
+        if not (math.isfinite(theirs) and math.isfinite(record.loss)):
+            return self.unjudged(record, "no optimizers step in turns, or their losses are not known"), state
+        own = progress(Progress(*state["own"]), record.loss)
+        others = progress(Progress(*state["others"]), theirs)
+        state = {"own": tuple(own), "others": tuple(others)}
+        mine, rest = _level(own), _level(others)
+        if not (math.isfinite(mine) and math.isfinite(rest)):
+            return self.unjudged(record, f"fewer than {TAIL} losses, or some that are not above zero"), state
+        # Told once: by the side that has won.
+        won = mine < self.share and rest > self.ratio
+        text = (
+            f"the loss of optimizer {int(record.scalars.get('optimizer', 0))} is {{value:.2g}} of its first level, the "
+            f"other's is {rest:.2g} times its own: one side has won"
+        )
+        return self.whole(record, won, mine, self.share, text), state
+
+
+def _level(loss: Progress) -> float:
+    """Return the present loss over the first one; nan where it is not known, or was not above zero."""
+    if loss.seen < TAIL or not min(*loss.first, *loss.recent) > 0:
+        return math.nan
+    return loss.now / loss.start
