@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow fuzz mutants lint types bench docs clean
+.PHONY: demo test test-slow test-deepspeed fuzz mutants lint types bench docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or browser"
+
+# DeepSpeed compiles an operator at its first start: some four minutes, once.
+test-deepspeed: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[deepspeed]"
+	$(BIN)/python -m pytest -q -n 0 -m slow tests/modes/test_deepspeed.py
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz

@@ -18,6 +18,7 @@ GROUPS = {
     "flat_cases.py": "FSDP1 (`FullyShardedDataParallel`), 2 processes; HSDP1, 4 processes",
     "pipeline_cases.py": "`torch.distributed.pipelining`, 2 processes; times DDP or FSDP2, 4 processes",
     "expert_cases.py": "experts: as DTensors, or as each rank's own; 2 and 4 processes",
+    "deepspeed_cases.py": "DeepSpeed, 2 processes",
     "sharded_cases.py": "FSDP2, HSDP, tensor parallel, ModelParallelStrategy; 2 and 4 processes",
 }
 ALONE = {

@@ -15,7 +15,7 @@ from .._preflight import PreflightReport, check_lightning
 from ..errors import TrainingStopped
 from ..requests import StopTraining
 from ..sinks import sinks_for_loggers
-from ..torchside import is_flat_sharded
+from ..torchside import engine_of, is_flat_sharded
 from ..watch import (
     Guard,
     Home,
@@ -25,6 +25,7 @@ from ..watch import (
     Session,
     Settings,
     StepInputs,
+    describe_engine,
     raw_optimizer,
     run_dir_of,
     scale_left_in_gradients,
@@ -36,6 +37,7 @@ __all__ = [
     "choose_run_dir",
     "hear_raw_steps",
     "home_of",
+    "is_accumulating",
     "loss_scaler",
     "note_trainer",
     "open_session",
@@ -166,6 +168,9 @@ def hear_raw_steps(
 def note_trainer(inputs: StepInputs, trainer: Any, optimizer: Optimizer, reader: ScaleReader) -> None:
     """Put on a step's inputs what the Trainer does to its gradients: the epoch, its loss scaler, its own clip."""
     inputs.epoch, scaler = trainer.current_epoch, loss_scaler(trainer)
+    if (engine := engine_of(trainer.model)) is not None:
+        describe_engine(engine, inputs)
+        return
     if scaler is not None:
         inputs.scaler, inputs.scale = True, reader.read(scaler)
         inputs.grad_scale = scale_left_in_gradients(scaler, optimizer)
@@ -197,6 +202,12 @@ def checked(session: Session, pl_module: Any, batch: Any) -> PreflightReport | N
             session.engine.judge.report(incident)
         return report
     return None
+
+
+def is_accumulating(trainer: Any) -> bool:
+    """Return whether DeepSpeed's engine, which is stepped after every micro-batch, will only add up gradients now."""
+    engine = engine_of(trainer.model)
+    return engine is not None and not engine.is_gradient_accumulation_boundary()
 
 
 def say_what_goes_back(session: Session, trainer: Any, pl_module: Any) -> None:

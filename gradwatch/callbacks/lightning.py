@@ -268,7 +268,7 @@ class GradWatch(SessionDoor, _Callback):
         )
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if self._live is not None:
+        if self._live is not None and not lightning_run.is_accumulating(trainer):
             self._measure(trainer, pl_module, optimizer)
 
     def _step(self, trainer: Any) -> int:

@@ -21,8 +21,9 @@ from .._closing import end_all, insist, why_ended
 from ..errors import TrainingStopped
 from ..protocols import Sink
 from ..requests import Request, StopTraining
-from ..torchside import weakly
+from ..torchside import engine_of, weakly
 from ..watch import (
+    BeforeStep,
     Ending,
     Forward,
     ForwardMemory,
@@ -34,6 +35,7 @@ from ..watch import (
     StepInputs,
     Stepper,
     checked_run_dir,
+    describe_engine,
     forget_step,
     incident_target,
     resolve,
@@ -114,6 +116,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         self._elsewhere = Elsewhere()
         self._ends: BackwardEnd | None = None
         self._forwards: list[ForwardMemory] = []
+        self._deepspeed: BeforeStep | None = None
         self._stepper: Stepper | None = None
         self._requests: list[Request] = []
         self._scalars: dict[str, float] = {}
@@ -142,6 +145,8 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         self._living.add(self)
         saved = _saved(state, self._key) if state.global_step else None
         self._stepper = Stepper(kwargs["optimizer"])
+        if (engine := engine_of(model)) is not None:
+            self._deepspeed = BeforeStep(engine, weakly(self._on_deepspeeds_step))
         sinks = self.settings.sinks
         if sinks is None:
             sinks = tuple(sinks_of(args, self._own_name) if state.is_world_process_zero else ())
@@ -162,7 +167,8 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         if saved is not None:
             session.load_state_dict(unpacked(saved))
         session.engine.gates.know([self._stepper.given])
-        self._clip = float(args.max_grad_norm or 0.0)
+        # Under DeepSpeed it is DeepSpeed that clips.
+        self._clip = float(args.max_grad_norm or 0.0) if self._deepspeed is None else 0.0
         if state.is_world_process_zero:
             self._elsewhere.tell(session.run_dir)
         when_left("train", "transformers", self._left)
@@ -223,6 +229,9 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         if seen.loss is not None and seen.weight is not None:
             # Some losses come divided by the window's micro-batches, some by its tokens: what reaches backward counts.
             self._losses.append(seen.loss * seen.weight)
+        if self._deepspeed is not None:
+            self._batch = seen.seen  # gradients are not complete yet
+            return
         self._num_backwards += stepper.is_syncing
         self._between_micro_batches(seen)
         if not stepper.is_syncing:
@@ -271,11 +280,20 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
             clipper=f"the Trainer's max_grad_norm={self._clip:g}" if self._clip > 0 else "",
             scalars=scalars,
         )
+        if self._deepspeed is not None:
+            describe_engine(self._deepspeed.engine, inputs)
         self._requests += session.step(inputs).requests
+
+    def _on_deepspeeds_step(self) -> None:
+        """DeepSpeed has put the gradients together, and steps next: all that in the Trainer's call of backward."""
+        if self._deepspeed is not None and self._session is not None:
+            # Divided already for the mean over micro-batches, or over tokens.
+            self._losses = self._deepspeed.losses or self._losses
+            self._measure(self._batch)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         session = self._session
-        if session is None:
+        if session is None or self._deepspeed is not None:
             return
         if self._num_backwards:
             self._counts.append(self._num_backwards)
@@ -355,7 +373,9 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
             self._ends.close()
         for forwards in self._forwards:
             forwards.close()
-        self._ends, self._forwards, self._collecting, self._losses = None, [], None, []
+        if self._deepspeed is not None:
+            self._deepspeed.close()
+        self._ends, self._forwards, self._collecting, self._deepspeed, self._losses = None, [], None, None, []
 
     def _left(self) -> None:
         # The Trainer has no event for an exception: its loop is left, and `on_train_end` was not called.
@@ -377,6 +397,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
             "_ends": None,
             "_forwards": [],
             "_collecting": None,
+            "_deepspeed": None,
             "_stepper": None,
             "_losses": [],
             "_scale": ScaleReader(),

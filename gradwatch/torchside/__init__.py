@@ -38,6 +38,7 @@ from ._standins import Owned, masters, parameters_of
 from ._untouched import every_random_state, set_every_random_state, untouched
 from ._untraced import untraced
 from ._values import Values, declassed, dense, overlaps, owned, parts, values, why_unreadable, writable
+from ._zero import ZeroPart, engine_of, is_split_by_zero
 
 __all__ = [
     "WRAPPER_PARTS",
@@ -57,6 +58,7 @@ __all__ = [
     "Values",
     "WeakHook",
     "Whole",
+    "ZeroPart",
     "all_finite",
     "allocated_bytes",
     "are_modes_on",
@@ -70,6 +72,7 @@ __all__ = [
     "declassed",
     "dense",
     "differ",
+    "engine_of",
     "every_random_state",
     "fetched",
     "find",
@@ -84,6 +87,7 @@ __all__ = [
     "in_transform",
     "is_flat_sharded",
     "is_host",
+    "is_split_by_zero",
     "kept",
     "kept_tensors",
     "largest_piece",

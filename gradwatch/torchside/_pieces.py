@@ -69,9 +69,11 @@ class StandIn(nn.Parameter):
 
     Attributes:
         whole: what its elements are a piece of; None where all of them are here.
+        is_in_optimizer: an optimizer steps it, though its groups need not show that between steps.
     """
 
     whole: Whole | None = None
+    is_in_optimizer = False
     _behind: weakref.ref[Tensor]
 
     @property
@@ -114,7 +116,10 @@ def local_of(tensor: Tensor) -> Tensor:
 def shape_of(tensor: Tensor) -> torch.Size:
     """Return the shape of a parameter or a gradient, of the whole where it is a piece."""
     whole = whole_of(tensor)
-    return tensor.shape if whole is None else whole.shape
+    if whole is None:
+        # DeepSpeed's, of a frozen parameter whose elements are on other ranks.
+        return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+    return whole.shape
 
 
 def largest_piece(tensor: Any) -> int:

@@ -1,6 +1,6 @@
 """The parameters of a model under the user's own names and shapes, with what stands in for some of them.
 
-FSDP1 keeps pieces of them in flat parameters. Megatron's fused layers add gradients up in `main_grad`, and leave
+FSDP1 and DeepSpeed keep pieces of them in flat ones. Megatron's fused layers add gradients up in `main_grad`, and leave
 `.grad` empty. Optimizers for half precision hold copies in float32, which carry the gradients in the end.
 """
 
@@ -19,6 +19,7 @@ from ._memory import identity
 from ._paths import clean_path
 from ._peers import world_size
 from ._pieces import StandIn
+from ._zero import ZeroParts
 
 __all__ = ["Owned", "masters", "parameters_of"]
 
@@ -121,7 +122,7 @@ def parameters_of(model: nn.Module) -> Iterator[Owned]:
 
     Those in pieces come as what stands in for them.
     """
-    flats = Flats(model)
+    flats, zero = Flats(model), ZeroParts(model)
     seen: set[int] = set()
     # What DDP was told to leave alone: each rank's gradient is its own.
     ignored = frozenset(getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if world_size() > 1 else ())
@@ -131,15 +132,19 @@ def parameters_of(model: nn.Module) -> Iterator[Owned]:
             if id(p) not in seen:
                 seen.add(id(p))
                 full = f"{module_path}.{name}" if module_path else name
-                why = _CUT if flats.is_cut(p) else _why_strange(p, is_ignored=full in ignored)
-                yield Owned(clean_path(full), module, _stand_in(flats, p), why)
+                why = zero.why_strange(p) or _why_strange(p, is_ignored=full in ignored)
+                yield Owned(
+                    clean_path(full),
+                    module,
+                    zero.parts.get(id(p), _stand_in(flats, p)),
+                    _CUT if flats.is_cut(p) else why,
+                )
 
 
 _CUT = (
     "it lies in a flat parameter of FSDP that this model does not hold, or that is not understood. Give gradwatch the "
     "model as FSDP returned it"
 )
-_DEEPSPEED = "DeepSpeed keeps its gradient in pieces of its own, and leaves none in `.grad`"
 _STRANGE = (
     "a {} lies on several ranks in a way that is not understood, so that nothing can be said of the whole. FSDP, "
     "tensor parallelism and DTensor are"
@@ -158,8 +163,6 @@ def _why_strange(p: Tensor, *, is_ignored: bool = False) -> str:
     Args:
         is_ignored: DDP was told not to average its gradient.
     """
-    if hasattr(p, "ds_id"):
-        return _DEEPSPEED
     kind = type(p)
     is_known = issubclass(kind, StandIn) or kind.__module__.startswith("torch.distributed.tensor")
     # So do Megatron and DeepSpeed mark experts.

@@ -2,6 +2,7 @@
 
 from ._batch import look, validation_inputs
 from ._clean import CLEAN
+from ._deepspeed import BeforeStep, describe_engine
 from ._ending import Ending
 from ._engine import Engine, StepOutcome
 from ._forget_step import forget_step
@@ -29,6 +30,7 @@ from ._watch import Watch
 
 __all__ = [
     "CLEAN",
+    "BeforeStep",
     "Ending",
     "Engine",
     "Forward",
@@ -51,6 +53,7 @@ __all__ = [
     "Undo",
     "Watch",
     "checked_run_dir",
+    "describe_engine",
     "forget_step",
     "free_run_dir",
     "incident_target",

@@ -22,14 +22,20 @@ _MAX_ELEMENTS = 2**22
 """Of second moments: what is asked is a size, which that many tell."""
 
 
-def configured(model: nn.Module, optimizers: Sequence[Optimizer]) -> Scalars:
+def configured(model: nn.Module, optimizers: Sequence[Optimizer], *, in_pieces: bool = False) -> Scalars:
     """Return what optimizers and modules are set to, as far as it can be told; what can't is absent.
+
+    Args:
+        model: the model.
+        optimizers: those that step.
+        in_pieces: what optimizers remember of parameters is a part on each rank, and another one on the next.
 
     Returns:
         name -> float, or 0-dim tensor that nobody has read; see the page "What a record holds".
     """
     groups = [(o, g) for o in optimizers for g in o.param_groups if _number(g.get("lr")) > 0]
-    return {**_decay(groups), **_epsilon(groups), **_modes(model), **_statistics(model)}
+    epsilon = {} if in_pieces else _epsilon(groups)
+    return {**_decay(groups), **epsilon, **_modes(model), **_statistics(model)}
 
 
 def _number(value: Any) -> float:

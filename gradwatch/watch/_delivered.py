@@ -71,8 +71,10 @@ class Delivered:
         """Say which optimizers step next, before anything can fail."""
         if self._optimizers or self._draft is not None:
             self.forget()
-        self._optimizers, watched = tuple(optimizers), self._meter.watched
-        self._waiting = dict.fromkeys(map(id, optimizers))
+        watched = self._meter.watched
+        # What ZeRO steps with is used up piece by piece as it steps.
+        self._optimizers = tuple(optimizers) if watched.zero is None else ()
+        self._waiting = dict.fromkeys(map(id, self._optimizers))
         self._in_pieces = watched.is_in_pieces and world_size() > 1
         self.is_next = False
         self._is_due = bool(inputs.clipper) or (inputs.step // self._every) % CADENCE == 0
@@ -89,6 +91,8 @@ class Delivered:
         draft, grads, in_pieces = turn.draft, turn.grads, self._in_pieces
         assert draft is not None
         assert grads is not None
+        if not self._optimizers:
+            return
         if draft.vetoed and not in_pieces:
             self.forget()
             return

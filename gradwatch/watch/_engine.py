@@ -169,6 +169,8 @@ class Engine:
             tell=weakly(self._tell_proof),
             lowered=lambda: rates.factor != 1.0,
             possible=self._may_veto,
+            in_parts=meter.watched.zero is not None,
+            parts=lambda: meter.watched.zero_masters,
         )
 
     def _tell_proof(self, proof: Proof) -> None:

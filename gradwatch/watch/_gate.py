@@ -31,6 +31,8 @@ class Vetoes:
         tell: told of what came of each vetoed step.
         lowered: whether gradwatch itself changes learning rates for the step.
         possible: whether a veto may come at all.
+        in_parts: the optimizer is called several times in one step, of whose end its calls tell nothing.
+        parts: what it then moves, in all calls together.
     """
 
     limit_bytes: int = 256 * 2**20
@@ -38,6 +40,8 @@ class Vetoes:
     tell: Callable[[Proof], None] = lambda proof: None
     lowered: Callable[[], bool] = lambda: False
     possible: bool = True
+    in_parts: bool = False
+    parts: Callable[[], Sequence[Tensor]] = tuple
 
 
 class StepGate:
@@ -79,6 +83,7 @@ class StepGate:
         self._moves_first = self._in_closure = self._in_hook = self._is_alone = False
         self._depth = 0
         self._has_told = False
+        self._num_parts = 0
         self._handles: list[Any] = []
         self.why_open = self._hang()
         self.glimpse()
@@ -100,9 +105,9 @@ class StepGate:
     def arm(self, veto: bool | Tensor) -> None:
         """Set whether the next step is vetoed. Call it at every step, so that no old veto outlives its own."""
         self.over()
-        self._is_alone, self._has_told = self._in_hook, False
+        self._is_alone, self._has_told, self._num_parts = self._in_hook, False, 0
         self._pending = veto
-        if veto is True and (self.why_open or not self.family.is_clean):
+        if veto is True and (self.why_open or not self.family.is_clean or self._vetoes.in_parts):
             self._remember()
 
     def _remember(self) -> None:
@@ -157,14 +162,18 @@ class StepGate:
 
     def _new(self) -> Veto:
         spared = frozenset(("lr",)) if self._vetoes.lowered() else frozenset()
-        limit, names = self._vetoes.limit_bytes, self._vetoes.names()
-        return Veto(self.family, limit_bytes=limit, name_of=lambda tensor: names.get(id(tensor)), spared=spared)
+        limit, names, parts = self._vetoes.limit_bytes, self._vetoes.names(), self._vetoes.parts()
+        if self._vetoes.in_parts:
+            spared |= {"params"}  # which of them its groups show changes from call to call
+        return Veto(
+            self.family, limit_bytes=limit, name_of=lambda tensor: names.get(id(tensor)), spared=spared, parts=parts
+        )
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if not self._depth:
             if self._vetoes.possible:
                 self._begins(self)
-            if self._veto is not None and not self.family.ends_unseen:
+            if self._veto is not None and not (self.family.ends_unseen or self._vetoes.in_parts):
                 self.end_window()
         self._depth += 1
         # args[0] is the optimizer itself; under a scaler there is no closure.
@@ -198,7 +207,9 @@ class StepGate:
 
     def _settle(self) -> None:
         """Gradients lie complete: the optimizer comes next."""
-        if self._on_stepping is not None:
+        is_first = not self._vetoes.in_parts or self._num_parts % max(len(self._vetoes.parts()), 1) == 0
+        self._num_parts += 1
+        if self._on_stepping is not None and is_first:
             within, self._in_hook = self._in_hook, True
             try:
                 self._on_stepping(self.optimizer)
@@ -223,6 +234,10 @@ class StepGate:
         self._early = None
         if self._on_device.is_armed:
             self._on_device.end()
+        if self._vetoes.in_parts:
+            if self._veto is not None:
+                self._veto.drop()  # of this part; the proof comes when all of the step is over
+            return
         if self._veto is not None:
             self._vetoes.tell(self._veto.settle())
         if self._on_stepped is not None and (self._is_alone or not self.family.ends_unseen):
@@ -233,6 +248,8 @@ class StepGate:
     @property
     def tells(self) -> bool:
         """Whether this gate itself tells when the optimizer has stepped, and not whoever called it."""
+        if self._vetoes.in_parts:
+            return False
         return self._has_told or (not self.why_open and (self._is_alone or not self.family.ends_unseen))
 
 
@@ -312,6 +329,8 @@ class Gates:
 
     def can_arm_on_device(self, optimizers: Iterable[Optimizer]) -> bool:
         """Whether all of these can decide for themselves, from a flag on the device."""
+        if self._vetoes.in_parts:
+            return False
         return all(can_decide_on_device(o) and self._of(o).family.is_clean for o in optimizers)
 
     def arm(self, optimizers: Iterable[Optimizer], veto: bool) -> None:

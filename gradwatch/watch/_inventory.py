@@ -110,16 +110,19 @@ class Inventory:
     Args:
         optimizers: whose memory; those that they hold are found in them.
         name_of: the name of a parameter; None of what is none.
+        parts: parameters that the optimizers' groups do not show now.
 
     Attributes:
         leaves: tensors, each once.
         boxes: containers and objects, outermost first.
     """
 
-    def __init__(self, optimizers: Sequence[Any], name_of: Callable[[Tensor], str | None]) -> None:
+    def __init__(
+        self, optimizers: Sequence[Any], name_of: Callable[[Tensor], str | None], parts: Sequence[Tensor] = ()
+    ) -> None:
         self._name_of = name_of
         self._seen: set[int] = set()
-        self._parameters = {id(p): p for o in optimizers for p in _parameters(o)}
+        self._parameters = {id(p): p for o in optimizers for p in _parameters(o)} | {id(p): p for p in parts}
         self.leaves: list[Leaf] = []
         self.boxes: list[_Box] = []
         for p in self._parameters.values():

@@ -364,7 +364,9 @@ class Measuring:
         """Return what optimizers and modules are set to, where updates are measured, which it stands beside."""
         if turn.plan.updates and self.guard.ok("settings"):
             with self.guard("settings"), torch.no_grad():
-                found = configured(self.meter.model, turn.optimizers)
+                watched = self.meter.watched
+                in_pieces = turn.plan.num_ranks > 1 and (watched.is_in_pieces or watched.zero is not None)
+                found = configured(self.meter.model, turn.optimizers, in_pieces=in_pieces)
                 return found | {"written_between": self.meter.account.written_between}
         return {}
 

@@ -71,8 +71,9 @@ class ModelNow:
         named = list(self._model.named_parameters())
         params = {id(p): p for _, p in named} | {id(p): p for p in _held(self._optimizers)}
         self._params = list(params.values())
-        self._sized = [p for p in self._params if not isinstance(p, UninitializedParameter)]
-        self._is_lazy = len(self._sized) < len(self._params) or any(
+        # DeepSpeed empties and fills what it has split, as a pass goes on.
+        self._sized = [p for p in self._params if not (isinstance(p, UninitializedParameter) or hasattr(p, "ds_id"))]
+        self._is_lazy = any(isinstance(p, UninitializedParameter) for p in self._params) or any(
             isinstance(m, LazyModuleMixin) for m in self._modules
         )
         self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}

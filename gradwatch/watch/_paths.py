@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -19,8 +19,12 @@ from ..errors import ConfigError, UnknownPathError
 from ..records import MODULE, PARAMETER, Index, select_paths
 from ..torchside import (
     Pipeline,
+    StandIn,
+    ZeroPart,
     clean_path,
+    engine_of,
     is_flat_sharded,
+    is_split_by_zero,
     masters,
     member,
     parameters_of,
@@ -38,9 +42,9 @@ _MAX_KEPT = 8
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's model inside DDP, DataParallel, torch.compile and Fabric wrappers."""
+    """Return the user's model inside DDP, DataParallel, DeepSpeed, torch.compile and Fabric wrappers."""
     while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
+        if isinstance(model, (DistributedDataParallel, DataParallel)) or engine_of(model) is model:
             model = model.module
             continue
         # torch.compile's; Fabric's, which holds the model as it was handed over beside the one it runs.
@@ -115,7 +119,7 @@ class Watched:
         ids = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         if self.stages is not None:
             ids |= self.stages.held_by(optimizers)
-        return ids.union(id(p) for p in self.stand_ins if id(real_of(p)) in ids)
+        return ids.union(id(p) for p in self.stand_ins if _is_stepped(p, ids))
 
     @cached_property
     def is_in_pieces(self) -> bool:
@@ -124,6 +128,16 @@ class Watched:
         return any(
             whole_of(p) is not None or (dtensor is not None and isinstance(p, dtensor.DTensor)) for p in self.held
         )
+
+    @cached_property
+    def zero(self) -> ZeroPart | None:
+        """A parameter that DeepSpeed's ZeRO steps, for all of them; None where it steps none."""
+        return next((p for p in self.held if isinstance(p, ZeroPart)), None)
+
+    @property
+    def zero_masters(self) -> Sequence[Tensor]:
+        """The flat tensors that DeepSpeed's ZeRO steps one by one; nothing where it steps none."""
+        return () if self.zero is None else self.zero.masters
 
     def settle(self) -> None:
         """Let what stands in for parameters lie where they lie now."""
@@ -183,6 +197,11 @@ def _place(owner: str, place: dict[str, int], last: int) -> int:
             return place[owner]
         owner = owner.rpartition(".")[0]
     return last
+
+
+def _is_stepped(p: nn.Parameter, held: Container[int]) -> bool:
+    """Return whether an optimizer that holds tensors of these ids steps a parameter, or what stands in for it."""
+    return (isinstance(p, StandIn) and p.is_in_optimizer) or id(real_of(p)) in held
 
 
 def watched(
@@ -265,11 +284,13 @@ def _found(
         owners.append(id(owner))
         if why:
             strange[path] = why
-        elif id(real_of(p)) in held:
+        elif _is_stepped(p, held):
             taken.add(id(p))
         rows.append(_row(path, p, type(owner).__name__, bool(why) or id(p) in taken))
     gone = {key: path for key, path in known.items() if key in held and key not in seen}
     foreign = [q for key, q in held.items() if key not in seen and key not in gone]
+    if any(isinstance(p, ZeroPart) or is_split_by_zero(p) for _, p in params):
+        foreign = []  # what they are split into
     foreign = _without_masters(foreign, params, rows, taken, strange)
     for i, p in enumerate(foreign):
         # Held by an optimizer but never by the model: another model's parameters, or a copy of this one's.

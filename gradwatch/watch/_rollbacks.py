@@ -16,7 +16,7 @@ from .._warn import one_line
 from ..errors import ConfigError
 from ..requests import GoBack, Request, StopTraining
 from ..rules import Rule, RuleBook, then_of
-from ..torchside import Aside, home, is_host, moved
+from ..torchside import Aside, home, is_host, is_split_by_zero, moved
 from ..treatments import Rollback
 from ._completion import BLOCK, Completion
 from ._guard import Guard
@@ -57,9 +57,11 @@ def rollbacks_of(
     if not behind:
         return None
     training = Training(model, optimizers)
-    unfit = next((p for p in model.parameters() if hasattr(p, "ds_id")), None)
-    if unfit is not None:
-        raise ConfigError("Rollback: DeepSpeed partitions parameters by itself, and no snapshot can be taken of them.")
+    if any(map(is_split_by_zero, model.parameters())):
+        raise ConfigError(
+            "a rollback can't take back what DeepSpeed's ZeRO keeps of a training in pieces of its own. Train without "
+            "`zero_optimization`, or let the rule skip the step, or stop."
+        )
     reach = {rule.name: rule.reach for rule in book.rules}
     late = _delay(model)
     wanted = [_Wanted(item, _lag(rule, parts["every"]) + late) for rule, item in behind]

@@ -28,6 +28,7 @@ from ..torchside import member, weakly
 from ._batch import look, num_samples
 from ._case_files import CaseFiles
 from ._coverage import Standing, coverage
+from ._deepspeed import check_deepspeed
 from ._engine import Engine, StepOutcome
 from ._incident_target import IncidentTarget, incident_sink
 from ._named import own_numbers
@@ -108,6 +109,9 @@ class Session:
         if strange and self.engine.treats:
             path, why = next(iter(strange.items()))
             warn(f"no treatment will act: {len(strange)} parameters can't be seen, {path!r} among them: {why}.")
+        zero = self.engine.meter.watched.zero
+        if zero is not None:
+            check_deepspeed(zero, settings, treats=self.engine.treats)
         self._pid = os.getpid()
         chosen = list(sinks) if is_writer() else []
         if self.run_dir is not None and is_writer():

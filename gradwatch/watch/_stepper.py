@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
@@ -44,6 +45,13 @@ class Stepper:
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         return self.given.step() if closure is None else self.given.step(closure)
+
+    def pass_over(self) -> None:
+        """Say that a micro-batch is over after which nothing moves."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward of a loss, as those must who step what this steps."""
+        loss.backward()
 
 
 def steppers(given: Any) -> tuple[Stepper, ...]:

@@ -30,7 +30,7 @@ _SCHEDULED = frozenset(
 # Whether its step was called since, a torch scheduler notes on the optimizer; the rest is torch's own way of working.
 _NOT_STATE = frozenset({"state", "param_groups", "defaults", "_opt_called", "_params", "_numel_cache"})
 # They hold an optimizer and nothing of their own that a step changes.
-_TRANSPARENT = ("accelerate.", "lightning.", "lightning_fabric.", "pytorch_lightning.")
+_TRANSPARENT = ("accelerate.", "deepspeed.", "lightning.", "lightning_fabric.", "pytorch_lightning.")
 
 
 def is_transparent(optimizer: Any) -> bool:

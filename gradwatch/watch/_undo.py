@@ -27,6 +27,7 @@ class Undo:
         limit_bytes: for copies; 0: none are made.
         only_on_host: copies are made of what lies there alone, for whom checksums would do.
         name_of: the name of a parameter, for what is told.
+        parts: parameters that the optimizers' groups do not show now.
 
     Attributes:
         is_complete: every tensor was copied.
@@ -40,8 +41,9 @@ class Undo:
         limit_bytes: int,
         name_of: Callable[[Tensor], str | None] = lambda tensor: None,
         only_on_host: bool = False,
+        parts: Sequence[Tensor] = (),
     ) -> None:
-        inventory = Inventory(optimizers, name_of)
+        inventory = Inventory(optimizers, name_of, parts)
         self._boxes = inventory.boxes
         self._leaves: list[tuple[Leaf, list[Tensor]]] = []
         self._copies: dict[int, list[Tensor]] = {}

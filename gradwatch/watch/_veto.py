@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +99,8 @@ class Veto:
         limit_bytes: for copies.
         name_of: the name of a parameter.
         spared: entries of parameter groups that are changed for the step by gradwatch itself.
+        parts: what the optimizers move beside what their groups show now, in several calls that make one step: such
+            gradients give way to None alone, since zeros would move what is passed on before anything is put back.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Veto:
         limit_bytes: int,
         name_of: Callable[[Tensor], str | None],
         spared: frozenset[str] = frozenset(),
+        parts: Sequence[Tensor] = (),
     ) -> None:
         self._family, self._spared = family, spared
         self._trusts = family.is_clean
@@ -116,9 +119,11 @@ class Veto:
         with self._blind_where_it_fails():
             zeros = 0 if self._trusts else sum(num_bytes(p.grad) for p in _with_grad(family))
             limit = max(limit_bytes - zeros, 0)
-            self._undo = Undo(family.members, limit_bytes=limit, name_of=name_of, only_on_host=self._trusts)
+            self._undo = Undo(
+                family.members, limit_bytes=limit, name_of=name_of, only_on_host=self._trusts, parts=parts
+            )
         is_undone = self._undo is not None and self._undo.is_complete
-        self._kept = Kept(zeros=not self._trusts and is_undone)
+        self._kept = Kept(zeros=not self._trusts and is_undone and not parts)
         self._random: Any = None
         self._after: Glimpse | None = None
         self._is_begun = self._left = False
@@ -154,7 +159,8 @@ class Veto:
         """
         self._put_random_back()
         self.was_settled = True
-        moved, left = self._compared(self._spared if is_seen else SCHEDULED, puts_back=not self.is_late)
+        spared = self._spared if is_seen else SCHEDULED | self._spared
+        moved, left = self._compared(spared, puts_back=not self.is_late)
         self._kept.hand_back()
         self._left = bool(left) or self._undo is None
         self._family.learned = self._family.learned or self._left

@@ -19,6 +19,7 @@ from ..requests import Request, StopTraining
 from ..torchside import weakly
 from ._batch import num_samples, validation_inputs
 from ._closure import Evaluated, closure_in, only_one
+from ._deepspeed import EngineStepper, steppers_of
 from ._ending import Ending
 from ._engine import StepOutcome
 from ._incident_target import IncidentTarget, incident_target
@@ -31,7 +32,7 @@ from ._session import Session
 from ._settings import resolve
 from ._stages import model_of
 from ._step_inputs import StepInputs
-from ._stepper import Stepper, chosen, steppers
+from ._stepper import Stepper, chosen
 from ._stepping import step_all
 from ._training import is_transparent
 from ._validation import validation_scalars
@@ -57,9 +58,12 @@ class Watch:
 
     Args:
         model: the model as it is trained; DDP, compile, Fabric and Accelerate wrappers are looked through. Of a
-            pipeline (`torch.distributed.pipelining`) its schedule, or the stages on this rank.
+            pipeline (`torch.distributed.pipelining`) its schedule, or the stages on this rank. Or what
+            `deepspeed.initialize` returned: `Watch(engine)`, and `watch.step(loss=loss)` after every
+            `engine.backward(loss)`, in the place of `engine.step()`.
         optimizer: one, or several that step together (or one at a time, with `step(optimizer=...)`); also as Fabric or
-            Accelerate prepared them. While Accelerate accumulates, `step` waits for the last micro-batch.
+            Accelerate prepared them. While Accelerate accumulates, `step` waits for the last micro-batch. None for a
+            DeepSpeed engine, which has its own.
         rules: `"observe"`, `"default"`, `"autoclip"`, a rules file, a list of rules or a `RuleBook`.
         scaler: a `torch.amp.GradScaler`, where one is used; `step` then calls its `step` and `update` too.
         treatments: for every step.
@@ -85,7 +89,7 @@ class Watch:
     def __init__(  # noqa: PLR0913 - a door: flat names, resolved at once
         self,
         model: Any,
-        optimizer: Optimizer | Sequence[Optimizer],
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         *,
         rules: Any = "default",
         scaler: Any = None,
@@ -127,7 +131,7 @@ class Watch:
             **options,
         )
         model = model_of(model, unwrap, has_surgery=surgery is not None)
-        self._steppers = steppers(optimizer)
+        self._steppers = steppers_of(model, optimizer)
         self.optimizers = tuple(s.raw for s in self._steppers)
         self._is_wrapped = any(s.given is not s.raw for s in self._steppers)
         # One inside a wrapper is the wrapper's to step and update; one given here is ours.
@@ -144,20 +148,29 @@ class Watch:
         self._micro_losses: list[Any] = []
         self._num_samples = 0
         self._epoch = self._batch_idx = -1
-        self.session = Session(
-            model,
-            self.optimizers,
-            settings,
-            sinks=settings.sinks or (),
-            run_dir=run_dir_of(run_dir, settings.name, None),
-            log_every=log_every or 50,
-            on_incident=incident_target(on_incident),
-        )
+        self._deepspeed = next((s for s in self._steppers if isinstance(s, EngineStepper)), None)
+        if self._deepspeed is not None:
+            self._deepspeed.attach(weakly(self._step_came))
+        try:
+            self.session = Session(
+                model,
+                self.optimizers,
+                settings,
+                sinks=settings.sinks or (),
+                run_dir=run_dir_of(run_dir, settings.name, None),
+                log_every=log_every or 50,
+                on_incident=incident_target(on_incident),
+            )
+        except BaseException:
+            if self._deepspeed is not None:
+                self._deepspeed.detach()
+            raise
         self.session.restores(scaler=self.scaler, wrappers=_wrappers(self._steppers))
         self.session.engine.gates.know(s.given for s in self._steppers)
         self.session.begin()
         forwards = self.session.engine.listen_to_forwards(model)
-        self._end = Ending(self.session, self._stack.close, *(f.close for f in forwards))
+        detached = [] if self._deepspeed is None else [self._deepspeed.detach]
+        self._end = Ending(self.session, self._stack.close, *(f.close for f in forwards), *detached)
         self.session.before_forward(0)
 
     @property
@@ -195,7 +208,7 @@ class Watch:
         scaled = total * factor if factor != 1 else total
         self.session.before_backward(scaled, scale=scale, parts=parts)
         try:
-            scaled.backward()
+            self._steppers[0].backward(scaled)
         finally:
             self.session.after_backward(last=last, scale=scale, parts=parts, batch_size=batch_size)
         self._losses.append(total.detach())
@@ -234,9 +247,14 @@ class Watch:
         if closure is not None:
             handed = {"batch": batch, "outputs": outputs, "targets": targets, "optimizer": optimizer}
             return self._step_with(closure, only_one(stepping, self.scaler), handed)
+        if self._deepspeed is not None and self._deepspeed.has_stepped:
+            self.after_step()
+            return self._outcome
         if self._is_wrapped and not all(s.is_syncing for s in stepping):
             # Accelerate accumulates: its optimizers would not move now.
             self.micro_batch(loss, batch)
+            for s in stepping:
+                s.pass_over()
             return StepOutcome()
         if self.scaler is not None:
             for s in stepping:
@@ -245,6 +263,13 @@ class Watch:
         step_all(stepping, self.scaler, self.session.engine, outcome)
         self.after_step()
         return outcome
+
+    def _step_came(self) -> None:
+        """Measure a step that came before it was announced: Accelerate's backward lets DeepSpeed step, too."""
+        if self._deepspeed is not None and self._deepspeed.has_stepped:
+            self.after_step()
+        self._micro_losses = []  # heard, and the last one's too
+        self._outcome = self.after_backward()
 
     def _step_with(self, closure: Callable[[], Any], stepper: Stepper, handed: dict[str, Any]) -> Any:
         """Let an optimizer step that runs forward and backward by itself; return the loss."""
@@ -310,6 +335,8 @@ class Watch:
             optimizer=None if optimizer is None else self.optimizers.index(stepping[0]),
             scalars=self._extra,
         )
+        if self._deepspeed is not None:
+            self._deepspeed.describe(inputs)
         self._extra, self._losses, self._micro_losses, self._num_samples = {}, [], [], 0
         outcome = self.session.step(inputs, stepping)
         if outcome.requests:
@@ -327,6 +354,8 @@ class Watch:
             TrainingStopped: a rule or treatment asked for a stop.
         """
         self.session.after_step()
+        if self._deepspeed is not None:
+            self._deepspeed.over()
         self._step += 1
         self.session.before_forward(self._step)
         if self.scaler is not None:
