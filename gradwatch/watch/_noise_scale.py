@@ -141,9 +141,11 @@ class NoiseScale:
 
 def _ratio(found: NDArray[np.float64]) -> float:
     """Return noise over signal at this batch size; infinite where no signal is left."""
-    noise, squares, counts = found.T
-    signal = squares.sum() / counts.sum() - noise.mean()
-    return float(noise.mean() / signal) if signal > 0 else float("inf")
+    noises, squares, steps = found.T
+    # Each stands for the steps that it sums up: noise and signal of the same part of the training.
+    noise = float(np.average(noises, weights=steps))
+    signal = float(squares.sum() / steps.sum()) - noise
+    return noise / signal if signal > 0 else float("inf")
 
 
 def noise_line(history: Sequence[StepRecord]) -> list[str]:
