@@ -50,7 +50,8 @@ class Sample:
         where += [] if self.dataset_index is None else [f"(item {self.dataset_index} of the data set)"]
         where += [f"of micro-batch {self.micro_batch}"] if self.micro_batch else []
         where += [f"on rank {self.rank}"] if self.rank else []
-        told = ["is not finite"] if not self.is_finite else [f"carries {round(self.share, 2) + 0.0:.0%} of the gradient"]
+        share = f"carries {round(self.share, 2) + 0.0:.0%} of the gradient"
+        told = [share if self.is_finite else "is not finite"]
         told += [f"norm {self.norm:.3g}"] if np.isfinite(self.norm) else []
         told += [f"loss {self.loss:.4g}"] if np.isfinite(self.loss) else []
         told += [] if self.position is None else [f"most of it at position {self.position}"]

@@ -196,3 +196,36 @@ def test_the_case_file_names_it_with_its_item_of_the_data_set(tmp_path: Path) ->
         assert first.share > 0.8
         assert case.check_first()[0].startswith(f"sample {WHO} (item {WHEN * SIZE + WHO} of the data set) carries")
         assert case.sample_ids[WHO] == first.dataset_index
+
+
+def test_fabric_names_the_sample() -> None:
+    fabric = pytest.importorskip("lightning.fabric")
+    from gradwatch.callbacks.fabric import GradWatch
+
+    watch = GradWatch(rules=RULES, autopsy=True, on_error="raise", verbose=False, run_dir=False)
+    engine = fabric.Fabric(accelerator="cpu", devices=1, callbacks=[watch])
+    model = network()
+    model, optimizer = engine.setup(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    for x, y in data(WHEN + 2, "target"):
+        engine.backward(F.mse_loss(model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+    watch.close()
+    assert told(watch.incidents, "exploding")[0]["index"] == WHO
+
+
+def test_accelerate_names_the_sample() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = network()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    with Watch(model, optimizer, rules=RULES, autopsy=True, on_error="raise") as watch:
+        for x, y in data(WHEN + 2, "target"):
+            for half in (slice(0, SIZE // 2), slice(SIZE // 2, None)):
+                with accelerator.accumulate(model):
+                    loss = F.mse_loss(model(x[half]), y[half])
+                    accelerator.backward(loss)
+                    watch.step(loss)
+                    optimizer.zero_grad()
+    first = told(watch.incidents, "exploding")[0]
+    assert (first["micro_batch"], first["index"]) == (0, WHO)
