@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from pathlib import Path
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, GradwatchError
@@ -60,10 +60,10 @@ def run(options: argparse.Namespace) -> int:
                 view.update(frame)
                 if options.once or frame.is_over:
                     break
-                time.sleep(options.every)
+                sleep(options.every)
                 # In place, the age of the last record is redrawn too; a pipe gets what is new.
                 while not opened.refresh() and not is_over(opened) and not view.in_place:
-                    time.sleep(options.every)
+                    sleep(options.every)
     except KeyboardInterrupt:
         return FINE
     return outcome(opened.verdict(), opened.incidents, options.fail_on)
@@ -75,7 +75,7 @@ def _awaited(options: argparse.Namespace) -> Run | Log:
     Raises:
         ConfigError: it did not come in time.
     """
-    until = time.monotonic() + (0.0 if options.once else options.wait)
+    until = monotonic() + (0.0 if options.once else options.wait)
     told = False
     while True:
         try:
@@ -83,12 +83,12 @@ def _awaited(options: argparse.Namespace) -> Run | Log:
         except GradwatchError as error:
             path = Path(options.run).expanduser()
             # A folder that is empty, or holds no run yet, is one to come; a file that is none never will be.
-            if time.monotonic() >= until or path.is_file():
+            if monotonic() >= until or path.is_file():
                 raise
             if not told:
                 say(f"waiting for a run at {options.run!r}: {error} Ctrl-C ends the wait.")
                 told = True
-        time.sleep(min(options.every, 1.0))
+        sleep(min(options.every, 1.0))
 
 
 def _look(run: Run, max_layers: int) -> Frame:

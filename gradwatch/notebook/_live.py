@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
+from time import monotonic
 from typing import Any
 
 from .._text import printable
@@ -65,7 +65,7 @@ class LiveCell(Sink):
         self._incidents: dict[IncidentKey, Incident] = {}
         self._verdict: Verdict | None = None
         self._pause = self.seconds
-        self._last_drawn = time.monotonic()
+        self._last_drawn = monotonic()
         self._num_skipped = 0
 
     def open(self, meta: RunMeta) -> None:
@@ -87,7 +87,7 @@ class LiveCell(Sink):
         for each in window or (record,):
             self._series.add(each)
             self._num_skipped += each.skipped
-        if time.monotonic() - self._last_drawn >= self._pause:
+        if monotonic() - self._last_drawn >= self._pause:
             self.flush()
 
     def incident(self, incident: Incident) -> None:
@@ -102,9 +102,9 @@ class LiveCell(Sink):
         """Draw what is known now."""
         if self._handle is None:
             return
-        began = time.monotonic()
+        began = monotonic()
         self._handle.update(self._bundle(), raw=True)
-        self._last_drawn = time.monotonic()
+        self._last_drawn = monotonic()
         self._pause = max(self.seconds, (self._last_drawn - began) / SHARE)
 
     def close(self) -> None:

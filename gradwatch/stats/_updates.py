@@ -35,13 +35,14 @@ class UpdateStats:
         update_norms: norm of (parameter after the step - before), float64, shape (len(positions),); -1 for all where
             some rank had nothing to say.
         param_norms: norm of the parameter before the step, float64, the same shape.
-        errors: standard error of the update's norm, relative to it, the same shape; 0 where all elements were compared.
+        errors: standard error of the update's norm, relative to it, the same shape; 0 where all elements were compared;
+            None where they were of all parameters, on all ranks.
     """
 
     positions: list[int]
     update_norms: Tensor
     param_norms: Tensor
-    errors: Tensor
+    errors: Tensor | None
 
 
 class UpdateMeter:
@@ -124,7 +125,7 @@ class UpdateMeter:
         if self._chosen is None:
             raise RuntimeError("`UpdateMeter.after` needs a call of `before` first.")
         chosen, params = self._chosen, [self._params[i] for i in self._chosen]
-        found: tuple[Tensor, Tensor, Tensor] | None = None
+        found: Sequence[Tensor] | None = None
         try:
             if self._copies is not None:
                 found = self._moved(self._copies, list(map(_local, params)))
@@ -132,19 +133,21 @@ class UpdateMeter:
             # Also where that failed: the other ranks wait.
             self.discard()
             if found is None or self.in_pieces:
-                whole = self._whole(params, found)
-                found = whole[:, 0], whole[:, 1], whole[:, 2]
-        updates, norms, deviations = found
+                found = self._whole(params, found).unbind(dim=1)
+        updates, norms = found[:2]
+        if not self.is_sampled:
+            return UpdateStats(chosen, updates, norms, None)
+        deviations = found[2]
         # Of a root half the relative error of the square.
         errors = torch.where(updates > 0, deviations / (2 * updates.square()), 0.0)
         return UpdateStats(chosen, updates, norms, errors)
 
-    def _moved(self, copies: list[Tensor], pieces: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return norms of updates and of parameters here, and the standard deviations of the former's squares."""
+    def _moved(self, copies: list[Tensor], pieces: list[Tensor]) -> Sequence[Tensor]:
+        """Return norms of updates and of parameters here; with samples the standard deviations of the former's squares."""
         assert self._chosen is not None
         if not self._samples:
             updates, norms = _moved(copies, pieces)
-            return updates, norms, torch.zeros_like(updates)
+            return (updates, norms, torch.zeros_like(updates)) if self.is_sampled else (updates, norms)
         groups = [[k for k, i in enumerate(self._chosen) if (i in self._samples) == kind] for kind in (False, True)]
         device = home(pieces)
         wide = wide_dtype(device)
@@ -153,13 +156,14 @@ class UpdateMeter:
         samples = [self._samples[self._chosen[k]].moved(copies[k], pieces[k]) for k in groups[1]]
         rows += [moved(found, device, wide).sqrt()[None] for found in samples]
         table = put_together(list(filter(len, rows)), list(filter(None, groups)), device)
-        return table[:, 0], table[:, 1], table[:, 2]
+        return table.unbind(dim=1)
 
     def _whole(self, params: list[Tensor], found: Sequence[Tensor] | None) -> Tensor:
         """Put the pieces' norms and deviations together; -1 for all, on all ranks, where any rank has none."""
         if found is None:
             device = home(self._params)
-            squares = torch.full((len(params), 3), -torch.inf, dtype=wide_dtype(device), device=device)
+            width = 3 if self.is_sampled else 2
+            squares = torch.full((len(params), width), -torch.inf, dtype=wide_dtype(device), device=device)
         else:
             squares = torch.stack(list(found), dim=1).square()
         Shards(params, params).sum_(squares)

@@ -124,21 +124,24 @@ class ForwardMemory:
             kept: Any = (args, kwargs)
             # A container of the user's that can't be built anew is kept as it is.
             autocast = _autocast_now()
-            with Aside(), suppress(Exception):
-                kept = map_tensors(kept, _apart)
+            with Aside():
+                with suppress(Exception):
+                    kept = map_tensors(kept, _apart)
+                count = num_samples([*args, kwargs])
             own_args, own_kwargs = kept
             seen = self._seen = _Seen(own_args, own_kwargs, autocast)
-            self._remember(lambda: self._again(module, seen), num_samples([*args, kwargs]), seen.grads)
+            self._remember(lambda: self._again(module, seen), count, seen.grads)
 
     def _after(self, module: nn.Module, args: Any, outputs: Any) -> None:
         seen, self._seen = self._seen, None
         if seen is None:
             return
         hooked: set[int] = set()
-        for name, tensor in tensors_of(outputs, objects=True):
-            if tensor.requires_grad and tensor.grad_fn is not None and id(tensor) not in hooked:
-                hooked.add(id(tensor))
-                tensor.register_hook(_GradSeen(seen, name))
+        with Aside():
+            for name, tensor in tensors_of(outputs, objects=True):
+                if tensor.requires_grad and tensor.grad_fn is not None and id(tensor) not in hooked:
+                    hooked.add(id(tensor))
+                    tensor.register_hook(_GradSeen(seen, name))
 
     def _again(self, module: nn.Module, seen: _Seen) -> Any:
         self._examining = True

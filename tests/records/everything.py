@@ -31,7 +31,7 @@ def records() -> list[StepRecord]:
     """Return the records of all these trainings."""
     SEEN.clear()
     kept: list[StepRecord] = []
-    ways = (classes, numbers, tokens, tasks, signs, agreement, scaled, alone, taken_back, shown)
+    ways = (classes, numbers, tokens, tasks, signs, agreement, scaled, alone, taken_back, shown, large)
     for watch in [way() for way in ways]:
         kept += watch.history
     kept += trained().history
@@ -48,7 +48,7 @@ def steps(watch: Watch, model: nn.Module, target: torch.Tensor, loss_of, count: 
             x = torch.randn(16, 4)
             out = model(x)
             loss = loss_of(out, target)
-            watch.validation(loss=1.0, train_eval_loss=1.0, accuracy=0.5)
+            watch.validation(loss=1.0, train_eval_loss=1.0, accuracy=0.5, batch=(x, target))
             loss.backward()
             watch.step(loss=loss, batch=(x, target), outputs=out)
             watch.optimizers[0].zero_grad()
@@ -167,8 +167,10 @@ def alone() -> Watch:
     optimizers = [sgd(first), sgd(second)]
     with Watch(both, optimizers, rules=[Witness()], **EVERY) as watch:
         for _ in range(2):
-            first(torch.randn(8, 4)).square().mean().backward()
-            watch.step(optimizer=optimizers[0])
+            for model, optimizer in zip((first, second), optimizers, strict=True):
+                loss = model(torch.randn(8, 4)).square().mean()
+                loss.backward()
+                watch.step(optimizer=optimizer, loss=loss)
     with (
         Watch(first, optimizers[0], rules=[Witness()]) as one,
         Watch(second, optimizers[1], rules=[Witness()]) as other,
@@ -177,6 +179,17 @@ def alone() -> Watch:
             for part, model in ((one, first), (other, second)):
                 model(torch.randn(8, 4)).square().mean().backward()
                 part.step()
+    return watch
+
+
+def large() -> Watch:
+    """A weight of which a copy is larger than what may be held."""
+    model = nn.Linear(512, 512)
+    with Watch(model, sgd(model), rules=[Witness()], memory_limit_mb=1, **EVERY) as watch:
+        for _ in range(2):
+            model(torch.randn(4, 512)).square().mean().backward()
+            watch.step()
+            watch.optimizers[0].zero_grad()
     return watch
 
 

@@ -66,7 +66,7 @@ def test_norms_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import gradwatch.stats._gradients as module
 
     calls = []
-    monkeypatch.setattr(module, "tensor_norms", lambda ts: (calls.append(len(ts)), tensor_norms(ts))[1])
+    monkeypatch.setattr(module, "tensor_norms", lambda ts, **kw: (calls.append(len(ts)), tensor_norms(ts, **kw))[1])
     grads = Gradients.collect(parameters(1.0, 2.0))
     grads.norms, grads.global_norm, grads.select("layer1*").norms, grads.mul_(0.5).norms
     assert calls == [2]
