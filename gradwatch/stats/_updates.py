@@ -143,7 +143,7 @@ class UpdateMeter:
         return UpdateStats(chosen, updates, norms, errors)
 
     def _moved(self, copies: list[Tensor], pieces: list[Tensor]) -> Sequence[Tensor]:
-        """Return norms of updates and of parameters here; with samples the standard deviations of the former's squares."""
+        """Return norms of updates and of parameters here; with samples also the deviations of the former's squares."""
         assert self._chosen is not None
         if not self._samples:
             updates, norms = _moved(copies, pieces)

@@ -366,7 +366,7 @@ class ModelMeter:
         self._updates.release()
         positions = self._update_positions[np.asarray(stats.positions, np.int64)]
         found = {"update_norm": stats.update_norms, "param_norm": stats.param_norms}
-        if self.has_sampled_updates:
+        if stats.errors is not None:
             found["update_error"] = stats.errors
         return positions, found
 
