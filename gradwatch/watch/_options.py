@@ -39,7 +39,7 @@ class MeasureOptions:
             where it was born; there, and where the loss jumps, take the batch apart to say which samples carry it.
             Every step then waits for its numbers.
         noise_scale: measure the gradient noise scale, which tells what batch size is worth its price, at one step in 50
-            and at the beginning: such a step's batch is run again, for some five steps' time.
+            and at the beginning: such a step's batch is run again, for up to ten steps' time.
         local_norms: measure each rank's gradient norm before it is reduced, to name a bad rank.
         conflicts_every: measure conflicts between task losses at one step in this many, without surgery; None never.
         kind: what kind of training it is, which rules follow: `"auto"`: what the model, its loss and its optimizers
