@@ -11,10 +11,12 @@ import numpy as np
 from ..records import Bools, Index, StepRecord, kind_scalars
 from ._experts import rows_of_branches
 
-__all__ = ["VALUES", "has_twin", "is_of", "kinds_of_index"]
+__all__ = ["FINE_TUNING", "VALUES", "has_twin", "is_of", "kinds_of_index"]
 
 VALUES = frozenset(kind_scalars(("rl", "bootstrapped")))
 """Of trainings whose targets come from what is trained: with its values its loss grows."""
+FINE_TUNING = frozenset(kind_scalars(("fine_tuning",)))
+"""Of trainings that go on from what was learned before, most of it frozen."""
 MOSTLY = 0.5
 """Share of the elements that are frozen where a model is fine-tuned."""
 

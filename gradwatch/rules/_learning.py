@@ -11,7 +11,7 @@ from ..records import Index, StepRecord
 from ._block import Block, Passed
 from ._company import COMPANY, has_company
 from ._findings import Findings
-from ._kinds import VALUES, is_of
+from ._kinds import FINE_TUNING, VALUES, is_of
 from ._loss import remember, remember_over
 from ._reductions import reductions
 from ._rule import Rule, State
@@ -46,11 +46,11 @@ class NotLearning(Rule):
 
     Where no such level is known, or the loss is no better than half of it: first level minus the median of the last
     fifth is below `share` of the first.
-    Judged when `start` losses were seen, then every `every`, and at the end of a run of 100 losses or more: deep nets
-    may lie on a plateau for their first hundreds of steps. Not flagged where the lower quartile of the last fifth is
-    30 % below the least of the first losses: then outliers hide what was learned; nor where the loss rose by more than
-    half, which is for `diverging`. In batches of fewer than a dozen samples means stand for medians. Works for negative
-    losses.
+    Judged when `start` losses were seen, then every `every`, and at the end of a run of 100 losses or more (of
+    `start`, where a model is fine-tuned): deep nets may lie on a plateau for their first hundreds of steps. Not
+    flagged where the lower quartile of the last fifth is 30 % below the least of the first losses: then outliers
+    hide what was learned; nor where the loss rose by more than half, which is for `diverging`. In batches of fewer
+    than a dozen samples means stand for medians. Works for negative losses.
 
     Optimizers that step in turns on losses of their own play against each other, and so do several watched trainings
     in one program that do: not judged. Where values are learned from themselves (reinforcement learning, target
@@ -84,7 +84,8 @@ class NotLearning(Rule):
     )
 
     needs = frozenset(
-        {"loss", "baseline_loss", "update_ratio", *VALUES, *COMPANY, *(n for level in _LEVELS for n in level if n)}
+        {"loss", "baseline_loss", "update_ratio", *VALUES, *FINE_TUNING, *COMPANY}
+        | {n for level in _LEVELS for n in level if n}
     )
 
     def __post_init__(self) -> None:
@@ -105,6 +106,7 @@ class NotLearning(Rule):
             "update": math.nan,
             "follows": False,
             "values": False,
+            "tuned": False,
         }
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
@@ -114,7 +116,8 @@ class NotLearning(Rule):
         if not math.isfinite(record.loss) and not ending:
             return self.unjudged(record, "no finite loss was given"), state
         state = self._look(record, remember(record.loss, state, record.num_samples))
-        state = {**state, "values": state["values"] or is_of(record, VALUES)}
+        values, tuned = state["values"] or is_of(record, VALUES), state["tuned"] or is_of(record, FINE_TUNING)
+        state = {**state, "values": values, "tuned": tuned}
         loss, guesses = Progress(*state["loss"]), state["guesses"]
         if len(guesses) >= _RUNNING and loss.seen >= self.worse_after and "cross_entropy" in record.scalars:
             said = self._against_guess(record, state, self.worse)
@@ -125,7 +128,9 @@ class NotLearning(Rule):
             if len(said):
                 return said, state
         due = loss.seen >= self.start and (loss.seen - self.start) % self.every == 0
-        if not (due or (ending and loss.seen >= 100)):
+        # What is fine-tuned begins where it may well stay for a while: a short run of it tells little.
+        least = self.start if state["tuned"] else 100
+        if not (due or (ending and loss.seen >= least)):
             return self.unjudged(record, f"judged at {self.start} losses and every {self.every} after"), state
         if state["values"]:
             return self.unjudged(record, "its values need not fall"), state

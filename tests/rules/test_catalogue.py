@@ -252,6 +252,8 @@ CASES = [
     case("update_too_small", lambda: steady(loss=STUCK, lr=0.0, update_ratio=every(50, norms(0, 0))), False, "lr-zero"),
     case("not_learning", lambda: steady(301, loss=lambda s: 2.3 + 0.02 * grow(s)), True, "flat"),
     case("not_learning", lambda: steady(150, loss=lambda s: 2.3 + 0.02 * grow(s)), True, "short-run"),
+    case("not_learning", lambda: steady(150, loss=lambda s: 2.3 + 0.02 * grow(s), **{"kind/fine_tuning": 1.0}), False, "short-fine-tuning"),
+    case("not_learning", lambda: steady(301, loss=lambda s: 2.3 + 0.02 * grow(s), **{"kind/fine_tuning": 1.0}), True, "fine-tuning"),
     case("not_learning", lambda: steady(301, loss=GOOD), False, "falls"),
     case("not_learning", lambda: steady(301, loss=lambda s: -1.0 - s / 100), False, "negative"),
     case("not_learning", lambda: steady(301, loss=lambda s: 2 * 0.97**s + 5 * (s % 2)), False, "outlier-batches"),
