@@ -171,8 +171,8 @@ def rank_zero_writes(rank: int, world: int, folder: Path) -> None:
         watch = GradWatch(log_every=2, on_error="raise")
         fit(rank, world, folder, watch, bad={2: 1}, logger=TensorBoardLogger(folder, name="tb"))
     dist.barrier()
-    assert bool("gradwatch" in out.getvalue()) == (rank == 0), out.getvalue()
-    assert "gradwatch" not in err.getvalue()
+    assert bool("gradwatch" in err.getvalue()) == (rank == 0), err.getvalue()
+    assert "gradwatch" not in out.getvalue()
     (version,) = (folder / "tb").iterdir()
     assert (version / "gradwatch").is_dir()
     # Lightning's writer, and TensorBoard's own file of hyperparameters: none is another rank's.
