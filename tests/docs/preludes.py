@@ -104,7 +104,6 @@ def common() -> dict[str, Any]:
         "records_that_make_it_fire": [
             StepRecord(step=i, index=Index.of_parameters(["w"]), loss=5.0 if i > 20 else 1.0) for i in range(40)
         ],
-        "Trainer": pl.Trainer,  # README.md
         "Net": Net,
         "MyModel": Blocks,
         "model": model,
