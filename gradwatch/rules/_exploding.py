@@ -28,7 +28,7 @@ class Exploding(Rule):
     the ratio the size of the jump; twice running each jump must be sqrt(`ratio`). In a run whose norm is noisy z
     alone would let a thousandfold spike pass, so a norm `ceiling` times the level counts as `z`. A norm that the
     run's first steps had as well is not an explosion: late in training norms are small and jump about. Once they are
-    a hundredth of those, it takes `ratio` times those. Nor is one that the trainer is seen to have clipped, to
+    a hundredth of those, it takes `ratio` times those. Nor is one that the trainer clips, to
     sqrt(`ratio`) times the level at most, where this rule has no treatment of its own: it did not reach the weights.
 
     With `paths`, the norm of those parameters together. The incident names the paths that left their own level
@@ -63,7 +63,7 @@ class Exploding(Rule):
     )
 
     enough = 20
-    needs = frozenset({"grad_norm", "global_norm_applied", "trainer_clip"})
+    needs = frozenset({"grad_norm", "trainer_clip"})
     order = "backward"
 
     def __post_init__(self) -> None:
@@ -155,10 +155,11 @@ class Exploding(Rule):
         return float(np.sqrt(np.sum(np.square(chosen)))) if len(chosen) else math.nan
 
     def _was_clipped(self, record: StepRecord, state: State) -> bool:
-        """Return whether a norm that is clipped behind this look did not reach the optimizer."""
-        applied = record.global_norm_applied
-        if applied is None:
-            applied = record.scalars.get("trainer_clip", math.inf)
+        """Return whether a norm that is clipped behind this look will not reach the optimizer.
+
+        By what the trainer is set to: what the optimizer got is known when it is too late to act.
+        """
+        applied = record.scalars.get("trainer_clip", math.inf)
         return not self.then and applied < math.exp(median(state["window"])) * self.ratio**0.5
 
     def _bars(self, state: State) -> tuple[float, float]:
