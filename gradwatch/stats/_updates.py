@@ -80,8 +80,7 @@ class UpdateMeter:
         self._arenas: dict[torch.device, Tensor] = {}
         self.in_pieces = pipeline_of(self._params) is not None or any(map(_is_split, self._params))
         needs = list(map(_bytes, self._params))
-        shared = room_for_each(needs, memory_limit_bytes)
-        self.left_out = [i for i, need in enumerate(needs) if need > shared and _least(self._params[i]) > shared]
+        self.left_out, shared = _too_large(needs, list(map(_least, self._params)), memory_limit_bytes)
         never = {i for i, param in enumerate(self._params) if not _has_copies(param)}.union(self.left_out)
         self._measured = [i for i in range(len(self._params)) if i not in never]
         # What is left out takes no room; nor does what lies on another stage of a pipeline.
@@ -260,6 +259,20 @@ def _least(param: Any) -> float:
     if not can_sample(_local(param)):
         return math.inf
     return least_room(largest_piece(param), param.element_size())
+
+
+def _too_large(needs: Sequence[int], least: Sequence[float], limit: int) -> tuple[list[int], int]:
+    """Return which tensors not even a sample fits of, and the bytes that each of the others may take.
+
+    The one whose smallest sample is the largest is left out first: what it leaves is the others'.
+    """
+    left = {i for i, need in enumerate(needs) if min(need, least[i]) > limit}
+    while True:
+        shared = room_for_each([0 if i in left else need for i, need in enumerate(needs)], limit)
+        rest = [i for i, need in enumerate(needs) if i not in left and need > shared and least[i] > shared]
+        if not rest:
+            return sorted(left), shared
+        left.add(max(rest, key=lambda i: (least[i], i)))
 
 
 def _has_copies(param: Any) -> bool:
