@@ -169,7 +169,9 @@ def steppers_of(model: nn.Module, optimizer: Any) -> tuple[Stepper, ...]:
                 )
         return (stepper,)
     if optimizer is None:
-        raise ConfigError("`optimizer` must be a torch optimizer or several; a DeepSpeed engine alone has its own.")
+        raise ConfigError(
+            "`optimizer` must be a torch optimizer or several; an engine of DeepSpeed alone has its own. Got NoneType."
+        )
     return steppers(optimizer)
 
 

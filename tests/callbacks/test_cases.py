@@ -26,19 +26,19 @@ def fit(folder: Path, loader: DataLoader[Any], *, module: Any = None, **options:
 def test_lightning_tells_batch_epoch_and_samples(tmp_path: Path) -> None:
     case = fit(tmp_path, DataLoader(TensorDataset(torch.randn(80, 4)), batch_size=4))
     assert (case.step, case.batch_idx, case.epoch) == (5, 5, 0)
-    assert case.samples == (20, 21, 22, 23)
+    assert case.sample_ids == (20, 21, 22, 23)
 
 
 def test_accumulated_micro_batches_are_all_told(tmp_path: Path) -> None:
     loader = DataLoader(TensorDataset(torch.randn(80, 4)), batch_size=4)
     case = fit(tmp_path, loader, accumulate_grad_batches=2)
     assert (case.step, case.batch_idx) == (2, 5)
-    assert case.samples == tuple(range(16, 24))
+    assert case.sample_ids == tuple(range(16, 24))
 
 
 def test_of_a_loader_that_shuffles_nothing_is_guessed(tmp_path: Path) -> None:
     case = fit(tmp_path, DataLoader(TensorDataset(torch.randn(80, 4)), batch_size=4, shuffle=True))
-    assert case.samples == ()
+    assert case.sample_ids == ()
     assert any("which samples" in note for note in case.notes)
 
 
@@ -59,7 +59,7 @@ def test_batches_that_name_their_samples_are_believed_and_saved(tmp_path: Path) 
     pytest.importorskip("safetensors")
     loader = DataLoader(Numbered(), batch_size=4)
     case = fit(tmp_path, loader, module=OfMappings(), watch={"save_batch": True}, accumulate_grad_batches=2)
-    assert case.samples == tuple(f"sample-{i}" for i in range(16, 24))
+    assert case.sample_ids == tuple(f"sample-{i}" for i in range(16, 24))
     from safetensors.torch import load_file
 
     assert load_file(tmp_path / "run" / case.batch_file).keys() == {"micro0.x", "micro1.x"}
