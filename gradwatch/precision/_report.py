@@ -16,7 +16,7 @@ from ._formats import FORMATS, Format, cast_loss, format_named
 __all__ = ["FormatLoss", "PrecisionReport", "loss_table", "precision_report"]
 
 _UNSCALED, _SCALED = ("bfloat16", "float16"), ("float8_e4m3", "float8_e5m2")
-_FEW, _MANY = 0.001, 0.01
+_FEW = 0.001
 _LOSS_SCALES = range(25)
 """Exponents of the loss scales that are tried for float16."""
 
@@ -57,18 +57,15 @@ class PrecisionReport:
         losses: one for each format, in the order of `gradwatch.precision.FORMATS`.
         loss_scales: exponents of the smallest and the largest loss scale with which float16 keeps 99.9 % of the entries
             and none becomes infinite, at all of these steps; None where there is none.
-        rounded_away: share of the entries with a gradient that the optimizer left as they were, over all weights; nan
-            where `RoundedAway` was not measured.
     """
 
     num_steps: int
     losses: tuple[FormatLoss, ...]
     loss_scales: tuple[int, int] | None
-    rounded_away: float = float("nan")
 
     @property
     def advice(self) -> str:
-        """What to do about float16, and about updates that are rounded away, in sentences."""
+        """What to do about float16, in a sentence."""
         if not self.num_steps:
             return "No histogram of gradients is on record: set `histograms_every`."
         if self.loss_scales is None:
@@ -78,11 +75,6 @@ class PrecisionReport:
             said = (
                 f"float16: a loss scale of 2^{low} to 2^{high} loses less than 0.1 % and overflows nowhere; start at "
                 f"2^{(low + high + 1) // 2}."
-            )
-        if self.rounded_away > _MANY:
-            said += (
-                f" {_percent(self.rounded_away)} of the updates are rounded away in the weights' own format: keep "
-                "float32 master weights, or round stochastically."
             )
         return said
 
@@ -106,12 +98,11 @@ def precision_report(records: Iterable[StepRecord]) -> PrecisionReport:
     for record in records:
         if record.histograms:
             seen.add(record)
-        seen.add_rounded(record)
     losses = [seen.loss(name) for name in (*_UNSCALED, *_SCALED)]
     scales = seen.loss_scales()
     if scales is not None:
         losses.insert(2, seen.loss("float16", (sum(scales) + 1) // 2))
-    return PrecisionReport(seen.num_steps, tuple(losses), scales, seen.rounded_away)
+    return PrecisionReport(seen.num_steps, tuple(losses), scales)
 
 
 def loss_table(tensors: Mapping[str, Tensor], formats: Iterable[str] = tuple(FORMATS)) -> tuple[FormatLoss, ...]:
@@ -163,7 +154,6 @@ class _Seen:
         self.num_steps = 0
         self._paths: dict[str, int] = {}
         self._steps: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]] = []
-        self._rounded = np.zeros(2)
 
     def add(self, record: StepRecord) -> None:
         self.num_steps += 1
@@ -172,17 +162,6 @@ class _Seen:
         known = record.columns.get("grad_absmax")
         largest = [np.nan if known is None else known[record.index.position(path)] for path in record.histograms]
         self._steps.append((np.array(rows, np.int64), counts, np.array(largest, np.float64)))
-
-    def add_rounded(self, record: StepRecord) -> None:
-        column = record.columns.get("rounded_away")
-        if column is not None:
-            chosen = record.measured("rounded_away") & np.isfinite(column)
-            numel = record.index.numel[chosen].astype(np.float64)
-            self._rounded += [float((column[chosen] * numel).sum()), float(numel.sum())]
-
-    @property
-    def rounded_away(self) -> float:
-        return float(self._rounded[0] / self._rounded[1]) if self._rounded[1] else float("nan")
 
     def loss(self, name: str, exponent: int = 0) -> FormatLoss:
         num, num_lost, over = self._lost(FORMATS[name], exponent)

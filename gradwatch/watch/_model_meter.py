@@ -316,15 +316,6 @@ class ModelMeter:
         norms[doubtful] = again
         return norms
 
-    def details(self, grads: Gradients) -> dict[str, Tensor]:
-        """Return absmax, zeros, non-finite counts and exponent histograms of the gradients, on the device.
-
-        The norms come from the same read, so this is to be asked before them.
-        """
-        found = grads.measure(histograms=True)
-        assert found.histograms is not None
-        return {"details_sums": found.sums, "details_maxima": found.maxima, "histograms": found.histograms}
-
     def spreads(self, grads: Gradients) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
         """Return the row spread of every weight of two or more dimensions, for the first step."""
         chosen = [p for p in _as_held(grads.params) if len(shape := shape_of(p)) >= 2 and shape[0] > 1]

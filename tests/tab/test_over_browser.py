@@ -102,6 +102,7 @@ def test_a_run_is_added_and_taken_away_by_its_box(driver, show, runs):
     wait_until(lambda: texts(driver, ".gw-panel > h2") == ["spike", "small"], "the third run's going")
     driver.execute_script("document.querySelectorAll('.gw-more input')[1].click()")
     wait_until(lambda: len(texts(driver, ".gw-panel > h2")) == 3, "its coming back")
+    assert texts(driver, ".gw-panel > h2") == ["spike", "small", "third"]
 
 
 def test_every_cell_is_reached_and_read_by_keys(driver, show, runs):
@@ -131,6 +132,7 @@ def test_folding_colours_anew(driver, show, runs):
     wait_until(lambda: driver.execute_script(ends) != before, "colours of the folded rows")
     key(driver, "c")
     wait_until(lambda: driver.execute_script(ends) == before, "the colours of before")
+    assert driver.execute_script(ends) == before
 
 
 def test_the_case_file_stands_with_its_incident(driver, show, runs):
