@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import Request, urlopen
 
 from .errors import ConfigError
 
-__all__ = ["checked_address", "host_of", "request_parts"]
+__all__ = ["checked_address", "host_of", "post"]
 
 
 def checked_address(url: str, *, where: str) -> str:
@@ -41,12 +42,26 @@ def host_of(url: str) -> str:
     return urlsplit(url).hostname or "an address"
 
 
-def request_parts(url: str) -> tuple[str, dict[str, str]]:
-    """Return the address without a name and password in it, and the headers that carry these."""
+def post(url: str, body: bytes, *, timeout: float) -> None:
+    """Send JSON to an address; a name and password in it go into the header for them.
+
+    Args:
+        url: as `checked_address` returned it.
+        body: JSON.
+        timeout: seconds.
+
+    Raises:
+        OSError: nobody answered, or with a refusal. It holds no connection, however long it is kept.
+    """
     parts = urlsplit(url)
     headers = {"Content-Type": "application/json"}
-    if parts.username is None:
-        return url, headers
-    pair: Any = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])), headers
+    if parts.username is not None:
+        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+        url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    try:
+        with urlopen(Request(url, body, headers, method="POST"), timeout=timeout):
+            pass
+    except HTTPError as refusal:
+        refusal.close()
+        raise

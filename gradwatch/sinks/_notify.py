@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from queue import Full, Queue
 from time import monotonic
 from typing import Any
 
-from .._address import checked_address, host_of, request_parts
+from .._address import checked_address, host_of, post
 from .._warn import one_line, warn
 from ..errors import ConfigError, GradwatchError
 from ..protocols import RunMeta, Sink
@@ -178,10 +177,7 @@ class NotifySink(Sink):
             self.target(incident)
             return
         words = {**incident.to_json(), "text": str(incident), "run": self._name, "dropped": dropped}
-        address, headers = request_parts(self.target)
-        request = urllib.request.Request(address, dumps(words).encode(), headers, method="POST")
-        with urllib.request.urlopen(request, timeout=self._settings["timeout"]):
-            pass
+        post(self.target, dumps(words).encode(), timeout=self._settings["timeout"])
 
 
 def _name(target: Callable[[Incident], Any]) -> str:

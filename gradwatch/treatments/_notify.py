@@ -7,9 +7,8 @@ import threading
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
-from urllib.request import Request, urlopen
 
-from .._address import checked_address, host_of, request_parts
+from .._address import checked_address, host_of, post
 from .._warn import one_line, warn
 from ..errors import ConfigError
 from ..records import Incident
@@ -42,11 +41,8 @@ class Webhook:
         return thread
 
     def _post(self, body: bytes) -> None:
-        address, headers = request_parts(self.url)
-        request = Request(address, data=body, headers=headers, method="POST")
         try:
-            with urlopen(request, timeout=self.timeout):
-                pass
+            post(self.url, body, timeout=self.timeout)
         except (OSError, ValueError) as error:
             if not self._has_complained:
                 self._has_complained = True

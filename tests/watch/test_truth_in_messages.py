@@ -4,12 +4,14 @@ import http.server
 import shutil
 import threading
 import warnings
+from urllib.error import HTTPError
 
 import pytest
 import torch
 from torch import nn
 
 from gradwatch import ConfigError, GradwatchWarning, Watch
+from gradwatch._address import post
 from gradwatch.callbacks import GradWatch
 from gradwatch.callbacks._say import say_ending
 from gradwatch.callbacks.fabric import GradWatch as FabricGradWatch
@@ -107,6 +109,12 @@ def test_a_webhook_that_refuses_is_told_once_without_what_is_secret(tmp_path, do
     written = b"".join(p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
     assert SECRET not in "".join(told) + watch.summary()
     assert SECRET.encode() not in written
+
+
+def test_a_refusal_that_is_kept_holds_no_connection():
+    with Server(500) as server, pytest.raises(HTTPError) as refusal:
+        post(server.address, b"{}", timeout=5)
+    assert refusal.value.fp.closed
 
 
 def test_a_refusal_after_it_worked_is_told_too():
