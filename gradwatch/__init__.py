@@ -5,11 +5,11 @@ The names below load on first use (PEP 562): importing gradwatch pulls in no tra
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ._lazy import doors
 from ._version import __version__
-from .errors import ConfigError, GradwatchError, GradwatchWarning, suggest
+from .errors import ConfigError, GradwatchError, GradwatchWarning
 
 if TYPE_CHECKING:
     from ._preflight import PreflightReport as PreflightReport
@@ -70,13 +70,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _DOORS:
-        raise AttributeError(f"module 'gradwatch' has no attribute {name!r}. {suggest(name, __all__)}")
-    value = getattr(import_module("." + _DOORS[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = doors(__name__, _DOORS, __all__)

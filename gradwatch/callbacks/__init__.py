@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import suggest
+from .._lazy import doors
 
 if TYPE_CHECKING:
     from ._factories import AutoClip as AutoClip
@@ -23,13 +22,4 @@ _DOORS = {
 __all__ = ["AutoClip", "GradWatch", "GradientSurgery", "HistogramLogger"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _DOORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}. {suggest(name, __all__)}")
-    value = getattr(import_module("." + _DOORS[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = doors(__name__, _DOORS, __all__)

@@ -5,10 +5,9 @@ Names load on first use (PEP 562).
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import suggest
+from .._lazy import doors
 
 if TYPE_CHECKING:
     from ._aliases import Alias as Alias
@@ -118,13 +117,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _DOORS:
-        raise AttributeError(f"module 'gradwatch.hooks' has no attribute {name!r}. {suggest(name, __all__)}")
-    value = getattr(import_module("." + _DOORS[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = doors(__name__, _DOORS, __all__)

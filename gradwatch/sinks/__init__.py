@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .._lazy import doors
 from ._case_names import CASES, batch_name, case_name
 from ._csv import CsvSink
 from ._duck import DuckSink
@@ -45,10 +46,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # tensorboard takes half a second to import, and need not be installed.
-    if name == "TensorBoardSink":
-        from .tensorboard import TensorBoardSink
-
-        return TensorBoardSink
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# tensorboard takes half a second to import, and need not be installed.
+__getattr__, __dir__ = doors(__name__, {"TensorBoardSink": "tensorboard"}, __all__)

@@ -5,10 +5,9 @@ The names load on first use (PEP 562): a test run that uses none of them does no
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import suggest
+from .._lazy import doors
 
 if TYPE_CHECKING:
     from ..sinks import MemorySink
@@ -30,22 +29,13 @@ __all__ = [
 
 _DOORS = {
     "MemorySink": "..sinks",
-    "assert_healthy": "._healthy",
-    "check_rule": "._rule_laws",
-    "check_sink": "._sink_laws",
-    "check_statistic": "._statistic_laws",
-    "check_treatment": "._treatment_laws",
-    "odd_records": "._rule_laws",
+    "assert_healthy": "_healthy",
+    "check_rule": "_rule_laws",
+    "check_sink": "_sink_laws",
+    "check_statistic": "_statistic_laws",
+    "check_treatment": "_treatment_laws",
+    "odd_records": "_rule_laws",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _DOORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}. {suggest(name, __all__)}")
-    value = getattr(import_module(_DOORS[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = doors(__name__, _DOORS, __all__)

@@ -7,10 +7,9 @@ or behind a rule. The names load on first use (PEP 562).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..errors import suggest
+from .._lazy import doors
 from ..protocols import name_of_class
 
 if TYPE_CHECKING:
@@ -201,13 +200,4 @@ ACTIONS = _Names(_ACTIONS)
 """Actions by the name they have in rules files."""
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _DOORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}. {suggest(name, __all__)}")
-    value = getattr(import_module("." + _DOORS[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = doors(__name__, _DOORS, __all__)
