@@ -126,6 +126,7 @@ def train(program: Any, folder: Path, watch: GradWatchCallback, *, clip: float, 
     return true[accumulate - 1 :: accumulate]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [0.0, 0.01], ids=["no-clip", "clipped"])
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
 def test_the_norm_is_that_of_all_backwards_together(program: Any, clip: float, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_trainings_one_after_another_evaluations_and_searches_are_watched_as_bar
     assert not any(m._forward_hooks for m in run.model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["words", [1, 2], {"attributes": {"state": "AAAA"}}, {"args": {}}, None])
 def test_a_training_goes_on_from_a_checkpoint_whose_state_of_ours_can_not_be_read(state: Any, tmp_path: Path) -> None:
     trainer(tmp_path, **SAVES).train()

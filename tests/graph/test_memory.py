@@ -14,21 +14,17 @@ from .test_user_graph import run
 
 CASES = [
     ("plain", "everything"),
-    *(
-        pytest.param(program, arm, marks=pytest.mark.slow)
-        for program, arm in [
-            ("plain", "full"),
-            ("fabric", "everything"),
-            ("accelerate", "everything"),
-            ("lightning", "everything"),
-            ("lightning, manual", "default"),
-            ("hf", "everything"),
-        ]
-    ),
+    ("plain", "full"),
+    ("fabric", "everything"),
+    ("accelerate", "everything"),
+    ("lightning", "everything"),
+    ("lightning, manual", "default"),
+    ("hf", "everything"),
 ]
 LOGITS = 4 * 16 * 4000 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "arm"), CASES)
 def test_as_many_tensors_and_bytes_are_held_watched_and_bare(program: str, arm: str) -> None:
     found: Any = run("tests.graph.memory", program, arm)

@@ -200,6 +200,7 @@ def test_each_of_several_checkpoints_repeats_its_own_calls(specs, use_reentrant,
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_let_go_of_takes_its_interventions_with_it():
     """A function that keeps its tensors would keep the graph that keeps the function."""
     program = """

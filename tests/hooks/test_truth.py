@@ -205,6 +205,7 @@ def test_states_are_saved_and_read_back_lazily(net, x, tmp_path):
         Capture.load(tmp_path / "other.safetensors")
 
 
+@pytest.mark.slow
 def test_a_model_is_freed_at_once_when_its_manager_is():
     program = """
     import gc, weakref, torch

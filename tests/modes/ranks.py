@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -24,24 +26,17 @@ def run_group(module: str, world: int, folder: Path, names: list[str], *, timeou
     """Run the cases of a module in `world` processes; return case -> "" or why it failed."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
     env |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    command = [sys.executable, "-m", module]
+    command = [sys.executable, "-m", module, str(world), str(folder), *names]
     logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(log.open("w")) for log in logs]
-        ranks = [
-            subprocess.Popen(
-                [*command, str(rank), str(world), str(folder), *names], env=env, cwd=ROOT, stdout=f, stderr=f
-            )
-            for rank, f in enumerate(files)
-        ]
+    with logs[0].open("w") as log:
+        launcher = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         try:
-            for process in ranks:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(timeout)
         finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
     outcomes = {}
     for name in names:
         told = [folder / f"{name}.{rank}" for rank in range(world)]
@@ -53,9 +48,35 @@ def run_group(module: str, world: int, folder: Path, names: list[str], *, timeou
 
 
 def main(cases: Mapping[str, Case], backend: str = "gloo") -> None:
-    """Run the cases named on the command line, as one of the processes."""
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    """Run the cases named on the command line, in forks of a process that has imported what they need, once for all."""
+    world, folder, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
+    gc.freeze()
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 1
+        try:
+            with (folder / f"rank{rank}.log").open("ab", 0) as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            run_cases(cases, names, rank, world, folder, backend)
+            code = 0
+        except BaseException:  # whatever it is, it must not run on in a second copy of the launcher
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def run_cases(cases: Mapping[str, Case], names: list[str], rank: int, world: int, folder: Path, backend: str) -> None:
+    """Run some cases as one of the processes."""
     # What torchrun sets: Lightning then takes this process as one that was started for it.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29500", "GROUP_RANK": "0"}
@@ -66,7 +87,7 @@ def main(cases: Mapping[str, Case], backend: str = "gloo") -> None:
         world_size=world,
         timeout=datetime.timedelta(seconds=40),
     )
-    for name in sys.argv[4:]:
+    for name in names:
         place = folder / name
         place.mkdir(exist_ok=True)
         try:

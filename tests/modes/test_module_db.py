@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gradwatch import Watch
 from tests.modes.reference import EVERYTHING
 
-MANY = 40  # samples of one module: of those with more (one has nearly a thousand) every n-th is tried
+MANY = 16  # samples of one module: of those with more (one has nearly a thousand) every n-th is tried
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.filterwarnings("ignore")]
 
 
@@ -84,5 +84,5 @@ def test_samples_of_every_module_of_torch_train_to_the_same_bits() -> None:
                 if len(bare) != len(seen) or not all(same(a, b) for a, b in zip(bare, seen, strict=True)):
                     wrong.append((info.name, number, in_place))
     assert not wrong, f"{len(wrong)} of {count}: {wrong[:20]}"
-    assert count > 1000, count
+    assert count > 800, count
     assert failed < count / 4, failed

@@ -112,6 +112,7 @@ print(len(list(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.so"))))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("measurements", "libraries"), [(100, 0), (200, 1)])
 def test_a_small_model_starts_a_compiler_where_its_run_lasts(
     kernels: module.Native, measurements: int, libraries: int, tmp_path: Path

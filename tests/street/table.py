@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["QUICK", "STREET"]
+__all__ = ["STREET"]
 
 _FILES = {
     "vision": ("cnn", "vit", "frozen_backbone", "linear_probe", "unet_amp"),
@@ -50,4 +50,3 @@ _FILES = {
     "trainer_transformers": ("hf_causal_lm", "hf_checkpointing", "lora", "accelerate"),
 }
 STREET = {name: file for file, names in _FILES.items() for name in names}
-QUICK = ("vae", "checkpoint_not_reentrant")

@@ -18,15 +18,16 @@ import pytest
 
 from .laws import LAWS
 from .street import ARMS
-from .table import QUICK, STREET
+from .table import STREET
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 def cases() -> Iterator[Any]:
     for name in STREET:
         for arm in list(ARMS)[1:]:
-            yield pytest.param(name, arm, id=f"{name}-{arm}", marks=() if name in QUICK else pytest.mark.slow)
+            yield pytest.param(name, arm, id=f"{name}-{arm}")
 
 
 @cache
@@ -41,9 +42,7 @@ def outcomes(names: tuple[str, ...]) -> dict[tuple[str, str], dict[str, Any]]:
 
 def together(name: str) -> tuple[str, ...]:
     """The programs that run in one call with this one."""
-    if name in QUICK:
-        return QUICK
-    return tuple(other for other, file in STREET.items() if file == STREET[name] and other not in QUICK)
+    return tuple(other for other, file in STREET.items() if file == STREET[name])
 
 
 @pytest.mark.timeout(600)  # the first of a file waits for all of its programs
@@ -56,7 +55,6 @@ def test_a_watched_program_ends_as_the_bare_one_and_nothing_is_left(name: str, a
     assert {law: said for law, holds in LAWS.items() if (said := holds(bare, watched))} == {}
 
 
-@pytest.mark.slow
 def test_every_program_of_a_file_stands_in_the_table() -> None:
     code = (
         "from tests.street import run, street, table;"

@@ -82,7 +82,6 @@ def test_gradients_by_hand_are_those_of_autograd() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("start", range(3))
-@pytest.mark.parametrize("method", sorted(FINALS))
+@pytest.mark.parametrize(("method", "start"), [("mean", 0), ("mean", 1), ("mean", 2), ("cagrad", 0), ("pcgrad", 2)])
 def test_toy_ends_where_the_method_is_known_to_end(method, start) -> None:
     assert run(method, STARTS[start], 100_000) == pytest.approx(FINALS[method][start], abs=1e-2)

@@ -42,12 +42,13 @@ def run(*arguments: str) -> str:
     return done.stdout.split()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
         ("adamw-fused", "plain"),
-        pytest.param(("sgd", "scaler"), marks=pytest.mark.slow),
-        pytest.param(("adamw", "plain", "disk"), marks=pytest.mark.slow),
+        ("sgd", "scaler"),
+        ("adamw", "plain", "disk"),
     ],
     ids="-".join,
 )
