@@ -17,6 +17,7 @@ FLOORS = [
         "_adopt",
         "_closing",
         "_address",
+        "_lazy",
         "_markup",
         "_text",
         "_version",
