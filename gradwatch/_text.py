@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import reprlib
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-__all__ = ["file_name", "printable", "shown"]
+__all__ = ["as_typed", "file_name", "printable", "shown"]
 
 NAME_LENGTH = 48
 """Characters of a name that a file name keeps: four bytes each at most, and file systems take 255."""
@@ -32,6 +34,13 @@ def printable(text: object, *, keep: str = "\n") -> str:
     if words.isprintable():
         return words
     return "".join(c if c.isprintable() or c in keep else "?" for c in words)
+
+
+def as_typed(path: str) -> str:
+    """Return a path as one would type it here: from the working directory where it lies below it."""
+    with suppress(OSError, ValueError):
+        return str(Path(path).resolve().relative_to(Path.cwd())) or path
+    return path
 
 
 def shown(value: Any) -> str:

@@ -105,7 +105,7 @@ class FolderRun:
     def headline(self) -> Table:
         with self._reading() as run:
             found = {name: run.scalar(name) for name in HEADLINE if name in run.scalars}
-            return _table({**found, "limit": run.limits()}, run.steps())
+            return _table({**found, "limit": run.limits(), "clip_limit": run.clip_limits()}, run.steps())
 
     def scalars(self) -> Table:
         with self._reading() as run:

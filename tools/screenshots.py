@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gradwatch.report import write_report
 from gradwatch.runs import read_run
 from tests.docs.pages import ROOT, blocks
 from tests.tab.browser import chromium, open_tab, tensorboard, wait_until
@@ -45,7 +44,8 @@ def shoot(folder: Path, out: Path, wanted: set[str], *, summarised: Path) -> Non
         if wanted & set(TAB):
             shoot_tab(driver, folder, out)
         if "report" in wanted:
-            write_report(folder / "sigmoid" / "gradwatch", folder / "sigmoid.html")
+            command = [sys.executable, "-m", "gradwatch", "report", "sigmoid/gradwatch", "-o", "sigmoid.html"]
+            subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
             shoot_report(driver, folder / "sigmoid.html", out / "report.png", 1160)
         if "quickstart" in wanted:
             quickstart(driver, out / "quickstart.png")

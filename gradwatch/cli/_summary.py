@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,6 +65,7 @@ def show_summary(
         folder: of the run, for the command that judges it by other rules.
     """
     from ..report import summarise
+    from ..report._summary import replay_command
     from ._layers import incident_grid, layer_grid
 
     summary = summarise(data)
@@ -87,7 +87,10 @@ def show_summary(
     show_stories(summary)
     if folder and data.incidents:
         show()
-        show(f"What other rules would have said: gradwatch replay {shlex.quote(folder)} --rules rules.yaml", "dim")
+        show(
+            f"What other rules would have said: {replay_command(folder)}",
+            "dim",
+        )
     for note in summary.notes:
         show(f"note: {note}", "dim")
 

@@ -70,7 +70,7 @@ class ReportData:
         meta: plain values: `model`, `started`, `versions`, `options`.
         index: of all tables.
         tables: column -> `Table`.
-        scalars: name -> steps (T,), values (T,).
+        scalars: name -> steps (T,), values (T,). `limit` is the rules' bar, `clip_limit` what treatments kept to.
         histograms: parameter path -> steps (T,), exponent counts (T, 512).
         incidents: in order of their first step.
         treatments: what was done, in order of the first time.
@@ -117,7 +117,7 @@ class ReportData:
             histograms.add(record)
         treatments, limits = count_treatments(told)
         if limits:
-            scalars["limit"] = _merged(scalars.get("limit"), limits)
+            scalars["clip_limit"] = np.array(list(limits), np.int64), np.array(list(limits.values()))
         times = scalars["time"][1]
         if run.thinned:
             notes = (*notes, "Columns of some early steps were dropped to keep the run folder below its limit.")
@@ -166,8 +166,7 @@ class ReportData:
             histograms.add(record)
         treatments, limits = count_treatments((r.step, t) for r in kept for t in r.treatments)
         if limits:
-            bars = _merged(scalars.get("limit"), limits)
-            scalars["limit"] = (bars[0].tolist(), bars[1].tolist())
+            scalars["clip_limit"] = list(limits), list(limits.values())
         arrays = {n: (np.asarray(s, np.float64), np.asarray(v, np.float64)) for n, (s, v) in scalars.items()}
         if isinstance(meta, RunMeta):
             meta = {k: getattr(meta, k) for k in ("name", "model", "started", "versions", "options", "start_step")}
@@ -206,7 +205,7 @@ def table_of(steps: NDArray[Any], values_TN: Floats, measured_TN: NDArray[np.boo
 def count_treatments(
     reports: Iterable[tuple[int, TreatmentReport]],
 ) -> tuple[tuple[TreatmentCount, ...], dict[int, float]]:
-    """Return how often each treatment changed something, and the smallest limit stated at each step."""
+    """Return how often each treatment changed something, and the smallest limit stated at each step, in their order."""
     counts: dict[tuple[str, str], TreatmentCount] = {}
     limits: dict[int, float] = {}
     for step, report in reports:
@@ -218,16 +217,7 @@ def count_treatments(
             counts.setdefault(key, TreatmentCount(name=report.name, rule=report.rule)).add(
                 step, report.before, report.after
             )
-    return tuple(counts.values()), limits
-
-
-def _merged(known: tuple[Any, Any] | None, stated: Mapping[int, float]) -> tuple[NDArray[np.int64], Floats]:
-    """Return the smallest limit at each step: the rules' bar, and what treatments that acted there say was theirs."""
-    limits = {} if known is None else dict(zip(*(np.asarray(x).tolist() for x in known), strict=True))
-    for step, limit in stated.items():
-        limits[step] = min(limit, limits.get(step, math.inf))
-    steps = sorted(limits)
-    return np.array(steps, np.int64), np.array([limits[s] for s in steps], np.float64)
+    return tuple(counts.values()), dict(sorted(limits.items()))
 
 
 def _tables(records: Sequence[StepRecord], index: Index) -> dict[str, Table]:

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,7 +31,7 @@ from ..records import (
 from ._bundle import bundle, styles
 from ._data import COLUMNS, ReportData, Table
 from ._quantise import encode_histograms, encode_tables, squeeze
-from ._summary import Story, Summary, summarise, verdict_of
+from ._summary import Story, Summary, replay_command, summarise, verdict_of
 from ._svg import static_picture
 
 __all__ = ["LIMIT", "to_html"]
@@ -43,7 +42,7 @@ LIMIT = 490_000
 MANY = 600
 """Parameters above which biases are left out of the pictures."""
 
-CURVES = ("loss", "global_norm", "global_norm_after", "global_norm_applied", "limit")
+CURVES = ("loss", "global_norm", "global_norm_after", "global_norm_applied", "limit", "clip_limit")
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -233,8 +232,8 @@ def _words(data: ReportData, summary: Summary, place: int = 0, count: int = 1) -
 def _replay(data: ReportData) -> str:
     if not data.folder or not data.incidents:
         return ""
-    command = f"gradwatch replay {shlex.quote(data.folder)} --rules rules.yaml"
-    return f'<p class="gw-quiet">What other rules would have said of it: <code>{escape(command)}</code></p>'
+    command = escape(replay_command(data.folder))
+    return f'<p class="gw-quiet">What other rules would have said of it: <code>{command}</code></p>'
 
 
 def _coverage(verdict: Verdict) -> str:

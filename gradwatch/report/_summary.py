@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .._markup import number
+from .._text import as_typed
 from ..records import HEALTHY, NOT_ENOUGH_SEEN, SEVERITIES, Incident, Verdict, judge_run, rank_incidents
 from ._data import ReportData
 from ._words import explain
 
-__all__ = ["Story", "Summary", "number", "summarise", "verdict_of"]
+__all__ = ["Story", "Summary", "number", "replay_command", "summarise", "verdict_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,3 +218,8 @@ def _times(count: int) -> str:
 
 def _join(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def replay_command(folder: str) -> str:
+    """Return what tells what other rules would have said of a run folder."""
+    return f"gradwatch replay {shlex.quote(as_typed(folder))} --rules rules.yaml"

@@ -174,20 +174,24 @@ class Recorded:
             yield steps, values, measured
 
     def limits(self) -> tuple[NDArray[np.int64], Floats]:
-        """Return the steps at which a rule or treatment stated a limit for the global norm, and the smallest there."""
+        """Return the steps at which a rule had a bar for the global norm, and the smallest there."""
         smallest: dict[int, float] = {}
         stated = [self.scalar(name) for name in self.scalars if name == "limit" or name.startswith("limit/")]
         for steps, values in stated:
             for step, value in zip(steps.tolist(), values.tolist(), strict=True):
                 smallest[step] = min(value, smallest.get(step, np.inf))
+        return _finite(smallest)
+
+    def clip_limits(self) -> tuple[NDArray[np.int64], Floats]:
+        """Return the steps at which a treatment stated a limit for the global norm, and the smallest there."""
+        smallest: dict[int, float] = {}
         for live in self._live_blocks():
             steps = live.block.steps.tolist()
             for place, _, _, _, _, _, values in live.block.header["treatments"]:
                 for value in (float(values[key]) for key in ("limit", "max_norm") if key in values):
                     if live.rows[place] and np.isfinite(value):
                         smallest[steps[place]] = min(value, smallest.get(steps[place], np.inf))
-        when = sorted(step for step, value in smallest.items() if np.isfinite(value))
-        return np.array(when, np.int64), np.array([smallest[step] for step in when], np.float64)
+        return _finite(smallest)
 
     @property
     def has_histograms(self) -> bool:
@@ -268,3 +272,9 @@ def _joined(parts: list[Any], dtype: Any, width: int | None = None) -> NDArray[A
     if parts:
         return np.concatenate(parts).astype(dtype, copy=False)
     return np.zeros(0 if width is None else (0, width), dtype)
+
+
+def _finite(numbers: Mapping[int, float]) -> tuple[NDArray[np.int64], Floats]:
+    """Return steps in their order and their numbers, those alone that are finite."""
+    steps = sorted(step for step, value in numbers.items() if np.isfinite(value))
+    return np.array(steps, np.int64), np.array([numbers[step] for step in steps], np.float64)

@@ -53,6 +53,15 @@ def test_json_is_one_document(spiked, capsys) -> None:
     assert {row["path"] for row in told["layers"]} == {"encoder.weight", "encoder.bias", "decoder.weight"}
 
 
+def test_a_command_names_the_run_as_one_would_type_it_here(spiked, tmp_path, monkeypatch, capsys) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for place, path in ((spiked.parent, spiked.name), (elsewhere, str(spiked))):
+        monkeypatch.chdir(place)
+        main(["summary", str(spiked)])
+        assert f"gradwatch replay {path} --rules" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_layers_of_incidents_stay_when_room_is_short(spiked) -> None:
     grid, left_out = layer_grid(ReportData.from_run(read_run(spiked)), max_layers=1)
     assert left_out == 1

@@ -158,7 +158,7 @@ def test_live_records_give_the_same_report_as_the_run_folder(data):
 
 
 @pytest.mark.parametrize("of_folder", [False, True])
-def test_limit_is_drawn_at_every_step_and_not_only_where_a_treatment_acted(of_folder, tmp_path):
+def test_the_alarms_bar_is_drawn_at_every_step_and_a_clips_limit_where_it_acted(of_folder, tmp_path):
     records = [replace(r, scalars={**r.scalars, "limit": 3.0}) for r in make_records(steps=250)]
     stated = {r.step: t.values["limit"] for r in records for t in r.treatments if "limit" in t.values}
     assert stated
@@ -171,9 +171,11 @@ def test_limit_is_drawn_at_every_step_and_not_only_where_a_treatment_acted(of_fo
         found = ReportData.from_run(read_run(tmp_path / "run"))
     else:
         found = ReportData.from_records(records)
-    steps, limits = found.scalars["limit"]
+    steps, bars = found.scalars["limit"]
     assert steps.tolist() == list(range(250))
-    assert limits.tolist() == [min(3.0, stated.get(s, 3.0)) for s in range(250)]
+    assert bars.tolist() == [3.0] * 250
+    steps, limits = found.scalars["clip_limit"]
+    assert dict(zip(steps.tolist(), limits.tolist(), strict=True)) == stated
 
 
 def test_report_of_nothing_is_still_a_report(tmp_path):
