@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-__all__ = ["end_all", "insist", "why_ended"]
+__all__ = ["Surroundings", "end_all", "insist", "why_ended"]
 
 
 def end_all(*steps: Callable[[], object]) -> None:
@@ -32,6 +33,22 @@ def insist(close: Callable[[], object]) -> None:
         with suppress(Exception):
             close()
         raise
+
+
+class Surroundings:
+    """Tells an exception that came up since this was made from one inside of whose handler all of it happens."""
+
+    def __init__(self) -> None:
+        # Its number, not the exception: that holds the frames of a whole program.
+        self._handled = id(sys.exc_info()[1])
+
+    def error(self) -> BaseException | None:
+        """Return the exception that is on its way through a `finally`, or being handled; None where there is none, or
+        it is how an iteration ends."""
+        error = sys.exc_info()[1]
+        if id(error) == self._handled or isinstance(error, (StopIteration, StopAsyncIteration, GeneratorExit)):
+            return None
+        return error
 
 
 def why_ended(error: BaseException | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .._closing import end_all, insist, why_ended
+from .._closing import Surroundings, end_all, insist, why_ended
 from ._guard import Guard
 
 if TYPE_CHECKING:
@@ -32,24 +32,31 @@ class Ending:
     def __init__(self, session: Session, *first: Callable[[], object]) -> None:
         """`first`: what else is to be closed, before all."""
         self._session, self._first = session, first
+        self._surroundings = Surroundings()
         self._finished = False
         self._why = ""
 
-    def __call__(self, scalars: Mapping[str, float], *, error: BaseException | None = None) -> None:
+    def __call__(self, scalars: Mapping[str, float], *, error: BaseException | None = None) -> BaseException | None:
         """Take hooks off, let rules judge the whole run unless an exception ended it, write what is left.
 
         Args:
             scalars: what was learnt after the last step.
-            error: what ended the run. It is on its way to the user: nothing that fails here takes its place.
+            error: what ended the run; None: whatever is on its way to the user now, as in a `finally`. Nothing that
+                fails here takes its place.
+
+        Returns:
+            What ended the run; None where it came to its end.
         """
+        error = self._surroundings.error() if error is None else error
         if error is None:
             insist(partial(self._run, scalars))
-            return
+            return None
         self._finished, self._why = True, self._why or why_ended(error)
         try:
             insist(partial(self._run, scalars))
         except Exception as ours:
             self._session.engine.guard.failed.setdefault("closing", f"{type(ours).__name__}: {ours}")
+        return error
 
     def _run(self, scalars: Mapping[str, float]) -> None:
         end_all(*self._first, self._session.engine.take_off, partial(self._finish, scalars), self._close)

@@ -479,15 +479,18 @@ class Watch:
     def close(self) -> None:
         """Take every hook off, write what is left, also where Ctrl-C falls into it. May be called twice.
 
+        In a `finally` or an `except` the exception is put on record as what ended the run.
+
         Raises:
             TrainingStopped: a rule asked for a stop whose numbers came last from the device.
         """
         try:
-            self._end(self._extra)
+            error = self._end(self._extra)
         except KeyboardInterrupt:  # on the way in; where it came later that is done
             self._end(self._extra)
             raise
-        self._take_last_requests()
+        if error is None:
+            self._take_last_requests()
 
     def __enter__(self) -> Watch:
         if self.session.tasks is not None:

@@ -123,15 +123,38 @@ def test_cells_run_again_leave_no_hook_and_keep_no_tensor():
     assert alive[1] <= alive[0]
 
 
+def in_with(watch, error, train):
+    with watch:
+        train()
+        raise error
+
+
+def in_finally(watch, error, train):
+    try:
+        train()
+        raise error
+    finally:
+        watch.close()
+
+
+def in_except(watch, error, train):
+    try:
+        train()
+        raise error
+    except BaseException:
+        watch.close()
+        raise
+
+
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
-def test_a_run_that_an_exception_ends_is_not_complete_and_says_why(tmp_path, error):
+@pytest.mark.parametrize("closes", [in_with, in_finally, in_except])
+def test_a_run_that_an_exception_ends_is_not_complete_and_says_why(tmp_path, closes, error):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
     def run():
-        with Watch(model, optimizer, run_dir=tmp_path, **EVERYTHING) as watch:
-            steps(watch, model, optimizer)
-            raise error
+        watch = Watch(model, optimizer, run_dir=tmp_path, **EVERYTHING)
+        closes(watch, error, lambda: steps(watch, model, optimizer))
 
     with pytest.raises(type(error)):
         run()
@@ -139,6 +162,25 @@ def test_a_run_that_an_exception_ends_is_not_complete_and_says_why(tmp_path, err
     run = read_run(tmp_path)
     assert (len(run), run.complete, run.summary) == (3, False, "")
     assert run.meta["sessions"][-1]["ended"] == ("crashed: ValueError: mine" if error.args else "interrupted")
+
+
+def test_an_exception_that_was_there_before_did_not_end_the_run(tmp_path):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def batches():
+        yield from ()
+
+    try:
+        raise ImportError("no faster way")
+    except ImportError:  # a program may well train in here
+        watch = Watch(model, optimizer, run_dir=tmp_path, **EVERYTHING)
+        steps(watch, model, optimizer)
+        try:
+            next(batches())
+        except StopIteration:
+            watch.close()
+    assert read_run(tmp_path).complete
 
 
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
