@@ -40,9 +40,10 @@ export class Detail {
     if (key !== this.key) {
       const asks = {from: state.from, to: state.to, path, columns: 4000};
       const parameter = known.length ? weightOf(path, known[0].data.info.index) : '';
+      const has = (p) => parameter && p.data.info.has_histograms;
       const [curves, histograms] = await Promise.all([
         Promise.all(known.map((p) => this.source.matrix(p.data.id, stat.name, asks).catch(() => null))),
-        known.length && parameter && known[0].data.info.has_histograms ? this.source.histograms(known[0].data.id, parameter).catch(() => null) : null,
+        Promise.all(known.map((p) => (has(p) ? this.source.histograms(p.data.id, parameter).catch(() => null) : null))),
       ]);
       if (ask !== this.asked) return;
       Object.assign(this, {key, path, parameter, curves, histograms, known});
@@ -56,7 +57,9 @@ export class Detail {
     this.fact.textContent = info ? facts(info, this.known[0].data.info.index) : 'A folded block: unfold it to see its layers one by one.';
     this.parts.hidden = !info;
     if (!info) return;
-    const two = width >= 1000 && this.histograms;
+    const ridges = this.histograms.map((data, i) => ({data, id: this.known[i].data.id, color: cssColor(COLORS[i % COLORS.length])}))
+      .filter(({data}) => data);
+    const two = width >= 1000 && ridges.length;
     this.parts.classList.toggle('gw-two', Boolean(two));
     const each = two ? Math.floor((width - 24) / 2) : width;
     const table = union(this.curves.filter(Boolean).map((c) => ({steps: c.steps, values: rowValues(c, 0)})));
@@ -69,11 +72,12 @@ export class Detail {
       incidents: panels.flatMap((p) => p.data.incidents).filter((i) => (i.paths || []).includes(this.path)),
       on: {zoom: this.on.zoom, step: (step) => this.on.select(step, null)},
     });
-    this.ridgePart.hidden = !this.histograms;
-    if (!this.histograms) return;
-    const zeros = zeroShare(this.histograms);
-    this.ridgeHead.textContent = `log10 |gradient| of ${this.parameter}` + (zeros ? `, ${zeros}` : '');
-    this.ridge.draw({data: this.histograms, width: each, height: 330, step: state.step});
+    this.ridgePart.hidden = !ridges.length;
+    if (!ridges.length) return;
+    const zeros = zeroShare(ridges[0].data), several = ridges.length > 1;
+    const keys = ridges.map(({id, color}) => el('span', {className: 'gw-key'}, el('i', {style: {background: color}}), id));
+    clear(this.ridgeHead, `log10 |gradient| of ${this.parameter}` + (zeros ? `, ${zeros}` : '') + (several ? ' ' : ''), ...(several ? keys : []));
+    this.ridge.draw({runs: ridges, width: each, height: 330, step: state.step});
   }
 }
 

@@ -129,8 +129,9 @@ export class Panel {
     if (applied && differs(applied, after || before)) {
       series.push({label: 'as the optimizer got it', values: applied, color: cssColor('--gw-line-3')});
     }
-    // Event files hold one number for both, the smaller.
-    const clip = scalarColumn(headline, 'clip_limit'), name = clip ? 'the alarm’s bar' : 'a rule’s bar, a clip’s limit';
+    // Event files, whose points are windows of steps, hold one number for both, the smaller.
+    const clip = scalarColumn(headline, 'clip_limit');
+    const name = scalarColumn(headline, 'window') ? 'a rule’s bar, a clip’s limit' : 'the alarm’s bar';
     if (isSeen(limit)) series.push({label: name, values: limit, color: cssColor('--gw-critical'), width: 1, dash: [6, 4]});
     if (isSeen(clip)) series.push({label: 'a clip’s limit', values: clip, color: cssColor('--gw-line-2'), width: 1, dash: [2, 3]});
     this.norm.draw({steps: headline.steps, series, width, height: 190, gutter, incidents, low, high, step: state.step,

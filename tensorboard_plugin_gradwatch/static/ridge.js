@@ -1,4 +1,5 @@
-// Histograms of one parameter's gradient over time: log10 of the magnitude across, the newest in front.
+// Histograms of one parameter's gradient over time: log10 of the magnitude across, the newest in front. Of several runs
+// the first is filled, and the others lie over it as lines.
 
 import {el, cssColor, number, sizeCanvas, power} from './dom.js';
 import {css, rgbAt} from './colors.js';
@@ -12,8 +13,10 @@ export class Ridge {
     place.append(this.canvas);
   }
 
-  /** Draw `data`: decoded histograms, whose first two rows are zeros and non-finite, the others counts. */
-  draw({data, width, height, step}) {
+  /** Draw `runs`, [{data, color}]: decoded histograms, whose first two rows are zeros and non-finite, the others counts. */
+  draw({runs, width, height, step}) {
+    const [{data}] = runs, others = runs.slice(1).filter((run) => run.data.count && run.data.rows > 2);
+    this.outline = others.length ? runs[0].color : cssColor('--gw-page');
     const g = sizeCanvas(this.canvas, width, height);
     g.clearRect(0, 0, width, height);
     g.font = '11px system-ui, sans-serif';
@@ -24,7 +27,8 @@ export class Ridge {
       return;
     }
     const box = {left: 58, right: width - 70, top: 34, bottom: height - 26};
-    const low = data.left - data.width, high = data.left + data.width * (bins + 1);
+    const all = [data, ...others.map((run) => run.data)];
+    const low = Math.min(...all.map((d) => d.left - d.width)), high = Math.max(...all.map((d) => d.left + d.width * (d.rows - 1)));
     const x = (log) => box.left + ((log - low) / (high - low)) * (box.right - box.left);
     this.#axis(g, box, low, high, x, data);
     const stride = Math.ceil(data.count / MOST), shown = [];
@@ -36,26 +40,24 @@ export class Ridge {
       const base = box.top + gap * (k + 1.5), chosen = step !== '' && i === nearest;
       const label = chosen || (base - labelled >= 26 && Math.abs(shown.indexOf(nearest) - k) * gap >= (step === '' ? 0 : 13));
       if (label) labelled = base;
-      this.#one(g, data, i, {base, peak, x, bins, t: k / Math.max(1, shown.length - 1), chosen, label, box});
+      this.#one(g, data, i, {base, peak, x, t: k / Math.max(1, shown.length - 1), chosen, label, box});
+      for (const run of others) {
+        outline(g, run.data, closest(run.data.steps, data.steps[i]), {base, peak, x});
+        g.strokeStyle = run.color;
+        g.lineWidth = 1.2;
+        g.stroke();
+      }
     });
   }
 
-  #one(g, data, i, {base, peak, x, bins, t, chosen, label, box}) {
+  #one(g, data, i, {base, peak, x, t, chosen, label, box}) {
     const at = (r) => data.values[r * data.count + i];
-    let total = at(0) + at(1), most = 0;
-    for (let b = 0; b < bins; b++) {
-      total += at(2 + b);
-      most = Math.max(most, at(2 + b));
-    }
-    g.beginPath();
-    g.moveTo(x(data.left - data.width), base);
-    for (let b = 0; b < bins; b++) g.lineTo(x(data.left + (b + 0.5) * data.width), base - (most ? (at(2 + b) / most) * peak : 0));
-    g.lineTo(x(data.left + (bins + 1) * data.width), base);
+    const total = outline(g, data, i, {base, peak, x});
     g.closePath();
     const rgb = rgbAt(0.12 + 0.75 * t);
     g.fillStyle = `rgba(${rgb[0]},${rgb[1]},${rgb[2]},.72)`;
     g.fill();
-    g.strokeStyle = chosen ? cssColor('--gw-text') : cssColor('--gw-page');
+    g.strokeStyle = chosen ? cssColor('--gw-text') : this.outline;
     g.lineWidth = chosen ? 2 : 0.8;
     g.stroke();
     g.fillStyle = cssColor('--gw-muted');
@@ -103,6 +105,28 @@ export class Ridge {
     g.textAlign = 'right';
     g.fillText('step', box.left - 6, box.bottom + 14);
   }
+}
+
+/** Trace one histogram, its highest bin `peak` above `base`; return how many entries it counts. */
+function outline(g, data, i, {base, peak, x}) {
+  const at = (r) => data.values[r * data.count + i], bins = data.rows - 2;
+  let total = at(0) + at(1), most = 0;
+  for (let b = 0; b < bins; b++) {
+    total += at(2 + b);
+    most = Math.max(most, at(2 + b));
+  }
+  g.beginPath();
+  g.moveTo(x(data.left - data.width), base);
+  for (let b = 0; b < bins; b++) g.lineTo(x(data.left + (b + 0.5) * data.width), base - (most ? (at(2 + b) / most) * peak : 0));
+  g.lineTo(x(data.left + (bins + 1) * data.width), base);
+  return total;
+}
+
+/** The place of the step nearest to another. */
+function closest(steps, step) {
+  let best = 0;
+  for (let i = 1; i < steps.length; i++) if (Math.abs(steps[i] - step) < Math.abs(steps[best] - step)) best = i;
+  return best;
 }
 
 /** The share of zeros in the newest histogram, in words; "" where there is none. */

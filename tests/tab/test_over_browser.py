@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -89,6 +90,39 @@ def test_runs_of_a_report_stand_over_each_other_on_shared_axes(driver, show, run
     assert heads[:2] == ["loss", "global norm before treatment"]
     assert "eight of ten layers" in heads[2]
     assert texts(driver, ".gw-story .gw-place")[0].startswith("From step 240")
+
+
+INK = """
+const probe = document.createElement('canvas').getContext('2d');
+probe.fillStyle = getComputedStyle(document.body).getPropertyValue('--gw-line-2').trim();
+probe.fillRect(0, 0, 1, 1);
+const [r, g, b] = probe.getImageData(0, 0, 1, 1).data;
+const canvas = [...document.querySelectorAll('.gw-detail canvas')].pop();
+const seen = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+let count = 0;
+for (let i = 0; i < seen.length; i += 4) {
+  count += Math.abs(seen[i] - r) + Math.abs(seen[i + 1] - g) + Math.abs(seen[i + 2] - b) < 12;
+}
+return count;
+"""
+"""How much of the histograms' picture is in the second run's colour."""
+
+
+def test_histograms_of_runs_lie_over_each_other(driver, show, runs):
+    path = "h.2.mlp.c_proj.weight"
+    assert path in runs["spike"].histograms
+    counts = {}
+    for names in (("spike",), ("spike", "again")):
+        show(*(replace(runs["spike"], name=name) for name in names))
+        key_of_first = "return [...document.querySelectorAll('.gw-detail .gw-key')].map((n) => n.textContent)"
+        driver.execute_script("location.hash = arguments[0]", f"path={path}")
+        driver.refresh()
+        wait_until(lambda: texts(driver, ".gw-detail > h2") == [path], "the layer's part")
+        wait_until(lambda: texts(driver, ".gw-detail canvas"), "the histograms")
+        time.sleep(0.5)
+        assert driver.execute_script(key_of_first) == (list(names) if len(names) > 1 else [])
+        counts[len(names)] = driver.execute_script(INK)
+    assert counts[2] > counts[1] + 300
 
 
 def test_one_run_alone_has_nothing_over_it(driver, show, runs):
