@@ -91,7 +91,7 @@ class RunCard:
         steps, last, incidents = series.steps, series.last_step, self.incidents
         losses = [Curve("loss", series.curve("loss"), BLUE)]
         return [
-            curves("loss", steps, last, losses, incidents, is_log=False),
+            curves("loss", steps, last, losses, incidents, is_log=_spans_decades(losses[0].values)),
             curves("global gradient norm", steps, last, norms, incidents, is_log=True) if norms else "",
         ]
 
@@ -125,3 +125,9 @@ class RunCard:
         room = min(MOST_LAYERS - len(first), len(rest))
         spread = np.linspace(0, len(rest) - 1, room).astype(int).tolist() if room else []
         return sorted({*first, *(rest[i] for i in spread)})
+
+
+def _spans_decades(values: Floats) -> bool:
+    """Return whether a linear axis would show the largest alone: all above zero, over two decades or more."""
+    seen = values[np.isfinite(values)]
+    return bool(len(seen)) and float(seen.min()) > 0 and float(seen.max()) >= 100 * float(seen.min())

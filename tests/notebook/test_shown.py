@@ -16,7 +16,7 @@ from torch import nn
 import gradwatch
 from gradwatch import Watch
 from gradwatch._markup import Text
-from gradwatch.notebook import Series
+from gradwatch.notebook import RunCard, Series
 from gradwatch.records import Incident, Incidents, Index, StepRecord
 from gradwatch.runs import read_run, replay
 
@@ -200,6 +200,19 @@ def test_points_of_a_long_run_keep_the_one_spike_and_the_one_nan() -> None:
     assert np.isnan(loss).sum() == 1
     assert series.steps[np.nanargmax(loss)] <= 1234 < series.steps[np.nanargmax(loss) + 1]
     assert series.steps[np.isnan(loss)][0] <= 4321
+
+
+@pytest.mark.parametrize(("largest", "middle"), [(8.0, "low"), (1e12, "high")])
+def test_a_loss_that_blows_up_leaves_the_steps_before_it_in_sight(largest, middle) -> None:
+    """Drawn linearly, 1e6 is nothing beside 1e12."""
+    losses = np.full(60, 1.0)
+    losses[30:] = 1.0 if largest == 8 else 1e6
+    losses[-1] = largest
+    series = Series(records_of(losses, Index.of_parameters(["w"])))
+    html = RunCard(headline="a run", tone="good", series=series).html()
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", re.search(r'<path[^>]* d="([^"]+)"', html)[1])]
+    share = (heights[0] - heights[40]) / (heights[0] - heights[-1])
+    assert (share > 0.4) == (middle == "high")
 
 
 def test_a_run_read_and_a_run_in_memory_draw_the_same_points(trained) -> None:
