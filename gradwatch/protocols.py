@@ -125,11 +125,13 @@ class Treatment(_Named):
         learns: keeps statistics of the steps it sees: behind a rule it wants to be applied at every step, with a False
             trigger where the rule did not fire.
         needs_host: works only where its trigger can be read: every step must wait for the rule's verdict.
+        moves_weights: `stepped` is to be called.
     """
 
     order: ClassVar[int] = 50
     learns: ClassVar[bool] = False
     needs_host: ClassVar[bool] = False
+    moves_weights: ClassVar[bool] = False
 
     def bind(self, model: Any) -> None:
         """Look at the model once, before the first step. By default nothing."""
@@ -156,6 +158,10 @@ class Treatment(_Named):
             What is to be added to the report; by default nothing.
         """
         return {}
+
+    def stepped(self, optimizer: Any) -> None:
+        """Hear that an optimizer has moved the weights, with `moves_weights`; not after a step that was vetoed. By
+        default nothing."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as plain values and tensors on the CPU; {}, the default, where there is none."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..torchside import CallMode, WeakHook, member, past_override, untraced
+from ..torchside import PRODUCTS, CallMode, WeakHook, member, past_override, untraced
 from ._attention_forms import AS_IT_IS, Form, Geometry, geometry_of
 from ._dispatch import GradientCall, follows, has_acted, run_entry, shade, sorted_entries, takes_part
 from ._fused import Fused
@@ -23,7 +23,6 @@ from ._runs import Runs, graph_task_id
 
 __all__ = ["AttentionSite"]
 
-_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "__matmul__"})
 _CASTS = frozenset({"to", "type", "type_as", "half", "bfloat16", "float"})
 _NESTED = (
     "it attended to a nested tensor, in a kernel of torch's own: nn.TransformerEncoder(enable_nested_tensor=False)"
@@ -115,7 +114,7 @@ class _Attending(CallMode):
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             return self._fused(func, args, kwargs)
-        if name in _PRODUCTS:
+        if name in PRODUCTS:
             return self._product(func, args, kwargs)
         if name == "softmax":
             return self._softmax(func, args, kwargs)

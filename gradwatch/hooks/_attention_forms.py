@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..torchside import member
+from ..torchside import heads_of
 
 __all__ = ["AS_IT_IS", "Form", "Forms", "Geometry", "geometry_of"]
 
@@ -130,17 +130,6 @@ class Geometry:
         )
 
 
-_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
-
-
 def geometry_of(module: nn.Module) -> Geometry:
     """Return what a module, or its config, says of its heads."""
-    config = member(module, "config")
-    heads = next(
-        (n for holder in (module, config) for name in _COUNTS if type(n := getattr(holder, name, None)) is int), None
-    )
-    groups = getattr(module, "num_key_value_groups", None)
-    if type(groups) is not int:
-        few = getattr(config, "num_key_value_heads", None)
-        groups = heads // few if heads and type(few) is int and few and heads % few == 0 else 1
-    return Geometry(heads, max(groups, 1))
+    return Geometry(*heads_of(module))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ._compiled import compiled_parts
+from ..torchside import compiled_parts
 from ._hook import Entry, Hook
 
 if TYPE_CHECKING:

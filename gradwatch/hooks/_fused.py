@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["Fused"]
+from ..torchside import attended_fused
 
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+__all__ = ["Fused"]
 
 
 @dataclass
@@ -31,16 +31,16 @@ class Fused:
 
     @classmethod
     def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fused:
-        given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+        found, given = attended_fused(args, kwargs)
         return cls(
             func,
-            given["query"],
-            given["key"],
+            found.q,
+            found.k,
             given["value"],
-            given.get("attn_mask"),
+            found.mask,
             given.get("dropout_p", 0.0),
-            given.get("is_causal", False),
-            given.get("scale"),
+            found.is_causal,
+            found.scale,
             given.get("enable_gqa", False),
         )
 

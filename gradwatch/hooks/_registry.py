@@ -11,9 +11,8 @@ from torch import nn
 
 from .._warn import warn
 from ..errors import ConfigError
-from ..torchside import WeakHook, weakly
+from ..torchside import WeakHook, compiled_parts, is_within, weakly
 from ._attention import AttentionSite
-from ._compiled import compiled_parts, is_within
 from ._dispatch import Site
 from ._hook import Entry, Hook
 from ._parameters import ParameterSite

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..torchside import past_override, random_state, set_random_state, tensors_of
+from ..torchside import PRODUCTS, past_override, random_state, set_random_state, tensors_of
 
 __all__ = ["Attend", "Call", "Op", "Trace", "trace"]
-
-PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "__matmul__"})
 
 
 @dataclass

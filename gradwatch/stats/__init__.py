@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._attention import apart, attention_bound, attention_peaks, attention_sums
 from ._counting import num_beyond
 from ._details import GradientDetails, gradient_details
 from ._device import forget_layouts, kernel_backends, kernel_faults
@@ -13,13 +14,14 @@ from ._moments import MOMENTS, extent, host_extent, host_moments, moments, num_n
 from ._norms import global_norm, host_norms, second_look, tensor_norms
 from ._shards import Shards, reduce_max_, reduce_sum_
 from ._spread import row_spread
-from ._statistic import GIVEN, Statistic, View
+from ._statistic import GIVEN, OF_CALLS, Statistic, View
 from ._tasks import cosines, gramian
 from ._updates import UpdateMeter, UpdateStats
 
 __all__ = [
     "GIVEN",
     "MOMENTS",
+    "OF_CALLS",
     "Exchange",
     "GradientDetails",
     "GradientMeasures",
@@ -30,6 +32,10 @@ __all__ = [
     "UpdateMeter",
     "UpdateStats",
     "View",
+    "apart",
+    "attention_bound",
+    "attention_peaks",
+    "attention_sums",
     "cosines",
     "exponent_histograms",
     "extent",

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..records import MODULE, PARAMETER, Column, add_column, snake_case
-from ..torchside import home, moved, wide_dtype
+from ..torchside import Attended, home, moved, wide_dtype
 
-__all__ = ["GIVEN", "Statistic", "View"]
+__all__ = ["GIVEN", "OF_CALLS", "Statistic", "View"]
 
-GIVEN = ("gradients", "parameters", "optimizer_state", "outputs")
+GIVEN = ("gradients", "parameters", "optimizer_state", "outputs", "attention")
 """What a statistic may need."""
+OF_CALLS = frozenset(GIVEN[3:])
+"""What is shown call by call, and stands alone among what a statistic needs."""
 
 
 class View:
@@ -25,12 +27,14 @@ class View:
 
     With `needs` of gradients, parameters or optimizer state there is one for each parameter that has a gradient, all
     in the order of `paths`; of a sharded one the piece on this rank. With `needs = {"outputs"}` there is one view for
-    each call of a module: `paths` holds the module's, `outputs` its float tensors.
+    each call of a module: `paths` holds the module's, `outputs` its float tensors. With `needs = {"attention"}` one for
+    each time that a module attends.
 
     Attributes:
         step: optimizer steps taken so far.
         paths: what the rows are about.
         outputs: of one module's call; empty else.
+        attention: of one module, before its softmax; None else.
         memory: kept from one step to the next, as long as the paths are the same; empty at first.
     """
 
@@ -44,7 +48,9 @@ class View:
         state: Callable[[str], Sequence[Tensor | None]] | None = None,
         options: Callable[[str], Sequence[Any]] | None = None,
         outputs: Sequence[Tensor] = (),
+        attention: Attended | None = None,
     ) -> None:
+        self.attention = attention
         self.step, self.paths, self.memory, self.outputs = step, tuple(paths), memory, tuple(outputs)
         self._tensors, self._state, self._options = tensors or {}, state, options
         self._kept: dict[str, Sequence[Tensor]] = {}
@@ -102,7 +108,8 @@ class Statistic:
         name: by default the class name in snake case.
         unit, label, scale, signed, guide, combine: see `gradwatch.records.Column`.
         kind: of the result: `"parameter"`, `"module"` or `"scalar"`; by default what the rows are about.
-        needs: of `"gradients"`, `"parameters"`, `"optimizer_state"` (and its options); or `"outputs"` alone.
+        needs: of `"gradients"`, `"parameters"`, `"optimizer_state"` (and its options); or `"outputs"`, or
+            `"attention"`, alone.
         every: measured at one optimizer step in this many, and at the powers of two below it.
         num_sums, num_maxima: numbers per row of what `sums` and `maxima` return.
     """
@@ -127,9 +134,9 @@ class Statistic:
         cls.name = cls.__dict__.get("name") or snake_case(cls.__name__)
         needs = (cls.needs,) if isinstance(cls.needs, str) else cls.needs
         cls.needs = frozenset(needs)
-        if not cls.needs <= set(GIVEN) or not cls.needs or ("outputs" in cls.needs and len(cls.needs) > 1):
+        if not cls.needs <= set(GIVEN) or not cls.needs or (cls.needs & OF_CALLS and len(cls.needs) > 1):
             raise ConfigError(
-                f"`needs` of statistic {cls.name!r} are some of {', '.join(GIVEN[:-1])}, or outputs alone. "
+                f"`needs` of statistic {cls.name!r} are some of {', '.join(GIVEN[:3])}, or outputs or attention alone. "
                 f"Got {', '.join(sorted(map(str, cls.needs))) or 'none'}."
             )
         for setting, low in (("every", 1), ("num_sums", 0), ("num_maxima", 0)):
@@ -144,7 +151,7 @@ class Statistic:
     @classmethod
     def over(cls) -> str:
         """Return what the rows are about: `"parameter"` or `"module"`."""
-        return MODULE if "outputs" in cls.needs else PARAMETER
+        return MODULE if cls.needs & OF_CALLS else PARAMETER
 
     @classmethod
     def columns(cls) -> tuple[Column, ...]:
@@ -175,6 +182,7 @@ class Statistic:
 
         Returns:
             Shape (n,) for a column, a number for a scalar; a mapping of names to those where there are several. Nan is
-            a value: it goes on record as it is.
+            a value: it goes on record as it is. A name that ends in "/" is a family of scalars, of which a path has
+            several, shape (n, k): `family/path/0`, ...; there nan stands for none.
         """
         return sums[:, 0] if self.num_sums else maxima[:, 0]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from ._aside import Aside, are_modes_on, in_transform
+from ._attention import PRODUCTS, Attended, AttentionTap, attended_fused, heads_of
 from ._autograd import graph_task_id, in_backward
 from ._bits import checksums, differ, num_bytes, pieces, put_bits
 from ._checkpoints import checkpoints_around, in_recomputation, may_be_checkpointed
+from ._compiled import compiled_parts, is_within
 from ._copies import Kept, all_finite, fresh, kept, kept_tensors, local_piece, put_back, size_of
 from ._devices import (
     Mark,
@@ -41,8 +43,11 @@ from ._values import Values, declassed, dense, overlaps, owned, parts, values, w
 from ._zero import ZeroPart, engine_of, is_split_by_zero
 
 __all__ = [
+    "PRODUCTS",
     "WRAPPER_PARTS",
     "Aside",
+    "Attended",
+    "AttentionTap",
     "Away",
     "CallMode",
     "Kept",
@@ -63,12 +68,14 @@ __all__ = [
     "allocated_bytes",
     "are_modes_on",
     "are_several",
+    "attended_fused",
     "can_lend",
     "can_lend_all",
     "checkpoints_around",
     "checksums",
     "children",
     "clean_path",
+    "compiled_parts",
     "declassed",
     "dense",
     "differ",
@@ -79,6 +86,7 @@ __all__ = [
     "fresh",
     "give_back_memory",
     "graph_task_id",
+    "heads_of",
     "home",
     "identities",
     "identity",
@@ -88,6 +96,7 @@ __all__ = [
     "is_flat_sharded",
     "is_host",
     "is_split_by_zero",
+    "is_within",
     "kept",
     "kept_tensors",
     "largest_piece",

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ._noise import add_noise_ as add_noise_
     from ._notify import resolve_target as resolve_target
     from ._notify import send as send
+    from ._qk_clip import QKClip as QKClip
     from ._quantile import QuantileClip as QuantileClip
     from ._quantile import quantile_limit as quantile_limit
     from ._rollback import Rollback as Rollback
@@ -75,6 +76,7 @@ _TREATMENTS = {
     "MicroBatchSurgery": "surgery",
     "Noise": "_noise",
     "Normalize": "_scale",
+    "QKClip": "_qk_clip",
     "QuantileClip": "_quantile",
     "ResetMoments": "_moments",
     "Sanitize": "_sanitize",
@@ -143,6 +145,7 @@ __all__ = [
     "Noise",
     "Normalize",
     "Notify",
+    "QKClip",
     "QuantileClip",
     "Rollback",
     "ResetMoments",

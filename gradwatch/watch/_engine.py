@@ -119,6 +119,7 @@ class Engine:
         behind_rules = [t for rule in book.rules for t in treatments_of(rule)]
         acts = self.all_treatments = (*self.treatments, *behind_rules)
         self.treats = bool(acts)
+        self._movers = [t for t in acts if t.moves_weights]
         self._may_veto = self.treats or self.rollbacks is not None
         told = weakly(self._on_stepped), weakly(self._on_stepping)
         self.proofs = Proofs(self.judge, self.completion.late_requests, stops=options.stop_on_unproven)
@@ -408,10 +409,21 @@ class Engine:
             return
         if self._update_ratios.is_due:
             self._update_ratios.after(optimizer, self._current)
+        for treatment in () if self._current is not None and self._current.vetoed else self._movers:
+            self._move(treatment, optimizer)
         self.produced.stepped()
         if not self.ends_at_once:
             self.meter.account.begin(self.meter.watched)
         self.announced.stepped(optimizer)
+
+    def _move(self, treatment: Treatment, optimizer: Optimizer) -> None:
+        """Let a treatment move weights once more, now that the optimizer has."""
+        try:
+            treatment.stepped(optimizer)
+        except Exception as error:
+            what = f"treatment {treatment.name!r} raised {one_line(error)} after the optimizer's step"
+            self.judge.report(own_incident("treatment_failed", self._step, what, (treatment.name,), is_harm=False))
+            self.guard.stumble(f"treatment {treatment.name!r} failed after the optimizer's step", error)
 
     def broke_off(self) -> None:
         """Say that the optimizers' steps have raised, and that `finish_step` does not follow."""

@@ -30,6 +30,7 @@ SETTINGS = {
     "ema_clip": {"ratio": 1.05, "warmup": 3},
     "noise": {"eta": 0.01, "gamma": 0.55, "seed": 1},
     "normalize": {"norm": 1.0, "by": "global"},
+    "qkclip": {"max_logit": 100.0},
     "quantile_clip": {"q": 0.5, "window": 8},
     "reset_moments": {"every": 500},
     "sanitize": {},

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..torchside import member
+from ._members import member
 
 __all__ = ["compiled_parts", "is_within"]
 
