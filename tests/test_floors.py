@@ -25,7 +25,7 @@ FLOORS = [
     },
     {"torchside"},
     {"stats", "samples"},
-    {"hooks", "rules", "treatments", "sinks", "precision"},
+    {"hooks", "rules", "treatments", "sinks", "precision", "attention"},
     {"notebook"},
     {"watch", "book", "runs"},
     {"report", "_preflight", "ahead"},

@@ -22,8 +22,10 @@ GROUP = "gradwatch.statistics"
 _BUILT_IN = {
     "activation_formats": "gradwatch.precision:ActivationFormats",
     "adam_update_rms": "gradwatch.ahead:AdamUpdateRms",
+    "attention": "gradwatch.attention:AttentionScores",
     "gradient_formats": "gradwatch.precision:GradientFormats",
     "gradient_turn": "gradwatch.ahead:GradientTurn",
+    "step_curvature": "gradwatch.ahead:StepCurvature",
 }
 """Those that come with gradwatch, by name; imported where they are asked for."""
 

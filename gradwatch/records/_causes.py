@@ -49,6 +49,7 @@ LEADS_TO: Mapping[str, tuple[str, ...]] = {
     "batch_norm_statistics": ("train_eval_mismatch", "overfit", "val_not_learning"),
     "learning_rate_gone": _STILL,
     "epsilon_too_large": _STILL,
+    "updates_rounded_away": _STILL,
     "weight_decay_too_large": ("update_too_large", *_UNITS, *_RESULT),
     "dropout_too_large": ("exploding", "val_not_learning", *_STILL),
     "weights_overwritten": ("restarted", *_UNSTABLE, *_STILL),
@@ -56,6 +57,9 @@ LEADS_TO: Mapping[str, tuple[str, ...]] = {
     "amp_overflow": ("non_finite", *_RESULT),
     "rank_divergence": ("grad_conflict", *_UNSTABLE, *_RESULT),
     # What becomes of it.
+    "attention_logits_growing": ("attention_entropy_collapse", *_UNSTABLE, *_RESULT),
+    "attention_entropy_collapse": ("vanishing", *_UNSTABLE, *_RESULT),
+    "logits_drift": ("amp_overflow", *_UNSTABLE, *_RESULT),
     "blown_up": (*_UNSTABLE, *_UNITS, *_RESULT),
     "exploding": ("non_finite", "loss_spike", "diverging", "dead_units", "clip_too_often", *_RESULT),
     "gradient_growth": ("non_finite", "diverging", "clip_too_often"),

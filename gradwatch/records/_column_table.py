@@ -19,6 +19,11 @@ _UPDATES = {
 _OUTPUT = {"kind": "module", "when": "activations_every", "absent": "the module did not run, or gave no float tensor"}
 _GRAD_OUTPUT = {"kind": "module", "when": "activations_every", "absent": "no gradient came back to the module's output"}
 _SHARE = {"scale": "share", "unit": "share"}
+_ATTENTION = {
+    "kind": "module",
+    "when": "with the statistic `attention`, one step in 50",
+    "absent": "it does not attend, or in a way that is not known",
+}
 _COUNT = {"scale": "count", "unit": "entries"}
 
 _COLUMNS: tuple[dict[str, Any], ...] = (
@@ -80,6 +85,16 @@ _COLUMNS: tuple[dict[str, Any], ...] = (
         "combine": "norm",
         "in_report": False,
         "meaning": "L2 norm of what the optimizer added.",
+    },
+    {
+        **_UPDATES,
+        **_SHARE,
+        "name": "update_lost",
+        "label": "updates rounded away",
+        "in_report": False,
+        "meaning": "Of the entries of a parameter in 16 bits that had a gradient, the share that the step left as they "
+        "were: their update was rounded away.",
+        "absent": "the parameter does not have 16 bits, or no gradient",
     },
     {
         **_HISTOGRAMS,
@@ -168,6 +183,37 @@ _COLUMNS: tuple[dict[str, Any], ...] = (
         "meaning": "NaN and infinite entries of each grad_output.",
     },
     {
+        **_ATTENTION,
+        "name": "attention_logit_max",
+        "label": "attention logit, largest",
+        "guide": 100.0,
+        "meaning": "Largest attention logit of any head: what the softmax is taken of, where no mask is.",
+    },
+    {
+        **_ATTENTION,
+        "name": "attention_logit_head",
+        "label": "head of the largest logit",
+        "scale": "linear",
+        "in_report": False,
+        "meaning": "The head that has it, counted from 0.",
+    },
+    {
+        **_ATTENTION,
+        **_SHARE,
+        "name": "attention_entropy",
+        "label": "attention entropy",
+        "meaning": "Entropy of the attention pattern over all heads, as a share of what it can be at most: "
+        "1 looks everywhere alike, 0 at one place.",
+    },
+    {
+        **_ATTENTION,
+        **_SHARE,
+        "name": "attention_entropy_min",
+        "label": "attention entropy, lowest head",
+        "in_report": False,
+        "meaning": "The same of the head that has the lowest one.",
+    },
+    {
         "name": "row_spread",
         "kind": "parameter",
         "label": "row spread at start",
@@ -238,6 +284,12 @@ _SCALARS: tuple[tuple[str, str, str, str], ...] = (
     ("output_max", "Largest entry of the prediction.", _SAMPLED, _NO_OUTPUT),
     ("output_row_sum_min", "Smallest sum over the classes of a sample.", _SAMPLED, "there is one unit"),
     ("output_row_sum_max", "Largest sum over the classes of a sample.", _SAMPLED, "there is one unit"),
+    (
+        "output_log_z",
+        "Logarithm of the sum of the exponentials of a prediction’s scores, mean over some rows.",
+        _SAMPLED,
+        "there is one unit",
+    ),
     ("target_min", "Smallest target.", _SAMPLED, _NO_TARGETS),
     ("target_max", "Largest target.", _SAMPLED, _NO_TARGETS),
     ("target_row_sum_min", "Smallest sum over a target’s classes.", _SAMPLED, "targets have no rows"),
@@ -338,6 +390,8 @@ FAMILIES: Mapping[str, str] = {
     "task_similarity/": "Magnitude similarity of two tasks’ gradients.",
     "kind/": "1 where the training is of this kind.",
     "local_norm/": "Gradient norm of each rank before reduction.",
+    "attention_logit_max/": "Largest attention logit of each head, by module and head.",
+    "attention_entropy/": "Entropy of each head’s pattern, as a share of what it can be at most.",
 }
 """How names begin of scalars that depend on the run, and what they are."""
 

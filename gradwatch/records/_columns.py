@@ -139,6 +139,8 @@ def add_column(column: Column) -> None:
     Raises:
         ConfigError: one of that name is built in.
     """
+    if _BUILT_IN.get(column.name) == column:
+        return  # told already: a statistic that comes with gradwatch
     if column.name in _BUILT_IN or (column.kind != SCALAR and is_scalar_name(column.name)):
         raise ConfigError(f"{column.name!r} is built in: a column of one's own needs a name of its own.")
     _OWN[column.name] = column

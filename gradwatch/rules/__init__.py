@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..records import snake_case
 from ._acts import actions_of, can_decide, has_limit, then_of, treatments_of
+from ._attention import AttentionEntropyCollapse, AttentionLogitsGrowing, LogitsDrift
 from ._beginning import BlownUp, Crawling, MistakenLoss
 from ._data import RepeatedBatch, RepeatedTargets, TargetOutliers, TargetScale
 from ._engine import RuleEngine, RuleMemory
@@ -23,6 +24,7 @@ from ._loss import BadInitialLoss, Diverging, LossSpike, Undertrained
 from ._non_finite import NonFinite
 from ._pairs import LossTerms, TargetsShifted, TooGood, WholeTargets
 from ._players import OneSided
+from ._precision import UpdatesRoundedAway
 from ._restarted import Restarted
 from ._rule import RULE, Rule, as_rule
 from ._rulebook import INHIBITS, RuleBook, Silence
@@ -98,6 +100,10 @@ _CATALOGUE: tuple[type[Rule], ...] = (
     DropoutTooLarge,
     OneSided,
     TooGood,
+    AttentionLogitsGrowing,
+    AttentionEntropyCollapse,
+    LogitsDrift,
+    UpdatesRoundedAway,
     Expression,
 )
 
@@ -110,6 +116,8 @@ __all__ = [
     "RULES",
     "ActScale",
     "AmpOverflow",
+    "AttentionEntropyCollapse",
+    "AttentionLogitsGrowing",
     "BadInitialLoss",
     "BatchNormStatistics",
     "BlownUp",
@@ -135,6 +143,7 @@ __all__ = [
     "IdleExperts",
     "Judgement",
     "LearningRateGone",
+    "LogitsDrift",
     "LossSpike",
     "LossTerms",
     "MistakenLoss",
@@ -168,6 +177,7 @@ __all__ = [
     "UnnormalisedInput",
     "UpdateTooLarge",
     "UpdateTooSmall",
+    "UpdatesRoundedAway",
     "ValNotLearning",
     "Vanishing",
     "WeightDecayTooLarge",

@@ -25,6 +25,7 @@ KNOWN_AFTER_THE_STEP = frozenset(
     {
         "update_norm",
         "update_ratio",
+        "update_lost",
         "param_norm",
         "treatments",
         "skipped",

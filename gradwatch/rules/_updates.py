@@ -214,8 +214,9 @@ class NotUpdating(Rule):
     """Flags parameters that never move: in no optimizer though they require a gradient, or left as they were.
 
     A parameter is left as it was when every update measured so far is exactly zero on steps with a gradient and a
-    learning rate above zero that were not skipped. One update above zero clears it for good: a converged model may
-    round its updates to nothing. A model without any trainable parameter in an optimizer is flagged as a whole.
+    learning rate above zero that were not skipped; not where it has 16 bits, which may round its updates away. One
+    update above zero clears it for good: a converged model may round its updates to nothing. A model without any
+    trainable parameter in an optimizer is flagged as a whole.
     """
 
     severity: str = "critical"
@@ -227,7 +228,7 @@ class NotUpdating(Rule):
     )
 
     is_core = False
-    needs = frozenset({"update_norm", "num_trainable"})
+    needs = frozenset({"update_norm", "update_lost", "num_trainable"})
     low_is_worse = True
 
     def init(self) -> State:
@@ -270,5 +271,7 @@ class NotUpdating(Rule):
         norms = record.columns.get("param_norm")
         if grads is not None and norms is not None and math.isfinite(record.lr):
             has_grad &= ~(grads * record.lr < 1e-6 * norms)
+        # In 16 bits usual updates are rounded away, too: `updates_rounded_away` tells of these.
+        has_grad &= ~record.measured("update_lost")
         still = select(record.index, self.paths) & measured & has_grad & ~moved & record.accounted
         return still, {"per_path": {"moved": moved}}

@@ -75,12 +75,17 @@ class Sample:
         torch.index_select(row[:end].view(-1, _BLOCK), 0, self._chosen, out=blocks)
         into[len(blocks) * _BLOCK :].copy_(row[end:])
 
+    def of(self, piece: Tensor) -> Tensor:
+        """Return the sampled elements of another tensor of the same shape, a row of this `shape`."""
+        row = torch.empty(self.shape, dtype=piece.dtype, device=piece.device)
+        self.copy(piece, row)
+        return row
+
     def moved(self, before: Tensor, piece: Tensor) -> Tensor:
         """Return estimates for the whole, wide, shape (3,): the sum of squares of (tensor - what it was), that of what
         it was, and the variance of the first. `before`, as `copy` left it, is overwritten."""
         wide = wide_dtype(piece.device)
-        now = torch.empty_like(before)
-        self.copy(piece, now)
+        now = self.of(piece)
         norms = self._squares(before, wide)
         before.sub_(now)
         moves = self._squares(before, wide)

@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..torchside import can_lend_all, home, is_host, largest_piece, lend, moved, pipeline_of, whole_of, wide_dtype
+from ..torchside import (
+    can_lend_all,
+    home,
+    is_host,
+    largest_piece,
+    lend,
+    local_of,
+    moved,
+    pipeline_of,
+    whole_of,
+    wide_dtype,
+)
 from ._native import native
 from ._norms import tensor_norms
 from ._shards import Shards, alike, put_together
@@ -24,6 +35,8 @@ __all__ = ["UpdateMeter", "UpdateStats"]
 
 _ALIGN = 64
 _WORTH_NATIVE = 1 << 18
+_PIECE = 1 << 20
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +50,17 @@ class UpdateStats:
         param_norms: norm of the parameter before the step, float64, the same shape.
         errors: standard error of the update's norm, relative to it, the same shape; 0 where all elements were compared;
             None where they were of all parameters, on all ranks.
+        lost: elements of parameters in 16 bits that had a gradient and are after the step what they were before: their
+            update was rounded away. Of those compared; wide, the same shape; None where no parameter has 16 bits.
+        given: elements of these that had a gradient; 0 for other parameters.
     """
 
     positions: list[int]
     update_norms: Tensor
     param_norms: Tensor
     errors: Tensor | None
+    lost: Tensor | None = None
+    given: Tensor | None = None
 
 
 class UpdateMeter:
@@ -88,6 +106,7 @@ class UpdateMeter:
         room = room_for_each(mine, memory_limit_bytes) // _ALIGN * _ALIGN
         self._samples = {i: Sample(_local(self._params[i]), room, i) for i in self._measured if mine[i] > room}
         self.is_sampled = any(needs[i] > shared for i in self._measured)
+        self._are_narrow = any(param.dtype in _NARROW for param in self._params)
 
     @property
     def held_bytes(self) -> int:
@@ -134,15 +153,42 @@ class UpdateMeter:
             if found is None or self.in_pieces:
                 found = self._whole(params, found).unbind(dim=1)
         updates, norms = found[:2]
+        # Counts travel as roots, like norms, whose squares are what adds up.
+        lost, given = (root.square().round() for root in found[-2:]) if self._are_narrow else (None, None)
         if not self.is_sampled:
-            return UpdateStats(chosen, updates, norms, None)
+            return UpdateStats(chosen, updates, norms, None, lost, given)
         deviations = found[2]
         # Of a root half the relative error of the square.
         errors = torch.where(updates > 0, deviations / (2 * updates.square()), 0.0)
-        return UpdateStats(chosen, updates, norms, errors)
+        return UpdateStats(chosen, updates, norms, errors, lost, given)
 
     def _moved(self, copies: list[Tensor], pieces: list[Tensor]) -> Sequence[Tensor]:
-        """Return norms of updates and of parameters here; with samples also the deviations of the former's squares."""
+        """Return norms of updates and of parameters here; with samples also the deviations of the former's squares;
+        with parameters in 16 bits the roots of what `_counts` gives."""
+        if not self._are_narrow:
+            return self._norms(copies, pieces)
+        counts = self._counts(copies, pieces).sqrt()  # first: the copies are overwritten
+        norms = torch.stack(list(self._norms(copies, pieces)), dim=1)
+        return torch.cat([norms, moved(counts, norms.device, norms.dtype)], dim=1).unbind(dim=1)
+
+    def _counts(self, copies: list[Tensor], pieces: list[Tensor]) -> Tensor:
+        """Return how many updates were rounded away and how many elements had a gradient, wide, shape (n, 2)."""
+        assert self._chosen is not None
+        rows, device = [], home(pieces)
+        wide = wide_dtype(device)
+        for i, before, piece in zip(self._chosen, copies, pieces, strict=True):
+            grad = _gradient(self._params[i], piece) if piece.dtype in _NARROW else None
+            if grad is None:
+                rows.append(torch.zeros(2, dtype=wide, device=device))
+                continue
+            sample = self._samples.get(i)
+            now, grad = (piece, grad) if sample is None else (sample.of(piece), sample.of(grad))
+            parts = zip(*(_cut(t) for t in (before, now, grad)), strict=True)
+            found = [torch.stack([((a == b) & (g != 0)).sum(), (g != 0).sum()]) for a, b, g in parts]
+            rows.append(moved(torch.stack(found).sum(dim=0), device, wide))
+        return torch.stack(rows)
+
+    def _norms(self, copies: list[Tensor], pieces: list[Tensor]) -> Sequence[Tensor]:
         assert self._chosen is not None
         if not self._samples:
             updates, norms = _moved(copies, pieces)
@@ -161,7 +207,7 @@ class UpdateMeter:
         """Put the pieces' norms and deviations together; -1 for all, on all ranks, where any rank has none."""
         if found is None:
             device = home(self._params)
-            width = 3 if self.is_sampled else 2
+            width = (3 if self.is_sampled else 2) + 2 * self._are_narrow
             squares = torch.full((len(params), width), -torch.inf, dtype=wide_dtype(device), device=device)
         else:
             squares = torch.stack(list(found), dim=1).square()
@@ -237,6 +283,19 @@ def _grouped(into: list[Tensor], sources: list[Tensor]) -> list[tuple[list[Tenso
             pair[0].append(target)
             pair[1].append(source)
     return list(groups.values())
+
+
+def _gradient(param: Any, piece: Tensor) -> Tensor | None:
+    """Return the gradient of what lies here of a parameter; None where there is none like it."""
+    grad = param.grad
+    local = None if grad is None else local_of(_local(grad))
+    is_like = local is not None and local.layout is torch.strided and local.shape == piece.shape
+    return local if is_like else None
+
+
+def _cut(tensor: Tensor) -> Sequence[Tensor]:
+    """Return pieces, as views where that can be, so small that what is compared of them takes no memory to speak of."""
+    return tensor.reshape(-1).split(_PIECE) if tensor.numel() > _PIECE else (tensor,)
 
 
 def _local(param: Any) -> Tensor:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..protocols import Statistic
-from ..records import SCALAR, Column, column_of
-from ..stats import GIVEN, View
+from ..records import FAMILIES, SCALAR, Column, column_of
+from ..stats import GIVEN, OF_CALLS, View
+from ..torchside import Attended
 
 __all__ = ["check_statistic"]
 
@@ -81,10 +82,19 @@ def _made(seed: int = 0, device: str = "cpu") -> list[Tensors]:
 def _view(statistic: Statistic, step: int, shown: Tensors, memory: dict[str, Any]) -> View:
     if "outputs" in statistic.needs:
         return View(step, _PATHS[:1], memory, outputs=shown["gradients"][:1])
+    if "attention" in statistic.needs:
+        return View(step, _PATHS[:1], memory, attention=_attended(shown["gradients"][0]))
     tensors = {name: partial(shown.__getitem__, name) for name in statistic.needs if name in shown}
     if "optimizer_state" not in statistic.needs:
         return View(step, _PATHS, memory, tensors=tensors)
     return View(step, _PATHS, memory, tensors=tensors, state=partial(_state, shown, step), options=_options)
+
+
+def _attended(queries: Tensor) -> Attended:
+    """Return what four samples or fewer attend to, one a row: two heads of three numbers, over five keys of their
+    own."""
+    keys = torch.linspace(-1.0, 1.0, 5, device=queries.device)[:, None].expand(1, 2, 5, 3)
+    return Attended(queries.reshape(-1, 2, 1, 3), keys.expand(len(queries), 2, 5, 3))
 
 
 def _state(shown: Tensors, step: int, name: str) -> list[Tensor]:
@@ -137,7 +147,7 @@ def _run(statistic: Statistic, steps: Sequence[Tensors]) -> list[Numbers | None]
             torch.equal(a, b) for n in shown for a, b in zip(shown[n], before[n], strict=True) if not a.isnan().any()
         )
         _law(same, f"{statistic.name} leaves what it is shown as it is")
-        rows = 1 if "outputs" in statistic.needs else len(_PATHS)
+        rows = 1 if statistic.needs & OF_CALLS else len(_PATHS)
         said = sums is not None or maxima is not None
         found.append(
             (_host(sums, rows, statistic.num_sums, 0.0), _host(maxima, rows, statistic.num_maxima, -np.inf))
@@ -228,6 +238,7 @@ def _finished(statistic: Statistic, sums: Any, maxima: Any) -> dict[str, NDArray
     known = {column.name: column for column in statistic.columns()}
     found = statistic.finish(sums, maxima)
     found = found if isinstance(found, Mapping) else {statistic.name: found}
+    found = {name: value for name, value in found.items() if name not in FAMILIES}
     unknown = sorted(set(found) - set(known))
     _law(not unknown, f"{statistic.name}: `finish` gives what its columns name. It gave {unknown}")
     values = {name: np.asarray(value, np.float64) for name, value in found.items()}

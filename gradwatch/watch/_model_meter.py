@@ -359,6 +359,8 @@ class ModelMeter:
         found = {"update_norm": stats.update_norms, "param_norm": stats.param_norms}
         if stats.errors is not None:
             found["update_error"] = stats.errors
+        if stats.lost is not None and stats.given is not None:
+            found |= {"update_lost": stats.lost, "update_given": stats.given}
         return positions, found
 
     @property

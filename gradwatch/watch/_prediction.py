@@ -28,6 +28,8 @@ KEPT_AT_LEAST, KEPT_AT_MOST = 2**14, 2**18
 """Bounds of how many elements an output may have to be kept until the step is measured."""
 _OF_SEQUENCES = 3
 """Dimensions of outputs that have one row of scores a place."""
+_LOG_Z_ROWS, _LOG_Z_ELEMENTS = 2**10, 2**18
+"""Rows of scores that `output_log_z` is the mean of, and how many elements they may have, at the most."""
 _SMALLEST_BLOCK = 2**13
 _NUM_BLOCKS = 256
 
@@ -81,7 +83,7 @@ def predicted(pred: Tensor, kept: int = 0) -> Prediction:
     numbers = Numbers(lambda what, error: missed.append((what, error)))
     # Rows of several lengths have no shape, and are no matrix.
     is_nested = pred.is_nested
-    numbers.ask("the outputs", (_range,) if is_nested else (_range, _units, _variance, _row_sums), pred)
+    numbers.ask("the outputs", (_range,) if is_nested else (_range, _units, _variance, _row_sums, _log_z), pred)
     if pred.ndim == _OF_SEQUENCES:
         numbers.ask("the outputs", (_attention,), made_by)
     return Prediction(numbers.found, torch.Size() if is_nested else pred.shape, copied, tuple(missed))
@@ -126,6 +128,24 @@ def _row_sums(pred: Tensor) -> Scalars:
         return {}
     low, high = row_sums(pred)
     return {"output_row_sum_min": low, "output_row_sum_max": high}
+
+
+def _log_z(pred: Tensor) -> Scalars:
+    """Return the mean of log Z over rows spread through the batch.
+
+    Scores are the last dimension of matrices and sequences, dimension 1 of what has more, as in torch's losses.
+    """
+    scores = pred.movedim(1, -1) if pred.ndim > _OF_SEQUENCES else pred
+    if pred.ndim < 2 or scores.shape[-1] < 2:
+        return {}
+    lead, room = scores.shape[:-1], min(_LOG_Z_ELEMENTS, max(_SMALLEST_BLOCK, pred.numel() // 16))
+    step = -(-math.prod(lead) // max(1, min(_LOG_Z_ROWS, room // scores.shape[-1])))
+    chosen: list[Tensor] = []
+    left = torch.arange(0, math.prod(lead), step, device=pred.device)
+    for size in reversed(lead):
+        chosen.insert(0, left % size)
+        left = left // size
+    return {"output_log_z": scores[tuple(chosen)].float().logsumexp(dim=-1).mean()}
 
 
 def row_sums(x: Tensor) -> tuple[Tensor, Tensor]:

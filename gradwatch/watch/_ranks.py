@@ -43,6 +43,7 @@ _MEANS = (
     "batch_size",
     "output_units",
     "output_batch_variance",
+    "output_log_z",
     "target_is_integer",
     "num_classes",
     "expected_initial_loss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..protocols import Statistic
-from ..records import SCALAR
-from ..stats import Gradients, Shards, View
-from ..torchside import Aside, StandIn, WeakHook, in_backward, in_transform, moved, real_of, tensors_of, wide_dtype
+from ..records import FAMILIES, SCALAR
+from ..stats import OF_CALLS, Gradients, Shards, View
+from ..torchside import (
+    Aside,
+    Attended,
+    StandIn,
+    WeakHook,
+    in_backward,
+    in_transform,
+    moved,
+    real_of,
+    tensors_of,
+    weakly,
+    wide_dtype,
+)
 from ._columns import Columns
+from ._ears import Ears
 from ._guard import Guard
 from ._model_meter import ModelMeter
 from ._options import is_due
@@ -74,6 +88,7 @@ class OwnDraft:
     outputs: tuple[Statistic, ...]
     modules: NDArray[np.int64]
     num_ranks: int
+    paths: tuple[str, ...]
 
     def parts(self) -> dict[str, Tensor]:
         """Return what is to travel to the host, beside what was merged over ranks."""
@@ -112,6 +127,9 @@ class OwnDraft:
             found = statistic.finish(sums, maxima)
             found = found if isinstance(found, Mapping) else {statistic.name: found}
             for name, value in found.items():
+                if name in FAMILIES:
+                    self._put_family(name, np.asarray(value, np.float64), scalars, places)
+                    continue
                 if name not in known:
                     raise ValueError(f"it gives {name!r}, which is not among its columns {', '.join(known)}")
                 if known[name].kind == SCALAR:
@@ -121,6 +139,10 @@ class OwnDraft:
                     if values.shape != (len(places),):
                         raise ValueError(f"`finish` gives one number per row, {len(places)}. Got shape {values.shape}")
                     held.put(name, places, values)
+
+    def _put_family(self, name: str, values: Array, scalars: dict[str, float], places: Any) -> None:
+        for place, row in zip(places.tolist(), values, strict=True):
+            scalars.update({f"{name}{self.paths[place]}/{i}": v for i, v in enumerate(row.tolist()) if not isnan(v)})
 
 
 def part_of(statistic: Statistic) -> str:
@@ -140,10 +162,11 @@ class OwnStatistics:
     _hooked: Any = None
     _step: int = -1
     _listening: dict[str, _Outputs] = field(default_factory=dict)
+    _ears: Ears | None = None
 
     def __post_init__(self) -> None:
-        self._of_rows = tuple(s for s in self.statistics if "outputs" not in s.needs)
-        self._of_outputs = tuple(s for s in self.statistics if "outputs" in s.needs)
+        self._of_rows = tuple(s for s in self.statistics if not s.needs & OF_CALLS)
+        self._of_outputs = tuple(s for s in self.statistics if s.needs & OF_CALLS)
 
     def due(self, step: int, among: Sequence[Statistic]) -> tuple[Statistic, ...]:
         """Return which are measured at a step: the same ones on all ranks."""
@@ -156,11 +179,18 @@ class OwnStatistics:
         if self._hooked is not self.meter.watched:
             self._hang()
         self._step = step
-        self._listening = {s.name: self._blank(s) for s in self.due(step, self._of_outputs)}
+        due = self.due(step, self._of_outputs)
+        self._listening = {s.name: self._blank(s) for s in due}
+        if self._ears is not None and any("attention" in s.needs for s in due):
+            self._ears.open()
 
     def _hang(self) -> None:
         self.close()
         self._hooked = self.meter.watched
+        if any("attention" in s.needs for s in self._of_outputs):
+            self._ears = Ears(self.meter, weakly(self._see_attention), self.guard)
+        if not any("outputs" in s.needs for s in self._of_outputs):
+            return
         modules = dict(self.meter.model.named_modules())
         for row, path in enumerate(self.meter.watched.modules):
             if not self.meter.has(path):
@@ -174,17 +204,23 @@ class OwnStatistics:
         if not listens or in_backward() or in_transform():
             return
         with Aside():
-            for statistic in self._of_outputs:
-                kept = self._listening.get(statistic.name)
-                if kept is not None and self.guard.ok(part_of(statistic)):
-                    with self.guard(part_of(statistic)):
-                        self._add(statistic, kept, row, path, output)
+            tensors = [t.detach() for _, t in tensors_of(output) if t.is_floating_point() and t.numel()]
+            if tensors:
+                self._add_all("outputs", row, path, outputs=tensors)
 
-    def _add(self, statistic: Statistic, kept: _Outputs, row: int, path: str, output: Any) -> None:
-        tensors = [t.detach() for _, t in tensors_of(output) if t.is_floating_point() and t.numel()]
-        if not tensors:
-            return
-        view = View(self._step, (path,), self._memory_of(statistic, None, (path,), path), outputs=tensors)
+    def _see_attention(self, row: int, path: str, attended: Attended) -> None:
+        self._add_all("attention", row, path, attention=attended)
+
+    def _add_all(self, what: str, row: int, path: str, **shown: Any) -> None:
+        """Let all statistics that listen to this look at one call."""
+        for statistic in self._of_outputs:
+            kept = self._listening.get(statistic.name) if what in statistic.needs else None
+            if kept is not None and self.guard.ok(part_of(statistic)):
+                with self.guard(part_of(statistic)):
+                    memory = self._memory_of(statistic, None, (path,), path)
+                    self._add(statistic, kept, row, View(self._step, (path,), memory, **shown))
+
+    def _add(self, statistic: Statistic, kept: _Outputs, row: int, view: View) -> None:
         sums, maxima = _asked(statistic, view, 1)
         if sums is None and maxima is None:
             return
@@ -241,6 +277,8 @@ class OwnStatistics:
                 if statistic.name in self._listening:
                     self._put(self._listening[statistic.name], statistic, *into)
             self._listening = {}
+            if self._ears is not None:
+                self._ears.close()
         rows = self.blank_rows(step, len(grads))
         first_sum = first_maximum = 0
         for i, statistic in enumerate(() if rows is None else rows.plan):
@@ -263,7 +301,8 @@ class OwnStatistics:
         outputs = self.due(step, self._of_outputs)
         if rows is None and not outputs:
             return None
-        return OwnDraft(self, rows, outputs, self.meter.module_positions(), num_ranks)
+        paths = self.meter.watched.index.paths
+        return OwnDraft(self, rows, outputs, self.meter.module_positions(), num_ranks, paths)
 
     def _view(
         self,
@@ -311,7 +350,9 @@ class OwnStatistics:
         """Take the hooks off. May be called twice."""
         for hook in self._hooks:
             hook.take_off()
-        self._hooks, self._hooked = [], None
+        if self._ears is not None:
+            self._ears.close()
+        self._hooks, self._hooked, self._ears = [], None, None
 
 
 def _kept(name: str, p: Tensor, optimizers: Sequence[Optimizer]) -> Any:

@@ -9,6 +9,7 @@ export const COLUMNS = {
   param_norm: {"label": "weight norm", "scale": "log10", "combine": "norm", "guide": null, "meaning": "L2 norm of each parameter, before the update."},
   grad_absmax: {"label": "gradient, largest entry", "scale": "log10", "combine": "max", "guide": null, "meaning": "Largest magnitude in each gradient."},
   update_norm: {"label": "update norm", "scale": "log10", "combine": "norm", "guide": null, "meaning": "L2 norm of what the optimizer added."},
+  update_lost: {"label": "updates rounded away", "scale": "share", "combine": "max", "guide": null, "meaning": "Of the entries of a parameter in 16 bits that had a gradient, the share that the step left as they were: their update was rounded away."},
   nonfinite_count: {"label": "non-finite entries", "scale": "count", "combine": "max", "guide": null, "meaning": "NaN and infinite entries of each gradient."},
   underflow_fraction: {"label": "underflow share", "scale": "share", "combine": "max", "guide": null, "meaning": "Share of the gradient’s entries that are not zero and lie below 2⁻¹⁴ (6.1e-5), float16’s smallest normal number: below it digits are lost."},
   output_zero_fraction: {"label": "activation zero share", "scale": "share", "combine": "max", "guide": null, "meaning": "Share of each output that is exactly zero."},
@@ -21,5 +22,9 @@ export const COLUMNS = {
   output_nonfinite: {"label": "non-finite activations", "scale": "count", "combine": "max", "guide": null, "meaning": "NaN and infinite entries of each module’s output."},
   input_nonfinite: {"label": "non-finite inputs", "scale": "count", "combine": "max", "guide": null, "meaning": "NaN and infinite entries of each module’s input."},
   grad_output_nonfinite: {"label": "non-finite grad_output", "scale": "count", "combine": "max", "guide": null, "meaning": "NaN and infinite entries of each grad_output."},
+  attention_logit_max: {"label": "attention logit, largest", "scale": "log10", "combine": "max", "guide": 100.0, "meaning": "Largest attention logit of any head: what the softmax is taken of, where no mask is."},
+  attention_logit_head: {"label": "head of the largest logit", "scale": "linear", "combine": "max", "guide": null, "meaning": "The head that has it, counted from 0."},
+  attention_entropy: {"label": "attention entropy", "scale": "share", "combine": "max", "guide": null, "meaning": "Entropy of the attention pattern over all heads, as a share of what it can be at most: 1 looks everywhere alike, 0 at one place."},
+  attention_entropy_min: {"label": "attention entropy, lowest head", "scale": "share", "combine": "max", "guide": null, "meaning": "The same of the head that has the lowest one."},
   row_spread: {"label": "row spread at start", "scale": "log10", "combine": "max", "guide": null, "meaning": "How much a weight’s rows differ; 0 is a symmetric start."},
 };

@@ -133,6 +133,16 @@ def beginnings(loss: float, first: Any = None) -> list[StepRecord]:
     return steady(300, loss=lambda s: 2.3 if s < 5 else loss, update_ratio=updates.get)
 
 
+def attends(logit: Any, entropy: Any = lambda k: 0.7, loss: Any = 2.3) -> list[StepRecord]:
+    """The attention of three modules, measured at every 50th step, of which the second goes its own way."""
+    return steady(
+        600,
+        loss=loss,
+        attention_logit_max=every(50, lambda s: modules(1.0, logit(s // 50), 1.0)),
+        attention_entropy=every(50, lambda s: modules(0.6, entropy(s // 50), 0.6)),
+    )
+
+
 def validated(mean: float, std: float, val_loss: float) -> list[StepRecord]:
     """Two validations, and what their inputs are like; those of training have mean 0 and deviation 1."""
     seen = every(40, lambda s: val_loss if s else None)
@@ -484,6 +494,23 @@ CASES = [
     case("one_sided", lambda: game(-4.0, 6.0), False, "no-level"),
     case("blown_up", lambda: steady(30, loss=lambda s: 0.7 if s == 0 else 9.0, batch_size=32, optimizer=0), False, "the-opponent-learns"),
     case("blown_up", lambda: steady(30, loss=lambda s: 2.3 if s == 0 else 100.0 * 0.9**s, batch_size=32, update_ratio=norms(0.01, 0.01, 0.9)), False, "unknown-targets-and-one-large-step"),
+    case("attention_logits_growing", lambda: attends(lambda k: 20.0 * 1.3**k), True, "grows"),
+    case("attention_logits_growing", lambda: attends(lambda k: 120.0), True, "above-the-limit"),
+    case("attention_logits_growing", lambda: attends(lambda k: 60.0 + k), False, "large-and-steady"),
+    case("attention_logits_growing", lambda: attends(lambda k: 0.5 * 1.3**k), False, "sharpens-as-it-learns"),
+    case("attention_logits_growing", lambda: attends(lambda k: float("inf") if k == 9 else 1.0), True, "infinite"),
+    case("attention_entropy_collapse", lambda: attends(lambda k: 1.0, lambda k: 0.7 if k < 5 else 0.001), True, "all-heads-at-once"),
+    case("attention_entropy_collapse", lambda: attends(lambda k: 1.0, lambda k: 0.7 if k < 5 else 0.001, loss=falling), False, "and-learns"),
+    case("attention_entropy_collapse", lambda: attends(lambda k: 1.0, lambda k: 0.1 if k < 5 else 0.001), False, "sharp-from-the-start"),
+    case("attention_entropy_collapse", lambda: attends(lambda k: 1.0, lambda k: 0.7 - 0.05 * k), False, "sharpens"),
+    case("logits_drift", lambda: steady(500, loss=STUCK, output_log_z=every(50, lambda s: 2.3 - 0.1 * s), num_classes=every(50, 10)), True, "falls-for-ever"),
+    case("logits_drift", lambda: steady(500, loss=STUCK, output_log_z=every(50, lambda s: 2.3 + 0.02 * s), num_classes=every(50, 10)), False, "within-the-limit"),
+    case("logits_drift", lambda: steady(500, loss=STUCK, output_log_z=every(50, 80.0), num_classes=every(50, 10)), False, "large-and-steady"),
+    case("logits_drift", lambda: steady(500, loss=STUCK, output_log_z=every(50, lambda s: 2.3 - 0.1 * s)), False, "no-classes"),
+    case("updates_rounded_away", lambda: steady(300, update_lost=every(50, norms(0.9, 0.8, 0.1))), True, "two-of-three"),
+    case("updates_rounded_away", lambda: steady(300, update_lost=every(50, norms(0.9, 0.2, 0.1))), False, "one-of-three"),
+    case("updates_rounded_away", lambda: steady(300, update_lost=lambda s: norms(1, 1, 1) if s == 50 else norms(0, 0, 0)), False, "once"),
+    case("updates_rounded_away", lambda: steady(300, lr=0.0, update_lost=every(50, norms(1, 1, 1))), False, "no-learning-rate"),
     case("dead", lambda: [make_record(s, HOLLOW, loss=STUCK, grad_norm=norms(0, 1, 1)) for s in range(60)], False, "a-weight-without-elements"),
 ]  # fmt: skip
 
