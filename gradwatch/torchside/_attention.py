@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ class AttentionTap:
     ) -> None:
         self._modules, self._listener, self._gate = dict(modules), listener, gate
         self._handles: list[Any] = []
-        self._stack: list[_Calling | None] = []
+        self._local = _Local()
         self.seen: set[str] = set()
 
     @property
@@ -109,7 +110,6 @@ class AttentionTap:
         """Hang the hooks; on all modules, or on none if one registration fails. Opened again, nothing."""
         if self._handles:
             return
-        self._stack = []
         try:
             for path, module in self._modules.items():
                 before, after = WeakHook(self, AttentionTap._before, path), WeakHook(self, AttentionTap._after)
@@ -123,32 +123,48 @@ class AttentionTap:
         """Take the hooks off. May be called twice."""
         while self._handles:
             self._handles.pop().remove()
-        self._stack = []
+        self._local = _Local()
 
     @untraced
     def _before(self, path: str, module: nn.Module, args: Any) -> None:
+        local = self._local
+        if local.ear is not None and local.ear.is_over():
+            # Its call was broken off, in a way that torch tells no hook of.
+            local.ear, local.stack = None, []
         if in_backward() or in_transform() or not self._gate():
-            self._stack.append(None)
+            local.stack.append(None)
             return
-        is_first = not any(self._stack)
-        self._stack.append(_Calling(self, path, module))
-        if is_first:
-            _Ear(self).open(above=2)
+        local.stack.append(_Calling(self, path, module))
+        if local.ear is None:
+            local.ear = _Ear(self)
+            local.ear.open(above=2)
 
     @untraced
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._stack and self._stack.pop() is not None and not any(self._stack):
+        local = self._local
+        if local.stack:
+            local.stack.pop()
+        if local.ear is not None and not any(local.stack):
+            local.ear = None
             CallMode.close(self)
 
     def calling(self) -> _Calling | None:
-        """Return the innermost call that is listened to."""
-        return self._stack[-1] if self._stack else None
+        """Return the innermost call that is listened to in this thread."""
+        return self._local.stack[-1] if self._local.stack else None
 
     def tell(self, path: str, attended: Attended) -> None:
         """Show an attention to the listener."""
         self.seen.add(path)
         with Aside():
             self._listener(path, attended)
+
+
+class _Local(threading.local):
+    """What goes on in one thread: the calls that have begun, the innermost last, and the mode for the outermost."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Calling | None] = []
+        self.ear: _Ear | None = None
 
 
 class _Ear(CallMode):

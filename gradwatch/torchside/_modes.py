@@ -42,7 +42,7 @@ class CallMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._is_over():
+        if self.is_over():
             return func(*args, **(kwargs or {}))
         return self.seen(func, args, kwargs or {})
 
@@ -53,8 +53,8 @@ class CallMode(TorchFunctionMode):
         _OPEN.modes.append(self)
         self.__enter__()
 
-    def _is_over(self) -> bool:
-        """Return whether the frame has ended: only then can it be cleared."""
+    def is_over(self) -> bool:
+        """Return whether the call has ended: its frame can be cleared only then."""
         if self.frame is None:
             return True
         try:
@@ -78,7 +78,7 @@ class CallMode(TorchFunctionMode):
 def _clean_up() -> None:
     """Take modes whose call is over off the stack, as far as they are on top of it."""
     modes = _OPEN.modes
-    while modes and modes[-1]._is_over():
+    while modes and modes[-1].is_over():
         size = torch._C._len_torch_function_stack()
         if not size or torch._C._get_function_stack_at(size - 1) is not modes[-1]:
             still = any(torch._C._get_function_stack_at(i) is modes[-1] for i in range(size))

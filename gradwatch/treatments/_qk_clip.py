@@ -163,6 +163,8 @@ class _Clips:
         """
         error, self._error = self._error, None
         peaks, self._peaks = self._peaks, {}
+        for owner in self._owners.values():
+            owner.outputs = [None] * len(owner.outputs)  # of those that have not attended: held no longer
         if error is not None:
             raise error
         if not self._tap.seen:

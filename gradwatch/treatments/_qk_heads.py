@@ -120,7 +120,13 @@ class Owner:
             return False
         # Positions first, then batch, in some models.
         turned = heads_BHTD.float().norm(dim=-1).permute(2, 0, 1).flatten(0, 1)
-        return any(torch.allclose(made, lengths, rtol=0.02, atol=1e-6) for lengths in (seen, turned))
+        return any(_are_alike(made, lengths) for lengths in (seen, turned))
+
+
+def _are_alike(made: Tensor, seen: Tensor) -> bool:
+    """Return whether lengths are the same but for one factor: some models scale their queries."""
+    factor = seen.norm() / made.norm()
+    return bool(factor.isfinite()) and torch.allclose(made * factor, seen, rtol=0.02, atol=1e-6)
 
 
 def member_of(module: nn.Module, name: str) -> Tensor | None:

@@ -48,7 +48,9 @@ class Ears:
             watched["{root}"] = meter.model
         away = [modules[path] for path in compiled_parts(meter.model) if path in modules] + _fast(meter.model)
         closed = {id(part) for module in away for part in module.modules()}
-        closed |= {id(module) for module in modules.values() if any(id(part) in closed for part in module.modules())}
+        if closed:
+            around = (m for m in modules.values() if any(id(part) in closed for part in m.modules()))
+            closed |= {id(module) for module in around}
         heard = {path: module for path, module in watched.items() if id(module) not in closed}
         self._rows = {path: row for row, path in enumerate(meter.watched.modules)}
         self._tap = AttentionTap(heard, weakly(self._hear), weakly(self._listens, False))

@@ -213,6 +213,33 @@ def test_a_vetoed_step_moves_nothing() -> None:
     assert all(torch.equal(p, old[name]) for name, p in model.state_dict().items())
 
 
+def test_a_forward_that_is_broken_off_leaves_it_listening() -> None:
+    class Broken(Attention):
+        broken = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.broken:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), Broken("fused")), torch.randn(2, LENGTH, WIDTH) * 6
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with Watch(model, optimizer, rules="observe", treatments=[QKClip(0.5)]) as watch:
+        for broken in (False, True, False):
+            model[1].broken = broken
+            try:
+                loss = model(x).square().mean()
+            except KeyboardInterrupt:
+                continue
+            loss.backward()
+            watch.step(loss=loss)
+            assert logits(model[1], model[0](x)).max() <= 0.5
+            with torch.no_grad():
+                model[1].c_attn.weight.mul_(4)
+    assert [r.treatments[0].applied for r in watch.history] == [True, True]
+
+
 @pytest.mark.parametrize("paths", ["*", "nothing.*"])
 def test_a_model_without_known_projections_is_refused_when_it_is_made(paths: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()) if paths == "*" else model_of("fused")
