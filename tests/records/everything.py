@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gradwatch import Watch
+from gradwatch.attention import AttentionScores
 from gradwatch.records import StepRecord
 from gradwatch.rules import Exploding, Expression, Rule
 from gradwatch.treatments import MicroBatchSurgery, Rollback, Surgery
@@ -31,7 +32,7 @@ def records() -> list[StepRecord]:
     """Return the records of all these trainings."""
     SEEN.clear()
     kept: list[StepRecord] = []
-    ways = (classes, numbers, tokens, tasks, signs, agreement, scaled, alone, taken_back, shown, large)
+    ways = (classes, numbers, tokens, tasks, signs, agreement, scaled, alone, taken_back, shown, large, narrow)
     for watch in [way() for way in ways]:
         kept += watch.history
     kept += trained().history
@@ -107,7 +108,8 @@ def tokens() -> Watch:
     drop = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(16), nn.Dropout(0.1))
     model = nn.Sequential(nn.Embedding(11, 8), drop, Attention(), nn.Linear(8, 11))
     adam = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1)
-    with Watch(model, adam, rules=[Witness()], **EVERY) as watch:
+    heads = AttentionScores(every=1)
+    with Watch(model, adam, rules=[Witness()], statistics=[heads], **EVERY) as watch:
         for _ in range(3):
             tokens = torch.randint(0, 11, (4, 17))
             x, y = tokens[:, :-1], tokens[:, 1:]
@@ -188,6 +190,17 @@ def large() -> Watch:
     with Watch(model, sgd(model), rules=[Witness()], memory_limit_mb=1, **EVERY) as watch:
         for _ in range(2):
             model(torch.randn(4, 512)).square().mean().backward()
+            watch.step()
+            watch.optimizers[0].zero_grad()
+    return watch
+
+
+def narrow() -> Watch:
+    """Weights in 16 bits, whose updates may be rounded away."""
+    model = nn.Linear(8, 8, dtype=torch.bfloat16)
+    with Watch(model, sgd(model), rules=[Witness()], **EVERY) as watch:
+        for _ in range(2):
+            model(torch.randn(4, 8, dtype=torch.bfloat16)).square().mean().backward()
             watch.step()
             watch.optimizers[0].zero_grad()
     return watch
