@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
-PARTS = {"samples": "_beyond_samples", "noise": "_beyond_noise"}
+PARTS = {"samples": "_beyond_samples", "noise": "_beyond_noise", "what_if": "_beyond_what_if"}
 
 
 def main() -> None:

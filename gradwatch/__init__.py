@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .runs import verdict as verdict
     from .treatments.surgery import Surgery as Surgery
     from .treatments.surgery import split as split
+    from .trials import WhatIf as WhatIf
+    from .trials import what_if as what_if
     from .watch import RememberedBatches as RememberedBatches
     from .watch import StepOutcome as StepOutcome
     from .watch import Watch as Watch
@@ -41,11 +43,13 @@ _DOORS = {
     "Surgery": "treatments.surgery",
     "Verdict": "records",
     "Watch": "watch",
+    "WhatIf": "trials",
     "check_lightning": "_preflight",
     "load_rules": "book",
     "preflight": "_preflight",
     "split": "treatments.surgery",
     "verdict": "runs",
+    "what_if": "trials",
 }
 
 __all__ = [
@@ -63,10 +67,12 @@ __all__ = [
     "StepRecord",
     "Surgery",
     "Watch",
+    "WhatIf",
     "check_lightning",
     "load_rules",
     "preflight",
     "split",
+    "what_if",
 ]
 
 

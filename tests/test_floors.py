@@ -29,6 +29,7 @@ FLOORS = [
     {"notebook"},
     {"watch", "book", "runs"},
     {"report", "_preflight", "ahead"},
+    {"trials"},
     {"callbacks", "testing"},
     {"cli", "__init__"},
     {"__main__"},
@@ -36,8 +37,8 @@ FLOORS = [
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
 # Pairs that may meet all the same: the engine reads rules files through the book, replay judges with it, and the door
-# `Watch.report` opens the report when asked to.
-NEIGHBOURS = {("watch", "book"), ("runs", "book"), ("watch", "report")}
+# `Watch.report` opens the report when asked to; `what_if=True` tries the training again at an incident.
+NEIGHBOURS = {("watch", "book"), ("runs", "book"), ("watch", "report"), ("watch", "trials")}
 
 
 def unit(file: Path) -> str:

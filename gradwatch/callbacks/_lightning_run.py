@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,14 @@ from ..watch import (
     Session,
     Settings,
     StepInputs,
+    WhatIfs,
     describe_engine,
     raw_optimizer,
     run_dir_of,
     scale_left_in_gradients,
     validation_scalars,
 )
+from ._quiet import run_quietly
 
 __all__ = [
     "checked",
@@ -42,6 +45,7 @@ __all__ = [
     "note_trainer",
     "open_session",
     "raw_optimizer",
+    "say_how_it_learns",
     "say_what_goes_back",
     "validation_metrics",
 ]
@@ -217,6 +221,20 @@ def say_what_goes_back(session: Session, trainer: Any, pl_module: Any) -> None:
         also=lambda: _averages(trainer, pl_module),
         schedulers=lambda: [config.scheduler for config in trainer.lr_scheduler_configs],
     )
+
+
+def say_how_it_learns(what_ifs: WhatIfs, trainer: Any, pl_module: Any) -> None:
+    """Say how a Lightning module makes its loss, for those who try the training again."""
+    if not pl_module.automatic_optimization:
+        what_ifs.why_not = "in manual optimization the module steps by itself"
+    reference = weakref.ref(trainer)
+
+    def loss_fn(model: Any, batch: Any) -> Any:
+        alive = reference()
+        assert alive is not None
+        return run_quietly(model, batch, 0, alive.precision_plugin.train_step_context())
+
+    what_ifs.loss_fn = loss_fn
 
 
 def _averages(trainer: Any, pl_module: Any) -> dict[str, Any]:

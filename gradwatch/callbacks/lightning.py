@@ -74,6 +74,8 @@ class GradWatch(SessionDoor, _Callback):
         autopsy: on a non-finite or exploding gradient find out where it was born, and there and where the loss jumps
             which samples carry it, by running the batch again.
         noise_scale: measure the gradient noise scale, which tells what batch size is worth its price, now and then.
+        what_if: at the first critical incident try the training again, from before it, with one thing changed at a
+            time, to say which change cures it; see `gradwatch.what_if`.
         preflight: check model and first batch before step 0.
         conflicts_every: measure conflicts between task losses without surgery; None never.
         history: records kept in `history`.
@@ -115,6 +117,7 @@ class GradWatch(SessionDoor, _Callback):
         histogram_scale: str = "log10",
         autopsy: bool = False,
         noise_scale: bool = False,
+        what_if: bool = False,
         preflight: bool = False,
         conflicts_every: int | None = None,
         history: int = 1000,
@@ -147,6 +150,7 @@ class GradWatch(SessionDoor, _Callback):
             histogram_scale=histogram_scale,
             autopsy=autopsy,
             noise_scale=noise_scale,
+            what_if=what_if,
             conflicts_every=conflicts_every,
             history=history,
             local_norms=local_norms,
@@ -209,6 +213,8 @@ class GradWatch(SessionDoor, _Callback):
             on_incident=self._on_incident,
         )
         lightning_run.say_what_goes_back(self._session, trainer, pl_module)
+        if self._session.what_ifs is not None:
+            lightning_run.say_how_it_learns(self._session.what_ifs, trainer, pl_module)
         self._session.register(self._registered)
         if carried is not None:
             self._take_up(self._session, carried)

@@ -40,9 +40,11 @@ from ._verdict import (
     Verdict,
     judge_run,
 )
+from ._what_if import CHANGE_KINDS, Tried, WhatIf, gain_of
 
 __all__ = [
     "CASE_SCHEMA",
+    "CHANGE_KINDS",
     "ENDED_WELL",
     "FAMILIES",
     "FIELDS",
@@ -79,11 +81,14 @@ __all__ = [
     "Sample",
     "StepRecord",
     "TreatmentReport",
+    "Tried",
     "Verdict",
+    "WhatIf",
     "add_column",
     "column_of",
     "columns",
     "consequences",
+    "gain_of",
     "heading",
     "is_scalar_name",
     "incidents_html",

@@ -13,6 +13,7 @@ from ._causes import rank_incidents
 from ._histogram import NUM_BINS, Histogram
 from ._incident import Incident, _plain
 from ._sample import Sample
+from ._what_if import WhatIf
 
 __all__ = ["CASE_SCHEMA", "CaseFile", "CaseHistogram", "CaseLayer", "CaseTreatment", "with_cases"]
 
@@ -85,6 +86,7 @@ class CaseFile(Prints):
         treatments: what was done in the steps of `steps`.
         consequences: incidents that follow from this one, as sentences.
         flight_recorder: file of the flight recorder, where one was written.
+        what_if: which change of the training cures it, with `what_if=True`; None where that was not tried.
         notes: what is not here, and why.
         complete: what came after is here, too.
     """
@@ -116,6 +118,7 @@ class CaseFile(Prints):
     treatments: tuple[CaseTreatment, ...] = ()
     consequences: tuple[str, ...] = ()
     flight_recorder: str = ""
+    what_if: WhatIf | None = None
     notes: tuple[str, ...] = ()
     complete: bool = False
 
@@ -140,8 +143,10 @@ class CaseFile(Prints):
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; non-finite floats as "nan", "inf" and "-inf", histograms by their filled bins alone."""
-        plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("histograms", "samples")}
+        apart = ("histograms", "samples", "what_if")
+        plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in apart}
         plain["samples"] = [sample.to_json() for sample in self.samples]
+        plain["what_if"] = None if self.what_if is None else self.what_if.to_dict()
         return {"schema": CASE_SCHEMA, **plain, "histograms": [_packed(entry) for entry in self.histograms]}
 
     @classmethod
@@ -161,6 +166,7 @@ class CaseFile(Prints):
         for name in ("sample_ids", "consequences", "notes"):
             known[name] = tuple(known.get(name, ()))
         known["samples"] = tuple(map(Sample.from_json, data.get("samples", ())))
+        known["what_if"] = None if data.get("what_if") is None else WhatIf.from_dict(data["what_if"])
         known["steps"] = tuple(map(int, data.get("steps", ())))
         known["modules"] = tuple(dict(row) for row in data.get("modules", ()))
         for name in ("value", "bar"):
@@ -174,6 +180,7 @@ class CaseFile(Prints):
         """Return what there is to say, as pairs of a heading and a sentence, in the order in which one would look."""
         found = [
             ("where", self._where()),
+            ("what if", "" if self.what_if is None else self.what_if.sentence()),
             ("loss", self._around("loss")),
             ("global norm", self._around("global_norm")),
             ("bar", self._bar()),
@@ -284,9 +291,18 @@ def with_cases(incidents: Sequence[Incident], cases: Sequence[CaseFile]) -> list
     for incident in incidents:
         case = kept.get((incident.id, incident.name or incident.rule, incident.first_step))
         if case is not None:
-            incident = replace(incident, case=replace(case, consequences=tuple(followers.get(id(incident), ()))))
+            advice = _advice(incident, case)
+            case = replace(case, consequences=tuple(followers.get(id(incident), ())))
+            incident = replace(incident, case=case, advice=advice)
         found.append(incident)
     return found
+
+
+def _advice(incident: Incident, case: CaseFile) -> str:
+    """Return the advice of an incident: first what was measured to cure it, then what its rule would guess."""
+    said = case.what_if.sentence() if case.what_if is not None and case.what_if.winner is not None else ""
+    said = said[:1].upper() + said[1:]
+    return incident.advice if not said or said in incident.advice else f"{said} {incident.advice}".rstrip()
 
 
 def _layer(layer: CaseLayer) -> str:

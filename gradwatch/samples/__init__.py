@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..records import Sample
 from ._apart import Begun, take_apart
 from ._functional import per_sample_gradients
-from ._losses import LossCall, matching_losses
+from ._losses import LossCall, loss_function, matching_losses
 from ._result import PerSample
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "LossCall",
     "PerSample",
     "Sample",
+    "loss_function",
     "matching_losses",
     "per_sample_gradients",
     "take_apart",

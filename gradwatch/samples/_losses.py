@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["LossCall", "LossCalls", "matching_losses"]
+__all__ = ["LossCall", "LossCalls", "loss_function", "matching_losses"]
 
 _NAMES = (
     "cross_entropy",
@@ -35,12 +35,15 @@ _CLOSE = 1e-3
 
 @dataclass
 class LossCall:
-    """One call of a loss function: what it was given, and what it makes of each element."""
+    """One call of a loss function: what it was given, and what it makes of each element. Of one that was found by its
+    value, the function's name and how it reduces."""
 
     predictions: Tensor
     targets: Tensor
     each: Tensor
     ignored: int | None = None
+    name: str = ""
+    reduction: str = "mean"
 
     def by_place(self, size: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
         """Return losses and which of them count, each of shape (B, T); None where they are not of B samples."""
@@ -95,23 +98,37 @@ def matching_losses(outputs: Tensor, targets: Tensor, loss: float) -> LossCall |
             means = [each.double().mean(), each.double().sum()]
             if name in ("cross_entropy", "nll_loss") and not targets.is_floating_point():
                 means.append(each.double().sum() / (targets != -100).sum())
-            if any(abs(float(m) - loss) <= _CLOSE * max(abs(loss), 1e-6) for m in means):
-                return LossCall(outputs, targets, each, -100 if name in ("cross_entropy", "nll_loss") else None)
+            near = [abs(float(m) - loss) <= _CLOSE * max(abs(loss), 1e-6) for m in means]
+            if any(near):
+                ignored = -100 if name in ("cross_entropy", "nll_loss") else None
+                reduction = "sum" if near[1] and not near[0] else "mean"
+                return LossCall(outputs, targets, each, ignored, name, reduction)
     return None
+
+
+def loss_function(name: str, reduction: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return one of torch's loss functions as one of outputs and targets in whichever of the usual shapes."""
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        found: Tensor = getattr(functional, name)(*_fitting(name, outputs, targets), reduction=reduction)
+        return found
+
+    return loss_fn
 
 
 def _each(name: str, outputs: Tensor, targets: Tensor) -> Tensor:
     with torch.no_grad():
-        if name in ("cross_entropy", "nll_loss"):
-            if outputs.dim() > 2 and outputs.shape[:-1] == targets.shape:
-                outputs = outputs.movedim(-1, 1)
-            if outputs.shape == targets.shape and not targets.is_floating_point():
-                raise ValueError("classes, where scores are asked for")
-        elif outputs.shape != targets.shape:
-            if outputs.numel() != targets.numel():
-                raise ValueError("of another shape")
-            targets = targets.reshape(outputs.shape)
-        if name.startswith("binary"):
-            targets = targets.to(outputs.dtype)
-        found: Tensor = getattr(functional, name)(outputs, targets, reduction="none")
-        return found
+        return loss_function(name, "none")(outputs, targets)
+
+
+def _fitting(name: str, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    if name in ("cross_entropy", "nll_loss"):
+        if outputs.dim() > 2 and outputs.shape[:-1] == targets.shape:
+            outputs = outputs.movedim(-1, 1)
+        if outputs.shape == targets.shape and not targets.is_floating_point():
+            raise ValueError("classes, where scores are asked for")
+    elif outputs.shape != targets.shape:
+        if outputs.numel() != targets.numel():
+            raise ValueError("of another shape")
+        targets = targets.reshape(outputs.shape)
+    return outputs, targets.to(outputs.dtype) if name.startswith("binary") else targets

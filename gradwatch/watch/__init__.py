@@ -27,6 +27,7 @@ from ._tasks import Tasks, tasks_of
 from ._undo import Undo
 from ._validation import validation_name, validation_scalars
 from ._watch import Watch
+from ._what_ifs import WhatIfs
 
 __all__ = [
     "CLEAN",
@@ -52,6 +53,7 @@ __all__ = [
     "Tasks",
     "Undo",
     "Watch",
+    "WhatIfs",
     "checked_run_dir",
     "describe_engine",
     "forget_step",

@@ -8,13 +8,14 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from ..records import CaseFile, Incident, StepRecord, with_cases
+from ..records import CaseFile, Incident, StepRecord, WhatIf, with_cases
 from ..sinks import SafeSinks, batch_name
 from ._batches import Batches, Fetched
 from ._case_numbers import LONGEST_LOOK, gathered, with_ids
 from ._engine import Engine
 from ._loaders import samples_of
 from ._ranks import is_writer, rank_and_size
+from ._what_ifs import WhatIfs
 
 __all__ = ["MAX_BATCHES", "MAX_CASES", "CaseFiles"]
 
@@ -32,9 +33,15 @@ class CaseFiles:
     Args:
         engine: that measures and judges.
         saves_batches: save the batch of an incident beside its case file.
+        what_ifs: tries the training again at the first critical incident; None: nobody does.
+
+    Attributes:
+        say: shows one line to the user.
     """
 
-    def __init__(self, engine: Engine, *, saves_batches: bool) -> None:
+    def __init__(self, engine: Engine, *, saves_batches: bool, what_ifs: WhatIfs | None = None) -> None:
+        self._what_ifs = what_ifs
+        self.say: Callable[[str], object] = lambda line: None
         self._engine = engine
         self.batches = Batches(keeps=saves_batches, limit_bytes=engine.options.memory_limit_bytes // 4)
         self.loader: Callable[[], Any] = lambda: None
@@ -76,10 +83,24 @@ class CaseFiles:
             return
         rank, num_ranks = rank_and_size()
         case = gathered(incident, self._history(), self._engine.autopsy, self._engine.alarmed)
-        case = replace(case, rank=rank, num_ranks=num_ranks)
+        case = replace(case, rank=rank, num_ranks=num_ranks, what_if=self._tried(incident))
         self._open.add(key)
         self._cases[key] = self._with_batch(key, self._with_samples(case))
         sinks.case(self._cases[key], self._take_batch(key))
+
+    def _tried(self, incident: Incident) -> WhatIf | None:
+        """Return what would cure an incident, where that is asked for, and it is the first critical one."""
+        if self._what_ifs is None or not self._what_ifs.is_open or incident.severity != "critical":
+            return None
+        self._engine.is_replaying = True  # another model's hooks may see these forwards, too
+        found = None
+        try:
+            with self._engine.guard("what would cure it"):
+                found = self._what_ifs.answer(incident)
+                self.say(f"what if ({incident.name or incident.rule}): {found.sentence()}")
+        finally:
+            self._engine.is_replaying = False
+        return found
 
     def follow(self, step: int, sinks: SafeSinks) -> None:
         """Say that a step is on record: cases of which enough has passed are completed."""

@@ -47,6 +47,7 @@ from ._tasks import Tasks, tasks_of
 from ._telling import Telling
 from ._told_incidents import ToldIncidents
 from ._unseen import unseen, why_nothing
+from ._what_ifs import what_ifs_of
 
 __all__ = ["Session"]
 
@@ -103,8 +104,10 @@ class Session:
             on_incident=weakly(self._incident),
             on_record=weakly(self._record),
         )
-        self.cases = CaseFiles(self.engine, saves_batches=settings.options.save_batch)
+        self.what_ifs = what_ifs_of(settings, self.model, optimizers)
+        self.cases = CaseFiles(self.engine, saves_batches=settings.options.save_batch, what_ifs=self.what_ifs)
         self._told = ToldIncidents(self.run_dir, say or log, self.cases)
+        self.cases.say = weakly(self._told.print)
         strange = self.engine.meter.watched.strange
         if strange and self.engine.treats:
             path, why = next(iter(strange.items()))
@@ -257,6 +260,9 @@ class Session:
         if self.tasks is not None:
             self.tasks.begin(step)
         self.engine.before_forward(step)
+        if self.what_ifs is not None:
+            with self.engine.guard("what would cure it"):
+                self.what_ifs.begin(step)
 
     def before_backward(self, loss: Tensor, *, scale: float = 1.0, parts: int = 1) -> None:
         """Say that backward comes next: task gradients are probed here.
@@ -283,6 +289,9 @@ class Session:
         if not self._closed:
             self.see(inputs.batch)
             self.cases.batches.stepped(inputs.step)
+            if self.what_ifs is not None:
+                with self.engine.guard("what would cure it"):
+                    self.what_ifs.stepped(inputs)
         if self._numbers:
             inputs.scalars, self._numbers = self._numbers | inputs.scalars, {}
         return StepOutcome() if self._closed else self.engine.after_backward(inputs, optimizers)
@@ -292,6 +301,9 @@ class Session:
         if self.cases.batches.wants(batch):
             with self.engine.guard("case files"):
                 self.cases.batches.see(batch)
+        if self.what_ifs is not None:
+            with self.engine.guard("what would cure it"):
+                self.what_ifs.see(batch)
 
     def after_step(self) -> None:
         self.engine.gates.stepped()
@@ -453,11 +465,12 @@ class Session:
 
     def _end(self, why: str) -> None:
         first = [] if self.tasks is None else [self.tasks.close]
+        last = [] if self.what_ifs is None else [self.what_ifs.close]
         # The collector, where it found this in a cycle, has let go of all weak references by now: the last records
         # would reach nobody.
         self.engine.listen(self._record, self._incident)
         try:
-            end_all(*first, self.engine.close, partial(self._write_last, why), self.sinks.close)
+            end_all(*first, self.engine.close, partial(self._write_last, why), self.sinks.close, *last)
         finally:
             self.engine.listen(weakly(self._record), weakly(self._incident))
 

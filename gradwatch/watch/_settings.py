@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class Settings:
         log_every: optimizer steps between two log entries; None: the trainer's own.
         statistics: the user's own measurements, those of the rules file among them.
         live: seconds between two drawings of a live cell; 0: none.
+        what_if: try the training again at its first critical incident: True, or with this loss function.
     """
 
     book: RuleBook
@@ -43,6 +44,7 @@ class Settings:
     log_every: int | None
     statistics: tuple[Statistic, ...] = ()
     live: float = 0.0
+    what_if: bool | Callable[..., Any] = False
 
 
 def resolve(  # noqa: PLR0913 - the doors' flat names
@@ -56,6 +58,7 @@ def resolve(  # noqa: PLR0913 - the doors' flat names
     statistics: Any = (),
     allow_code: bool = False,
     live: bool | float = False,
+    what_if: bool | Callable[..., Any] = False,
     **options: Any,
 ) -> Settings:
     """Check and resolve what a door was given.
@@ -69,12 +72,25 @@ def resolve(  # noqa: PLR0913 - the doors' flat names
             raise UnknownNameError(
                 "option",
                 option,
-                [*known, "rules", "treatments", "surgery", "sinks", "statistics", "name", "allow_code", "live"],
+                [
+                    *known,
+                    "rules",
+                    "treatments",
+                    "surgery",
+                    "sinks",
+                    "statistics",
+                    "name",
+                    "allow_code",
+                    "live",
+                    "what_if",
+                ],
             )
     if not isinstance(name, str) or not name or "/" in name:
         raise ConfigError(f"`name` must be a word without '/'. Got {name!r}.")
     if log_every is not None and (isinstance(log_every, bool) or not isinstance(log_every, int) or log_every < 1):
         raise ConfigError(f"`log_every` must be a number of optimizer steps, 1 or more, or None. Got {log_every!r}.")
+    if not isinstance(what_if, bool) and not callable(what_if):
+        raise ConfigError(f"`what_if` must be True, False or the loss function. Got {what_if!r}.")
     own = load_statistics(statistics)  # before the rules: expressions may name them
     book = load_rules(rules, allow_code=allow_code)
     return Settings(
@@ -87,6 +103,7 @@ def resolve(  # noqa: PLR0913 - the doors' flat names
         log_every=log_every,
         statistics=tuple({s.name: s for s in (*book.statistics, *own)}.values()),
         live=_live(live),
+        what_if=what_if,
     )
 
 

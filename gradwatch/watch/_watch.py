@@ -79,8 +79,10 @@ class Watch:
         name: of the run; tags and state keys begin with it.
         options: `live`: in a notebook, a cell that shows the run while it trains (True, or seconds between two
             drawings); `paths`, `every`, `activations_every`, `updates_every`, `histograms_every`, `backward`,
-            `memory_limit_mb`, `on_error`, ...: see `MeasureOptions`; and `allow_code`: a rules file may name classes as
-            `module:Class`, whose code runs when they are imported.
+            `memory_limit_mb`, `on_error`, ...: see `MeasureOptions`; `allow_code`: a rules file may name classes as
+            `module:Class`, whose code runs when they are imported; and `what_if`: at the first critical incident try
+            the training again with one thing changed at a time (True, or the loss function as `gradwatch.what_if`
+            takes it; the batches are those of `step(batch=...)`).
 
     Raises:
         ConfigError: a setting that can't be, with the nearest valid names.
