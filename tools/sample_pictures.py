@@ -1,4 +1,4 @@
-"""Make the pictures of docs/samples.md and docs/noise_scale.md, from the programs on these pages.
+"""Make the pictures of docs/samples.md, docs/noise_scale.md and docs/what_if.md, from the programs on these pages.
 
 python tools/sample_pictures.py [--out docs/pictures]
 """
@@ -92,11 +92,31 @@ def noise_scale(out: Path) -> None:
     picture.savefig(out / "noise-scale.png")
 
 
+def what_if(out: Path) -> None:
+    found = first_program("what_if.md")["found"]
+    some = [found.control, *found.tried[:3]]
+    colors = [GREY, RED, BLUE, "#8fb5d9"]
+    picture = figure(9.0, 3.1)
+    left, right = picture.subplots(1, 2)
+    for each, color in zip(some, colors, strict=True):
+        left.plot(each.losses, color=color, label=each.name or "as it is", linewidth=1.4)
+    left.legend(fontsize=8, frameon=False)
+    plain(left, "loss, each by its own loss function", "step", "loss")
+    every = [found.control, *found.tried]
+    names = [each.name or "as it is" for each in every]
+    shades = [GREY, *(RED if each is found.winner else BLUE for each in found.tried)]
+    right.barh(np.arange(len(every)), [each.left for each in every], color=shades)
+    right.set_yticks(np.arange(len(every)), names, fontsize=7)
+    right.invert_yaxis()
+    plain(right, "left unexplained on batches held back", "share", "")
+    picture.savefig(out / "what-if.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures")
     out = parser.parse_args().out
-    for make in (samples, noise_scale):
+    for make in (samples, noise_scale, what_if):
         make(out)
 
 

@@ -16,7 +16,7 @@ CHANGE_KINDS = ("repair", "part", "setting")
 """What a change changes, the most telling first: something that is out of what is usual is put right; a part of the
 program is left out or replaced; a setting has another value."""
 
-MARGIN = {"repair": 0.02, "part": 0.08, "setting": 0.12}
+MARGIN = {"repair": 0.02, "part": 0.05, "setting": 0.12}
 """Share of what the training as it is leaves to learn that a change must take away to count as a cure. Little where
 something unusual is put right; more for another value of what has many: with another learning rate healthy trainings,
 too, learn faster for some steps."""

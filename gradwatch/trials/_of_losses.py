@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from ._trial import Trial, main_call
 
 __all__ = ["CrossEntropy", "Logits", "MainTerm", "MatchedShapes", "Mean", "Negated", "RobustLoss", "SumOverSample"]
 
-ELEMENTWISE = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy")
-ELEMENTWISE += ("binary_cross_entropy_with_logits",)
+ELEMENTWISE = frozenset(
+    ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits")
+)
 
 
 def _main(trial: Trial) -> LossCall:
@@ -193,7 +195,9 @@ class RobustLoss(Change):
 def _robust(call: LossCall) -> LossCall:
     if call.name != "mse_loss":
         return call
-    kept = {name: call.arguments[name] for name in ("input", "target", "reduction") if name in call.arguments}
+    kept: dict[str, Any] = {
+        name: call.arguments[name] for name in ("input", "target", "reduction") if name in call.arguments
+    }
     return LossCall("smooth_l1_loss", kept)
 
 

@@ -27,9 +27,9 @@ __all__ = ["MODES", "Stage", "bytes_of", "copy_of", "modules_of", "on_stage", "w
 MODES = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 """Modules that do something else in train mode than in eval mode."""
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, tuple, set, deque)
-_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-_HOOKS += ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks")
-_HOOKS += ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
+_HOOKS = frozenset(
+    f"_optimizer_{of}_{when}_hooks" for of in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
+)
 
 
 class Stage:

@@ -158,7 +158,7 @@ class Trial:
                 found[:] = found or [loss, norm]
                 return torch.tensor(loss)
 
-            optimizer.step(closure)  # type: ignore[no-untyped-call]
+            optimizer.step(closure)
             self._note(course, *found)
             return
         loss, norm = self._backward(step, course, params)

@@ -63,14 +63,15 @@ class ToldIncidents:
         if key not in self._said and incident.rule in ALARMS:
             incident = self._record_flight(incident, engine)
         sinks.incident(incident)
-        if key not in self._said:
-            with engine.guard("case files"):
-                self._cases.open(incident, sinks)
         if key in self._said and not incident.resolved:
             return
-        if key not in self._said and incident.severity != "info" and is_writer():
+        is_new = key not in self._said
+        if is_new and incident.severity != "info" and is_writer():
             self.print(incident)
         self._said.add(key)
+        if is_new:  # it may have more to say
+            with engine.guard("case files"):
+                self._cases.open(incident, sinks)
 
     def _record_flight(self, incident: Incident, engine: Engine) -> Incident:
         if self._run_dir is None or not is_writer() or len(self._said) >= MAX_LINES:

@@ -16,6 +16,7 @@ from ..samples import loss_function, matching_losses
 from ..torchside import Aside, every_random_state, size_of, tensors_of
 from ._batch import split_batch
 from ._prediction import Forward
+from ._ranks import world_size
 from ._settings import Settings
 from ._step_inputs import StepInputs
 
@@ -94,7 +95,8 @@ class WhatIfs:
         from ..trials import bytes_of, copy_of, modules_of, why_not_copied
 
         modules = modules_of(self.model, self.loss_fn)
-        self.why_not = why_not_copied(self.model, modules, self.optimizers)
+        several = "several ranks train together, and one rank's batches would tell of another training"
+        self.why_not = several if world_size() > 1 else why_not_copied(self.model, modules, self.optimizers)
         # Two snapshots, and what a trial takes.
         needed = 3 * bytes_of(modules, self.optimizers)
         if not self.why_not and needed > self._limit:
@@ -221,7 +223,7 @@ class WhatIfs:
     def _before(self, step: int) -> _Snapshot | None:
         known = [s for s in self._snapshots if s.step <= step]
         early = [s for s in known if s.step <= step - BEFORE]
-        return (early or known or [None])[-1]
+        return next(iter((early or known)[-1:]), None)
 
 
 def what_ifs_of(settings: Settings, model: nn.Module, optimizers: Sequence[Optimizer]) -> WhatIfs | None:
