@@ -142,6 +142,7 @@ def lightning_fit(what_if):
     return callback, [*module.parameters(), *module.buffers(), torch.get_rng_state()]
 
 
+@pytest.mark.slow
 def test_in_lightning_the_training_step_is_run_again() -> None:
     callback, values = lightning_fit(True)
     found = callback.incidents[0].case.what_if
@@ -150,6 +151,7 @@ def test_in_lightning_the_training_step_is_run_again() -> None:
     assert same(values, lightning_fit(False)[1])
 
 
+@pytest.mark.slow
 def test_in_the_hugging_face_trainer_the_model_makes_its_loss_again(tmp_path) -> None:
     from transformers import Trainer, TrainingArguments
 
