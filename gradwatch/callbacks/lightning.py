@@ -76,6 +76,9 @@ class GradWatch(SessionDoor, _Callback):
         noise_scale: measure the gradient noise scale, which tells what batch size is worth its price, now and then.
         what_if: at the first critical incident try the training again, from before it, with one thing changed at a
             time, to say which change cures it; see `gradwatch.what_if`.
+        recompute_every: run a step's batch again, to see whether it gives the same gradient; None never.
+        replicas_every: compare the ranks' weights and gradients bit for bit; None never.
+        fingerprints: know batches again: whether they come in the same order over and over.
         preflight: check model and first batch before step 0.
         conflicts_every: measure conflicts between task losses without surgery; None never.
         history: records kept in `history`.
@@ -118,6 +121,9 @@ class GradWatch(SessionDoor, _Callback):
         autopsy: bool = False,
         noise_scale: bool = False,
         what_if: bool = False,
+        recompute_every: int | None = None,
+        replicas_every: int | None = 100,
+        fingerprints: bool = False,
         preflight: bool = False,
         conflicts_every: int | None = None,
         history: int = 1000,
@@ -151,6 +157,9 @@ class GradWatch(SessionDoor, _Callback):
             autopsy=autopsy,
             noise_scale=noise_scale,
             what_if=what_if,
+            recompute_every=recompute_every,
+            replicas_every=replicas_every,
+            fingerprints=fingerprints,
             conflicts_every=conflicts_every,
             history=history,
             local_norms=local_norms,

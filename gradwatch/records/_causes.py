@@ -30,6 +30,8 @@ LEADS_TO: Mapping[str, tuple[str, ...]] = {
     "target_outliers": ("bad_initial_loss", "blown_up", *_UNSTABLE, *_RESULT),
     "constant_labels": ("constant_output", *_RESULT),
     "repeated_batch": ("overfit", *_RESULT),
+    "repeated_order": ("overfit",),
+    "same_batches_on_ranks": ("overfit",),
     "repeated_targets": _RESULT,
     "whole_targets": _RESULT,
     "targets_shifted": ("too_good", "overfit", *_RESULT),
@@ -56,6 +58,7 @@ LEADS_TO: Mapping[str, tuple[str, ...]] = {
     "restarted": ("loss_spike", "diverging", *_RESULT),
     "amp_overflow": ("non_finite", *_RESULT),
     "rank_divergence": ("grad_conflict", *_UNSTABLE, *_RESULT),
+    "recomputation_differs": ("rank_divergence", *_UNSTABLE, *_RESULT),
     # What becomes of it.
     "attention_logits_growing": ("attention_entropy_collapse", *_UNSTABLE, *_RESULT),
     "attention_entropy_collapse": ("vanishing", *_UNSTABLE, *_RESULT),

@@ -106,6 +106,21 @@ EXPLANATIONS = {
         "In data-parallel training all copies must stay equal; copies that differ average gradients of different "
         "networks.",
     ),
+    "recomputation_differs": Explanation(
+        "The same batch gave another gradient",
+        "A processor that computes alike gives the same numbers for the same batch. One that does not has made a "
+        "mistake in silence.",
+    ),
+    "repeated_order": Explanation(
+        "Batches come again in the same order",
+        "A training set that is shuffled anew in each epoch teaches more than one that is always read in the same "
+        "order.",
+    ),
+    "same_batches_on_ranks": Explanation(
+        "Several processes train on the same batches",
+        "In data-parallel training each process should see its own part of the data; the same batch twice teaches "
+        "nothing more.",
+    ),
     "saturated": Explanation(
         "Activations are saturated",
         "Far out, sigmoid and tanh are flat: their slope is nearly zero, and so is every gradient that passes "

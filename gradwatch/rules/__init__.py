@@ -38,6 +38,7 @@ from ._settings import (
     WeightDecayTooLarge,
     WeightsOverwritten,
 )
+from ._silent import RecomputationDiffers, RepeatedOrder, SameBatchesOnRanks
 from ._targets import ConstantLabels, OutputRange, TargetSemantics, UnnormalisedInput
 from ._units import ActScale, DeadUnits, Saturated, SymmetricUnits
 from ._updates import NotUpdating, UpdateTooLarge, UpdateTooSmall
@@ -104,6 +105,9 @@ _CATALOGUE: tuple[type[Rule], ...] = (
     AttentionEntropyCollapse,
     LogitsDrift,
     UpdatesRoundedAway,
+    RecomputationDiffers,
+    RepeatedOrder,
+    SameBatchesOnRanks,
     Expression,
 )
 
@@ -154,7 +158,9 @@ __all__ = [
     "OutputRange",
     "Overfit",
     "RankDivergence",
+    "RecomputationDiffers",
     "RepeatedBatch",
+    "RepeatedOrder",
     "RepeatedTargets",
     "Restarted",
     "Rule",
@@ -162,6 +168,7 @@ __all__ = [
     "RuleCoverage",
     "RuleEngine",
     "RuleMemory",
+    "SameBatchesOnRanks",
     "Saturated",
     "SeesFuture",
     "Silence",

@@ -199,27 +199,51 @@ class Stalled(Rule):
 
 
 class RankDivergence(Rule):
-    """Flags ranks that no longer hold the same parameters.
+    """Flags ranks that no longer hold the same weights or, after their reduction, the same gradients.
+
+    Compared bit for bit, by checksums (`replicas_every`): the one rank that differs from most is named; of two it is
+    the one whose weights changed between the optimizer's steps. Besides, gradient norms are compared at every step.
 
     Args:
-        tolerance: relative spread of the parameters' checksum over the ranks.
+        tolerance: relative spread of the gradient norms over the ranks.
     """
 
     tolerance: float = 1e-6
     severity: str = "critical"
     advice: str = (
-        "A rank skipped a step or changed its weights alone: decide for all ranks together; restart from a checkpoint."
+        "A rank skipped a step, changed its weights alone, or its memory has flipped a bit: decide for all ranks "
+        "together; restart from a checkpoint, and where it comes again on the same rank, without that device."
     )
 
     is_core = False
-    needs = awaits = frozenset({"rank_spread"})
+    needs = frozenset({"rank_spread", "replicas_differ", "replica_gradients_differ", "replica_rank", "replica_differs"})
+    awaits = frozenset({"rank_spread", "replicas_differ"})
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         spread = record.scalars.get("rank_spread", math.nan)
+        weights, gradients = (
+            record.scalars.get(name, math.nan) for name in ("replicas_differ", "replica_gradients_differ")
+        )
+        if weights > 0 or gradients > 0:
+            return self._bits(record, weights, gradients), state
         if math.isnan(spread):
-            return self.unjudged(record, "one rank, or not measured"), state
-        text = "the ranks' parameters differ by {value:.2g}"
+            return (
+                self.unjudged(record, "one rank, or not measured") if math.isnan(weights) else self.clear(record)
+            ), state
+        text = "the ranks' gradient norms differ by {value:.2g}"
         return self.whole(record, spread > self.tolerance, spread, self.tolerance, text), state
+
+    def _bits(self, record: StepRecord, weights: float, gradients: float) -> Findings:
+        what = "weights" if weights > 0 else "gradients"
+        rank = record.scalars.get("replica_rank", -1.0)
+        text = f"the {what} of rank {rank:.0f} are not those of the other ranks, bit for bit"
+        if rank < 0:
+            text = f"the ranks' {what} are not the same, bit for bit ({max(weights, gradients):.0f} differ from most)"
+        differs = record.columns.get("replica_differs")
+        if differs is None or not (differs > 0).any():
+            return self.whole(record, True, max(weights, gradients), 0.0, text)
+        judged = record.measured("replica_differs")
+        return self.over(record, judged & (differs > 0), judged, differs, 0.0, text)
 
 
 class DeadSignal(Rule):

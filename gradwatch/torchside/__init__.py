@@ -5,7 +5,7 @@ from __future__ import annotations
 from ._aside import Aside, are_modes_on, in_transform
 from ._attention import PRODUCTS, Attended, AttentionTap, attended_fused, heads_of
 from ._autograd import graph_task_id, in_backward
-from ._bits import checksums, differ, num_bytes, pieces, put_bits
+from ._bits import checksum, checksums, differ, num_bytes, pieces, put_bits
 from ._checkpoints import checkpoints_around, in_recomputation, may_be_checkpointed
 from ._compiled import compiled_parts, is_within
 from ._copies import Kept, all_finite, fresh, kept, kept_tensors, local_piece, put_back, size_of
@@ -72,6 +72,7 @@ __all__ = [
     "can_lend",
     "can_lend_all",
     "checkpoints_around",
+    "checksum",
     "checksums",
     "children",
     "clean_path",

@@ -199,7 +199,7 @@ def check_deepspeed(part: ZeroPart, settings: Settings, *, treats: bool) -> None
             "surgery puts gradients together in `.grad`, where DeepSpeed's ZeRO leaves none. Train without "
             "`zero_optimization`, or leave `surgery` out."
         )
-    for name in ("autopsy", "noise_scale", "conflicts_every"):
+    for name in ("autopsy", "noise_scale", "conflicts_every", "recompute_every"):
         if getattr(settings.options, name):
             raise ConfigError(
                 f"`{name}` runs backward once more, where DeepSpeed's own hooks would take its gradients for the "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,6 +26,7 @@ from ._completion import MAX_FAILURES, Completion
 from ._context import Decision, StepOutcome
 from ._delivered import Delivered
 from ._ending import end_guarded
+from ._fingerprints import Fingerprints
 from ._gate import Gates, Vetoes
 from ._guard import Guard
 from ._history import History
@@ -38,6 +40,7 @@ from ._plan import ALERT_STEPS, Planner, reasons_to_wait
 from ._produced import Produced
 from ._proofs import Proofs
 from ._ranks import are_several, world_size
+from ._recomputation import Recomputation, Recomputed
 from ._record_draft import Draft
 from ._replays import ForwardMemory, Replay
 from ._rollbacks import rollbacks_of
@@ -54,6 +57,8 @@ __all__ = ["Engine", "StepInputs", "StepOutcome"]
 
 ALARMS = ("non_finite", "exploding")
 """Rules whose incidents make gradwatch look closer."""
+
+RECOMPUTING = "computing gradients again"
 
 OF_SAMPLES = (*ALARMS, "loss_spike")
 """Rules whose incidents may be the work of a few samples."""
@@ -156,6 +161,18 @@ class Engine:
         self.produced = Produced(self.meter, self.guard, weakly(self._is_due))
         self._measuring = Measuring(self.meter, self.guard, self.own, self.produced)
         self._update_ratios = UpdateRatios(self.meter, self.guard)
+        if options.fingerprints or (world_size() > 1 and options.activations_every is not None):
+            where, wanted = weakly(self._device, torch.device("cpu")), weakly(self._prints, False)
+            self._measuring.fingerprints = Fingerprints(model, where, wanted)
+
+    def _device(self) -> torch.device:
+        return self.meter.device
+
+    def _prints(self) -> bool:
+        """Whether the batch at hand is to be known again."""
+        if self.is_replaying or self.meter.is_muted():
+            return False
+        return self.options.fingerprints or self.planner.at(max(self._begun, 0)).modules
 
     @property
     def step(self) -> int:
@@ -199,15 +216,20 @@ class Engine:
                 self.buffers.keep()
         if self._may_veto and self._begun != step:
             self.gates.begin()
+        if self.recomputation.is_due(step) and self.guard.ok(RECOMPUTING):
+            with self.guard(RECOMPUTING):
+                self.recomputation.listen(step)
         self._begun = step
 
     def remembers(self) -> bool:
         """Return whether the micro-batches of the step that has begun are kept to be run again."""
-        return self.options.autopsy or (self.noise is not None and self.noise.is_due(max(self._begun, 0)))
+        begun = max(self._begun, 0)
+        is_due = self.recomputation.is_due(begun) or (self.noise is not None and self.noise.is_due(begun))
+        return self.options.autopsy or is_due
 
     def listen_to_forwards(self, model: nn.Module) -> list[ForwardMemory]:
         """Return what keeps the model's forward passes by itself, where they may be wanted; to be closed."""
-        if not self.options.autopsy and self.noise is None:
+        if not self.options.autopsy and self.noise is None and self.options.recompute_every is None:
             return []
         return [ForwardMemory(model, weakly(self.remember), weakly(self.remembers, False))]
 
@@ -218,8 +240,22 @@ class Engine:
             with Aside():
                 self._replays.append(Replay(every_random_state(), run, size, grads))
 
-    def before_backward(self, scale: float, loss: Any = None) -> None:
-        """Say what the loss is multiplied by, for treatments of error signals inside backward; and show it."""
+    def see(self, batch: Any) -> None:
+        """Look at a micro-batch, by which the step's data are known again."""
+        prints = self._measuring.fingerprints
+        if prints is not None and batch is not None and prints.is_wanted():
+            prints.see(batch)
+
+    def before_backward(self, scale: float, loss: Any = None, parts: int = 1) -> None:
+        """Say what the loss is multiplied by, for treatments of error signals inside backward; and show it.
+
+        Args:
+            scale: the loss scaler's.
+            loss: that backward is called on.
+            parts: accumulated micro-batches, that it is divided by.
+        """
+        if loss is not None:
+            self.recomputation.note_scale(scale / parts)
         if loss is not None and self.meter.armed and self.guard.ok("the loss's graph"):
             with self.guard("the loss's graph"):
                 self.meter.see_loss(loss)
@@ -309,6 +345,8 @@ class Engine:
             return self._treating.act_unmeasured(turn)
         if self.noise is not None and self.noise.is_due(inputs.step):
             inputs.scalars = {**inputs.scalars, **self._noise(self.noise, inputs)}
+        if turn.plan.recomputes:
+            turn.recomputed = self._recomputed()
         inputs.scalars = {**inputs.scalars, "overhead_seconds": self.spent}
         self.spent = 0.0
         if turn.plan.num_ranks > 1:
@@ -389,6 +427,26 @@ class Engine:
         alone = len(self.optimizers) == 1
         return noise.take(own, self.meter.device, list(self.completion.history) if alone else ())
 
+    @property
+    def recomputation(self) -> Recomputation:
+        return self._measuring.recomputation
+
+    def _recomputed(self) -> Recomputed | None:
+        """Run the step's micro-batches again; return what differs, None where that can't be told."""
+        found, again = None, self.recomputation
+        if self.guard.ok(RECOMPUTING):
+            self.is_replaying = True
+            with self.guard(RECOMPUTING):
+                try:
+                    if self._installed:
+                        raise ValueError("a treatment works inside backward")
+                    found = again.check(self._replays)
+                except ValueError as error:
+                    self.guard.limit(f"whether a batch gives the same gradient twice is not seen: {error}", aloud=True)
+            self.is_replaying = False
+        again.forget()
+        return found
+
     def _on_judged(self, draft: Draft, opened: Sequence[Incident]) -> None:
         """Called with every step that is complete: what was judged only then may be an alarm, too."""
         self.delivered.note(draft)
@@ -435,6 +493,9 @@ class Engine:
         self._complete_last()
         if self._replays and self._measured is not None and self._measured[0] == self._begun:
             self._replays, self._inputs = [], None  # not between the micro-batches of a step
+        if (every := self.options.replicas_every) is not None and world_size() > 1:
+            with self.guard("comparing the ranks' copies"):
+                self._measuring.replicas.stepped(self._step, every, one_by_one=len(self.optimizers) > 1)
         self.announced.forget()
         if self.delivered.is_waiting:
             self.delivered.forget()
@@ -479,6 +540,8 @@ class Engine:
         own = [] if self.own is None else [self.own]
         back = [] if self.rollbacks is None else [self.rollbacks]
         looks = [self.produced, self.delivered]
+        looks += [] if self._measuring.fingerprints is None else [self._measuring.fingerprints]
+        self.recomputation.forget()
         ours: list[Any] = [self.gates, self.announced, *looks, self.meter, *own, self.rates, *back]
         end_guarded(self.guard, *(x.close for x in ours), *(hooks.remove for hooks in self._installed))
 

@@ -19,6 +19,7 @@ from ..torchside import Aside, are_modes_on, is_host, moved, real_of, wide_dtype
 from ._batch import batch_scalars, holds_targets, num_samples
 from ._company import Company, LossOfOthers
 from ._configured import configured
+from ._fingerprints import PRINTS, Fingerprints
 from ._guard import Guard
 from ._kind import Kind
 from ._loss_graph import SeenLoss, form_scalars
@@ -28,7 +29,9 @@ from ._parallel import num_batches_at_once
 from ._prediction import Prediction
 from ._produced import Look, Produced
 from ._ranks import combine, pack_extras, rank_of_this, say_the_same
+from ._recomputation import RECOMPUTED, Recomputation
 from ._record_draft import NOTHING, Draft
+from ._replicas import Replicas
 from ._statistics import OwnRows, OwnStatistics
 from ._step_inputs import StepInputs
 from ._timed import calm_numpy
@@ -59,6 +62,7 @@ class _Seen:
     own: OwnRows | None = None
     before: Look | None = None
     is_sealed: bool = False
+    fingerprint: Tensor | None = None
 
 
 class Measuring:
@@ -83,6 +87,9 @@ class Measuring:
         self._company = Company()
         self._others = LossOfOthers()
         self.kind = Kind(meter.options.kind)
+        self.replicas = Replicas(meter)
+        self.recomputation = Recomputation(meter, meter.options.recompute_every, meter.options.memory_limit_bytes // 4)
+        self.fingerprints: Fingerprints | None = None
 
     def measure(self, turn: Turn) -> Draft:
         """Measure one step before treatment, and send its numbers on their way to the host."""
@@ -130,6 +137,8 @@ class Measuring:
         numbers["samples"] = inputs.num_samples or (0 if inputs.batch is None else num_samples(inputs.batch))
         scalars = self._plain_scalars(inputs)
         scalars |= {name: float(value) for name, value in self._others.told(inputs.optimizer, loss).items()}
+        if self.fingerprints is not None and (known_again := self.fingerprints.take()) is not None:
+            scalars["batch_fingerprint"] = float(known_again)
         now, last = perf_counter(), self._clock
         self._clock, scalars["seconds"] = now, now - last
         kept = self.meter.were_kept(few_seals(params) if turn.seals is None else turn.seals, len(losses) or 1)
@@ -165,6 +174,8 @@ class Measuring:
         parts |= {"norms": grads.norms, "global_norm": grads.global_norm}
         if found.absent is not None:
             parts["absent"] = found.absent
+        if seen.fingerprint is not None and plan.is_alone:
+            parts["batch/batch_fingerprint"] = seen.fingerprint
         if seen.before is not None:
             parts |= self._produced(seen.before, inputs, grads)
         own = None if self.own is None else self.own.draft(inputs.step, seen.own, plan.num_ranks)
@@ -283,6 +294,13 @@ class Measuring:
             seen.sums, seen.maxima = self.own.blank(turn.step)
         if self.meter.local is not None:
             seen.sums["local_norms"] = torch.zeros(ranks, dtype=wide, device=device)
+        if turn.plan.recomputes:
+            seen.sums |= self.recomputation.blank(ranks)
+        if turn.plan.replicas:
+            more = self.replicas.blank(ranks)
+            seen.sums, seen.maxima = seen.sums | more[0], seen.maxima | more[1]
+        if self._shares_fingerprints(turn):
+            seen.sums[PRINTS] = torch.zeros(ranks, 2, dtype=wide, device=device)
         if ranks > 1:
             seen.sums |= {"samples": constant(0.0, device), "loss": torch.zeros(2, dtype=wide, device=device)}
             if self.meter.watched.stages is not None:
@@ -295,6 +313,25 @@ class Measuring:
             if seen.scalars is not None:
                 self._put_modules(seen, self.meter.blank_modules())
         return seen
+
+    def _shares_fingerprints(self, turn: Turn) -> bool:
+        """Whether ranks tell each other what their batches are known by: where each has batches of its own."""
+        plan = turn.plan
+        is_due = self.fingerprints is not None and (plan.modules or self.meter.options.fingerprints)
+        return is_due and not plan.is_alone and self.num_batches == plan.num_ranks
+
+    def _compare(self, seen: _Seen, turn: Turn, grads: Gradients, rank: int) -> None:
+        """Put what tells silent faults into the vector: of the ranks' copies, of a second run, of the batch."""
+        if self.fingerprints is not None:
+            seen.fingerprint = self.fingerprints.take()
+        if PRINTS in seen.sums and seen.fingerprint is not None:
+            row = torch.stack([seen.fingerprint, torch.ones_like(seen.fingerprint)])
+            seen.sums[PRINTS][rank] = moved(row, self.meter.device)
+        if turn.recomputed is not None and RECOMPUTED in seen.sums:
+            self.recomputation.put(turn.recomputed, seen.sums)
+        if turn.plan.replicas and self.guard.ok("comparing the ranks' copies"):
+            with self.guard("comparing the ranks' copies"):
+                self.replicas.look(grads, (seen.sums, seen.maxima))
 
     def _put_modules(self, seen: _Seen, tap: TapStats | None) -> None:
         if tap is not None:
@@ -327,6 +364,7 @@ class Measuring:
             seen.own = self.own.look(inputs.step, grads, seen.pieces.shards, turn.optimizers, inputs.optimizer, into)
         if "norm_of_rank" in seen.sums and not seen.pieces.shards.groups:
             seen.sums["norm_of_rank"][rank] = moved(global_norm(seen.pieces.norms), device)
+        self._compare(seen, turn, grads, rank)
         if self.meter.local is not None:
             own = self.meter.local.take(1.0 if inputs.scale is None else float(inputs.scale))
             if own is not None:

@@ -14,6 +14,14 @@ __all__ = ["MeasureOptions", "is_due"]
 ON_ERROR = ("warn", "raise")
 BACKENDS = ("tensor", "full")
 SCALES = ("log10", "signed")
+_CADENCES = (
+    "activations_every",
+    "updates_every",
+    "histograms_every",
+    "conflicts_every",
+    "recompute_every",
+    "replicas_every",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,12 @@ class MeasureOptions:
             Every step then waits for its numbers.
         noise_scale: measure the gradient noise scale, which tells what batch size is worth its price, at one step in 50
             and at the beginning: such a step's batch is run again, for up to ten steps' time.
+        recompute_every: run the batch of one step in this many again, and of the first steps, to see whether the same
+            batch gives the same gradient; None never. Such a step takes one forward and backward more.
+        replicas_every: compare the ranks' weights and reduced gradients bit for bit at one step in this many, where
+            there are several; None never.
+        fingerprints: know batches again, by a checksum over some of their elements at every step: whether they come in
+            the same order over and over.
         local_norms: measure each rank's gradient norm before it is reduced, to name a bad rank.
         conflicts_every: measure conflicts between task losses at one step in this many, without surgery; None never.
         kind: what kind of training it is, which rules follow: `"auto"`: what the model, its loss and its optimizers
@@ -62,6 +76,9 @@ class MeasureOptions:
     history: int = 1000
     autopsy: bool = False
     noise_scale: bool = False
+    recompute_every: int | None = None
+    replicas_every: int | None = 100
+    fingerprints: bool = False
     local_norms: bool = False
     conflicts_every: int | None = None
     save_batch: bool = False
@@ -70,7 +87,7 @@ class MeasureOptions:
 
     def __post_init__(self) -> None:
         _check_steps("every", self.every, optional=False)
-        for name in ("activations_every", "updates_every", "histograms_every", "conflicts_every"):
+        for name in _CADENCES:
             _check_steps(name, getattr(self, name), optional=True)
         _check_steps("history", self.history, optional=False)
         named = (
@@ -82,7 +99,7 @@ class MeasureOptions:
         for name, known in named:
             if getattr(self, name) not in known:
                 raise UnknownNameError(f"`{name}`", getattr(self, name), known)
-        for name in ("stop_on_unproven", "save_batch", "noise_scale"):
+        for name in ("stop_on_unproven", "save_batch", "noise_scale", "fingerprints"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be True or False. Got {getattr(self, name)!r}.")
         if self.save_batch and find_spec("safetensors") is None:

@@ -29,6 +29,8 @@ class StepPlan(NamedTuple):
         histograms: of the gradients' exponents, with their details.
         updates: how far parameters move is measured.
         spreads: rows of weights are compared.
+        recomputes: the batch is run again, and gradients are compared.
+        replicas: weights and gradients of the ranks are compared.
         num_ranks: that take part.
         is_plain: nothing but norms is due, on one rank; no settings either, which stand beside updates.
     """
@@ -38,6 +40,8 @@ class StepPlan(NamedTuple):
     histograms: bool
     updates: bool
     spreads: bool
+    recomputes: bool
+    replicas: bool
     num_ranks: int
 
     is_plain: bool
@@ -88,14 +92,17 @@ class Planner:
         histograms = is_due(step, options.histograms_every) or (step == self._histograms_at and is_alike)
         spreads = step == 0
         updates = is_due(step, options.updates_every)
+        recomputes = is_due(step, options.recompute_every)
         return StepPlan(
             measures=step % options.every == 0,
             modules=modules,
             histograms=histograms,
             updates=updates,
             spreads=spreads,
+            recomputes=recomputes,
+            replicas=ranks > 1 and is_due(step, options.replicas_every),
             num_ranks=ranks,
-            is_plain=ranks == 1 and not (modules or histograms or updates or spreads),
+            is_plain=ranks == 1 and not (modules or histograms or updates or spreads or recomputes),
         )
 
     def _next_due(self, step: int) -> int:
@@ -103,7 +110,12 @@ class Planner:
         options = self._options
         if options.every != 1:
             return step + 1
-        cadences = (options.activations_every, options.histograms_every, options.updates_every)
+        cadences = (
+            options.activations_every,
+            options.histograms_every,
+            options.updates_every,
+            options.recompute_every,
+        )
         coming = [min((step // n + 1) * n, 1 << step.bit_length()) for n in cadences if n is not None]
         return min(coming, default=step + 1000)
 

@@ -19,7 +19,10 @@ from ._account import MOVED, NO_BACKWARD
 from ._between import Between, whole
 from ._columns import Columns, as_float32
 from ._device_veto import LateProof
+from ._fingerprints import fingerprint_scalars
 from ._ranks import merged_extras
+from ._recomputation import RECOMPUTED_ROWS, recomputed_scalars
+from ._replicas import replica_column, replica_scalars
 from ._run_treatments import Applied
 from ._transfer import Numbers
 
@@ -243,6 +246,11 @@ class Draft:
             histograms = HistogramTable([self.index.paths[i] for i in positions], counts)
         if "row_spread" in host and self.spread_positions is not None:
             columns.put("row_spread", self.spread_positions, host["row_spread"])
+        if (rows := host.get(RECOMPUTED_ROWS)) is not None and rows[:, 1].any():
+            known = np.flatnonzero(rows[:, 1])
+            columns.put("recompute_elements", known, rows[known, 0])
+        if (replicas := replica_column(host)) is not None and len(replicas[0]):
+            columns.put("replica_differs", *replicas)
         if self.tap is not None and self.tap_positions is not None:
             found = self.tap.to_columns(
                 host["tap_sums"], host["tap_maxima"], grad_scale=self.loss_scale * self.num_batches
@@ -328,7 +336,7 @@ class Draft:
 
     def _of_ranks(self, host: dict[str, NDArray[np.float64]]) -> dict[str, float]:
         """Return what tells ranks apart, and the means of what each knew for itself."""
-        found: dict[str, float] = {}
+        found = {**replica_scalars(host), **recomputed_scalars(host), **fingerprint_scalars(host)}
         if "extras" in host:
             found |= merged_extras(self.extras, host["extras"], self.num_ranks)
         norms = host.get("norm_of_rank")

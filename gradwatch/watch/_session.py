@@ -272,7 +272,7 @@ class Session:
             scale: the loss scaler's, that `loss` is already multiplied by.
             parts: accumulated micro-batches, that it is already divided by.
         """
-        self.engine.before_backward(scale, loss)
+        self.engine.before_backward(scale, loss, parts)
         if self.tasks is not None and not self._closed:
             self.tasks.before_backward(loss, scale / parts)
 
@@ -304,6 +304,7 @@ class Session:
         if self.what_ifs is not None:
             with self.engine.guard("what would cure it"):
                 self.what_ifs.see(batch)
+        self.engine.see(batch)
 
     def after_step(self) -> None:
         self.engine.gates.stepped()

@@ -27,4 +27,6 @@ export const COLUMNS = {
   attention_entropy: {"label": "attention entropy", "scale": "share", "combine": "max", "guide": null, "meaning": "Entropy of the attention pattern over all heads, as a share of what it can be at most: 1 looks everywhere alike, 0 at one place."},
   attention_entropy_min: {"label": "attention entropy, lowest head", "scale": "share", "combine": "max", "guide": null, "meaning": "The same of the head that has the lowest one."},
   row_spread: {"label": "row spread at start", "scale": "log10", "combine": "max", "guide": null, "meaning": "How much a weight’s rows differ; 0 is a symmetric start."},
+  recompute_elements: {"label": "elements that differ when run again", "scale": "log10", "combine": "max", "guide": null, "meaning": "Elements of each gradient that came out otherwise when the same batch was run again."},
+  replica_differs: {"label": "ranks’ copies differ", "scale": "log10", "combine": "max", "guide": null, "meaning": "What differs over the ranks, bit for bit: 1 the gradient, 2 the weight, 3 both."},
 };

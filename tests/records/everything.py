@@ -17,6 +17,7 @@ from gradwatch.watch._settings import resolve
 from gradwatch.watch._step_inputs import StepInputs
 
 EVERY = {"activations_every": 1, "updates_every": 1, "histograms_every": 1, "local_norms": True}
+SILENT = {"recompute_every": 1, "fingerprints": True}
 SEEN: list[StepRecord] = []
 
 
@@ -87,7 +88,7 @@ def shown() -> Watch:
 
 def numbers() -> Watch:
     model = net(1)
-    watch = Watch(model, sgd(model), rules=[Witness()], **EVERY)
+    watch = Watch(model, sgd(model), rules=[Witness()], **EVERY, **SILENT)
     steps(watch, model, torch.randn(16, 1), lambda out, y: (out - y).square().mean())
     model = net(2)
     watch = Watch(model, sgd(model), rules=[Witness()], **EVERY)

@@ -188,6 +188,7 @@ def game(own: float, others: float) -> list[StepRecord]:
 
 
 STUCK, GOOD = 2.3, falling
+SHUFFLED = [i for epoch in range(20) for i in np.random.default_rng(epoch).permutation(10).tolist()]
 CREEPING = norms(1e-5, 1e-4, 5e-5)
 jitter, grow = noise(0.2), noise(0.1, 1)
 KINDS = {"shapes": {"target_row_sum_min": 1, "target_row_sum_max": 1, "target_min": 0, "target_max": 1}}
@@ -360,6 +361,20 @@ CASES = [
     case("stalled", lambda: steady(2, seconds=2.0), False, "seconds"),
     case("rank_divergence", lambda: steady(2, rank_spread=1e-3), True, "differ"),
     case("rank_divergence", lambda: steady(2, rank_spread=0.0), False, "equal"),
+    case("rank_divergence", lambda: steady(2, rank_spread=0.0, replicas_differ=1, replica_gradients_differ=0, replica_rank=2), True, "a-flipped-bit"),
+    case("rank_divergence", lambda: steady(2, rank_spread=0.0, replicas_differ=0, replica_gradients_differ=1, replica_rank=-1), True, "of-a-gradient"),
+    case("rank_divergence", lambda: steady(2, rank_spread=0.0, replicas_differ=0, replica_gradients_differ=0), False, "the-same-bits"),
+    case("recomputation_differs", lambda: steady(2, recompute_differs=1, recompute_elements={"b.weight": 3.0}, recompute_rank=0), True, "three-elements"),
+    case("recomputation_differs", lambda: steady(2, recompute_differs=0, recompute_elements={"b.weight": 0.0}), False, "the-same"),
+    case("repeated_order", lambda: steady(60, batch_fingerprint=lambda s: s % 7), True, "seven-in-order"),
+    case("repeated_order", lambda: steady(60, batch_fingerprint=5), True, "one-batch"),
+    case("repeated_order", lambda: steady(60, batch_fingerprint=lambda s: s // 2), True, "each-twice"),
+    case("repeated_order", lambda: steady(200, batch_fingerprint=lambda s: SHUFFLED[s % 200]), False, "shuffled-anew"),
+    case("repeated_order", lambda: steady(60, batch_fingerprint=lambda s: s), False, "never-again"),
+    case("same_batches_on_ranks", lambda: steady(4, ranks_alike=2, batch_fingerprint=lambda s: s), True, "no-sampler"),
+    case("same_batches_on_ranks", lambda: steady(4, ranks_alike=0, batch_fingerprint=lambda s: s), False, "each-its-own"),
+    case("same_batches_on_ranks", lambda: steady(9, ranks_alike=2, batch_fingerprint=5), False, "all-data-are-one-batch"),
+    case("same_batches_on_ranks", lambda: steady(9, ranks_alike=lambda s: 2 * (s % 3 == 0), batch_fingerprint=lambda s: s), False, "now-and-then"),
     case("dead_signal", lambda: steady(250, loss=0.0, global_norm=lambda s: 1 + 0.1 * (s % 7)), True, "filtered-nan"),
     case("dead_signal", lambda: steady(250, loss=lambda s: 2 + 0.1 * (s % 7), global_norm=0.0), True, "norm-zero"),
     case("dead_signal", lambda: steady(400, loss=lambda s: max(0.0, 1 - s / 100), global_norm=lambda s: max(0.0, 1 - s / 100)), False, "solved"),

@@ -1,0 +1,171 @@
+"""Whether ranks hold the same weights and the same gradients, to the last bit, and which of them is the odd one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..records import PARAMETER
+from ..stats import Gradients
+from ..torchside import Aside, StandIn, checksum, moved, wide_dtype
+from ._model_meter import ModelMeter
+from ._options import is_due
+from ._ranks import rank_of_this
+
+__all__ = ["RANKS", "ROWS", "Replicas", "odd_rank", "replica_column", "replica_scalars"]
+
+RANKS, ROWS = "replicas/ranks", "replicas/rows"
+"""Names of what travels: sums that have a row for each rank, maxima that have one for each parameter."""
+_BITS = 24
+"""Of a checksum that one number holds: float32, too, holds whole numbers of so many bits."""
+_WIDTH = 6
+
+
+class Replicas:
+    """Compares weights, and gradients after their reduction, over the ranks, bit by bit.
+
+    A flipped bit in a weight of one rank shows in no norm of a gradient: ranks average gradients of different networks
+    and all get the same one. Integer sums over the stored bits show every one of them (see `checksum`). Of each
+    parameter two numbers travel, as maxima and, negated, as minima; of each rank one over all parameters. Pieces of
+    sharded tensors are left out, which are nobody's copies.
+
+    Args:
+        meter: what is watched.
+    """
+
+    def __init__(self, meter: ModelMeter) -> None:
+        self._meter = meter
+        self._after: Tensor | None = None
+
+    def stepped(self, step: int, every: int | None, *, one_by_one: bool) -> None:
+        """Keep what the optimizer has left, where that is compared with what the next step finds.
+
+        Args:
+            step: that is over.
+            every: optimizer steps between two comparisons.
+            one_by_one: several optimizers step each on its own in one step.
+        """
+        self._after = None
+        if is_due(step + 1, every) or (one_by_one and is_due(step, every)):
+            self._after = self._whole(self._codes(self._weights()))
+
+    def blank(self, num_ranks: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the sums and maxima of a rank that has nothing to say."""
+        device, wide = self._meter.device, wide_dtype(self._meter.device)
+        rows = torch.full((self._num, 8), -torch.inf, dtype=wide, device=device)
+        return {RANKS: torch.zeros(num_ranks, _WIDTH, dtype=wide, device=device)}, {ROWS: rows}
+
+    def look(self, grads: Gradients, into: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+        """Put this rank's checksums where they travel. Reads nothing back."""
+        sums, maxima = into
+        by_id = {id(p): grad for p, grad in zip(grads.params, grads.tensors, strict=True)}
+        weights = self._weights()
+        found = [by_id.get(id(p)) if p is not None else None for p in weights]
+        of_weights, of_grads = self._codes(weights), self._codes(found)
+        wholes = self._whole(of_weights), self._whole(of_grads)
+        changed = torch.zeros_like(wholes[0][0])
+        if self._after is not None and self._after.device == changed.device:
+            changed = (self._after != wholes[0]).any().to(changed.dtype)
+        sums[RANKS][rank_of_this()] = torch.stack([*wholes[0], *wholes[1], changed, torch.ones_like(changed)])
+        codes = torch.cat([_parts(of_weights), _parts(of_grads)], dim=1)
+        are_copies = torch.tensor([p is not None for p in weights])
+        rows = maxima[ROWS]
+        here = moved(are_copies, rows.device)[:, None]
+        maxima[ROWS] = torch.where(here, torch.cat([codes, -codes], dim=1), rows)
+
+    @property
+    def _num(self) -> int:
+        return sum(kind == PARAMETER for kind in self._meter.watched.index.kinds)
+
+    def _weights(self) -> list[Tensor | None]:
+        """Return the parameters in the index's order; None for those that are no copies of other ranks' ones."""
+        watched = self._meter.watched
+        found: list[Tensor | None] = [None] * self._num
+        if watched.stages is not None or watched.zero is not None:
+            return found
+        apart = frozenset(getattr(self._meter.model, "_ddp_params_and_buffers_to_ignore", ()))
+        for position, path, p in (*watched.params, *watched.unheld):
+            if path not in apart and position < len(found) and _is_plain(p):
+                found[position] = p
+        return found
+
+    def _codes(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return a checksum of each, int64, shape (n,); 0 for None."""
+        device = self._meter.device
+        with Aside():
+            nothing = torch.zeros((), dtype=torch.int64, device=device)
+            plain = [t is not None and _is_plain(t) for t in tensors]
+            sums = [
+                moved(checksum(t.detach()), device) if t is not None and is_plain else nothing
+                for t, is_plain in zip(tensors, plain, strict=True)
+            ]
+            return torch.stack(sums) if sums else nothing[None]
+
+    def _whole(self, codes: Tensor) -> Tensor:
+        return _parts(checksum(codes)[None])[0]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    if isinstance(tensor, StandIn) or type(tensor.data) is not Tensor or tensor.is_meta:
+        return False
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
+
+
+def _parts(codes: Tensor) -> Tensor:
+    """Return the low bits of whole numbers (n,) as two numbers each, (n, 2), in the widest floats.
+
+    Of two checksums that differ by one flipped bit, the lowest bit that differs is among these.
+    """
+    mask = (1 << _BITS) - 1
+    return torch.stack([codes & mask, (codes >> _BITS) & mask], dim=1).to(wide_dtype(codes.device))
+
+
+def replica_scalars(host: Mapping[str, Any]) -> dict[str, float]:
+    """Return how many ranks differ from most, in weights and in gradients, and which one; nothing where that was not
+    compared on all of them."""
+    ranks = host.get(RANKS)
+    if ranks is None or not (ranks[:, _WIDTH - 1] == 1).all():
+        return {}
+    found = {}
+    named = []
+    for name, first in (("replicas_differ", 0), ("replica_gradients_differ", 2)):
+        codes = [tuple(row) for row in ranks[:, first : first + 2].tolist()]
+        count = len(codes) - max(Counter(codes).values())
+        found[name] = float(count)
+        if count:
+            named.append(odd_rank(codes, ranks[:, 4] if name == "replicas_differ" else np.zeros(len(codes))))
+    if named:
+        found["replica_rank"] = float(named[0])
+    return found
+
+
+def odd_rank(codes: Sequence[Any], changed: Sequence[float] | NDArray[np.float64]) -> int:
+    """Return the one rank that differs; -1 where it can't be told.
+
+    Args:
+        codes: of each rank.
+        changed: 1 for a rank whose weights are not those that its own optimizer has left.
+    """
+    common, count = Counter(codes).most_common(1)[0]
+    odd = [rank for rank, code in enumerate(codes) if code != common]
+    if 2 * count > len(codes):
+        return odd[0] if len(odd) == 1 else -1
+    written = [rank for rank, flag in enumerate(changed) if flag]
+    return written[0] if len(written) == 1 else -1
+
+
+def replica_column(host: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
+    """Return positions in the index, and what differs there over ranks: 1 the gradient, 2 the weight, 3 both."""
+    rows, ranks = host.get(ROWS), host.get(RANKS)
+    if rows is None or ranks is None or not (ranks[:, _WIDTH - 1] == 1).all():
+        return None
+    high, low = rows[:, :4], -rows[:, 4:]
+    positions = np.flatnonzero(np.isfinite(high[:, 0]))
+    differ = (high != low)[positions]
+    return positions, differ[:, 2:].any(axis=1) + 2.0 * differ[:, :2].any(axis=1)

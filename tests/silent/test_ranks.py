@@ -1,0 +1,58 @@
+"""Ranks hold the same bits: a flipped one is found, and the rank is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gradwatch.torchside import checksum
+from gradwatch.watch._replicas import _BITS, _parts, odd_rank
+
+from ..modes.ranks import run_group
+from . import rank_cases
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def outcomes(request, tmp_path_factory) -> dict[str, str]:
+    return run_group(rank_cases.__name__, request.param, Path(tmp_path_factory.mktemp("ranks")), list(rank_cases.CASES))
+
+
+@pytest.mark.parametrize("case", rank_cases.CASES)
+def test_ranks(outcomes: dict[str, str], case: str) -> None:
+    assert outcomes[case] == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8])
+def test_every_single_bit_shows_in_what_travels(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tensor = torch.randn(9) if dtype.is_floating_point else torch.randint(0, 256, (9,))
+    tensor = tensor.to(dtype)
+    codes = {tuple(_parts(checksum(tensor)[None])[0].tolist())}
+    words = tensor.view(torch.uint8)
+    for byte in range(len(words)):
+        for bit in range(8):
+            words[byte] ^= 1 << bit
+            codes.add(tuple(_parts(checksum(tensor)[None])[0].tolist()))
+            words[byte] ^= 1 << bit
+    assert len(codes) == 1 + 8 * len(words)
+    assert all(0 <= part < 2**_BITS and part == int(part) for code in codes for part in code)
+
+
+@pytest.mark.parametrize(
+    ("codes", "changed", "rank"),
+    [
+        ([1, 1, 2], [0, 0, 0], 2),
+        ([3, 1, 1, 1], [0, 0, 0, 0], 0),
+        ([1, 2], [0, 1], 1),
+        ([1, 2], [0, 0], -1),
+        ([1, 2], [1, 1], -1),
+        ([1, 2, 3, 1, 1], [0, 0, 0, 0, 0], -1),
+        ([1, 1, 2, 2], [0, 0, 1, 0], 2),
+    ],
+    ids=["of-three", "of-four", "written", "of-two", "both-written", "two-odd-ones", "half-and-half"],
+)
+def test_the_odd_one_is_named_where_it_can_be(codes, changed, rank) -> None:
+    assert odd_rank(codes, np.array(changed, float)) == rank
