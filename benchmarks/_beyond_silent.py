@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -193,9 +194,15 @@ def _data() -> Iterator[tuple[str, str, str]]:
     )
 
 
+def _hush() -> None:
+    """Keep incidents, of which there are hundreds by right, from the terminal."""
+    logging.getLogger("gradwatch").setLevel(logging.ERROR)
+
+
 def rows() -> Iterator[tuple[str, str, str]]:
     """Yield the rows of the table: what, found, asked for."""
     torch.set_num_threads(1)
+    _hush()
     for world in (2, 4):
         for kind, (found, named, count) in _group(world, "bits").items():
             asked = "found and named" if kind != "gradient" or world > 2 else "found"
@@ -223,6 +230,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    _hush()
     dist.init_process_group(
         "gloo", init_method=f"file://{given.folder / 'store'}", rank=given.rank, world_size=given.world
     )
