@@ -43,6 +43,7 @@ from ._ranks import are_several, world_size
 from ._recomputation import Recomputation, Recomputed
 from ._record_draft import Draft
 from ._replays import ForwardMemory, Replay
+from ._replicas import are_copies
 from ._rollbacks import rollbacks_of
 from ._run_treatments import attach
 from ._statistics import OwnStatistics
@@ -493,7 +494,7 @@ class Engine:
         self._complete_last()
         if self._replays and self._measured is not None and self._measured[0] == self._begun:
             self._replays, self._inputs = [], None  # not between the micro-batches of a step
-        if (every := self.options.replicas_every) is not None and world_size() > 1:
+        if (every := self.options.replicas_every) is not None and world_size() > 1 and are_copies(self.meter.watched):
             with self.guard("comparing the ranks' copies"):
                 self._measuring.replicas.stepped(self._step, every, one_by_one=len(self.optimizers) > 1)
         self.announced.forget()

@@ -297,8 +297,7 @@ class Measuring:
         if turn.plan.recomputes:
             seen.sums |= self.recomputation.blank(ranks)
         if turn.plan.replicas:
-            more = self.replicas.blank(ranks)
-            seen.sums, seen.maxima = seen.sums | more[0], seen.maxima | more[1]
+            seen.sums |= self.replicas.blank(ranks)
         if self._shares_fingerprints(turn):
             seen.sums[PRINTS] = torch.zeros(ranks, 2, dtype=wide, device=device)
         if ranks > 1:
@@ -331,7 +330,7 @@ class Measuring:
             self.recomputation.put(turn.recomputed, seen.sums)
         if turn.plan.replicas and self.guard.ok("comparing the ranks' copies"):
             with self.guard("comparing the ranks' copies"):
-                self.replicas.look(grads, (seen.sums, seen.maxima))
+                self.replicas.look(grads, seen.sums)
 
     def _put_modules(self, seen: _Seen, tap: TapStats | None) -> None:
         if tap is not None:

@@ -11,6 +11,7 @@ from ..torchside import is_host
 from ._model_meter import ModelMeter
 from ._options import MeasureOptions, is_due
 from ._ranks import are_several, world_size
+from ._replicas import are_copies
 
 __all__ = ["ALERT_STEPS", "Planner", "StepPlan", "acts_in_step", "reasons_to_wait"]
 
@@ -100,7 +101,7 @@ class Planner:
             updates=updates,
             spreads=spreads,
             recomputes=recomputes,
-            replicas=ranks > 1 and is_due(step, options.replicas_every),
+            replicas=ranks > 1 and is_due(step, options.replicas_every) and are_copies(self._meter.watched),
             num_ranks=ranks,
             is_plain=ranks == 1 and not (modules or histograms or updates or spreads or recomputes),
         )

@@ -16,14 +16,16 @@ from ..stats import Gradients
 from ..torchside import Aside, StandIn, checksum, moved, wide_dtype
 from ._model_meter import ModelMeter
 from ._options import is_due
+from ._paths import Watched
 from ._ranks import rank_of_this
 
-__all__ = ["RANKS", "ROWS", "Replicas", "odd_rank", "replica_column", "replica_scalars"]
+__all__ = ["RANKS", "ROWS", "Replicas", "are_copies", "odd_rank", "replica_column", "replica_scalars"]
 
 RANKS, ROWS = "replicas/ranks", "replicas/rows"
-"""Names of what travels: sums that have a row for each rank, maxima that have one for each parameter."""
-_BITS = 24
-"""Of a checksum that one number holds: float32, too, holds whole numbers of so many bits."""
+"""Names of what travels: sums that have a row for each rank, and that have one for each parameter."""
+_WIDE, _NARROW = 20, 8
+"""Bits of a checksum that one number holds, in floats of eight bytes and of four: their squares, summed over thousands
+of ranks (hundreds), are exact."""
 _WIDTH = 6
 
 
@@ -32,8 +34,9 @@ class Replicas:
 
     A flipped bit in a weight of one rank shows in no norm of a gradient: ranks average gradients of different networks
     and all get the same one. Integer sums over the stored bits show every one of them (see `checksum`). Of each
-    parameter two numbers travel, as maxima and, negated, as minima; of each rank one over all parameters. Pieces of
-    sharded tensors are left out, which are nobody's copies.
+    parameter two whole numbers travel, and their squares: where all ranks have the same, the sum of the squares tells.
+    Of each rank there is one over all parameters. Pieces of sharded tensors are nobody's copies: a model that holds any
+    is left out.
 
     Args:
         meter: what is watched.
@@ -55,29 +58,27 @@ class Replicas:
         if is_due(step + 1, every) or (one_by_one and is_due(step, every)):
             self._after = self._whole(self._codes(self._weights()))
 
-    def blank(self, num_ranks: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the sums and maxima of a rank that has nothing to say."""
+    def blank(self, num_ranks: int) -> dict[str, Tensor]:
+        """Return the sums of a rank that has nothing to say."""
         device, wide = self._meter.device, wide_dtype(self._meter.device)
-        rows = torch.full((self._num, 8), -torch.inf, dtype=wide, device=device)
-        return {RANKS: torch.zeros(num_ranks, _WIDTH, dtype=wide, device=device)}, {ROWS: rows}
+        return {
+            RANKS: torch.zeros(num_ranks, _WIDTH, dtype=wide, device=device),
+            ROWS: torch.zeros(self._num, 8, dtype=wide, device=device),
+        }
 
-    def look(self, grads: Gradients, into: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+    def look(self, grads: Gradients, into: dict[str, Tensor]) -> None:
         """Put this rank's checksums where they travel. Reads nothing back."""
-        sums, maxima = into
         by_id = {id(p): grad for p, grad in zip(grads.params, grads.tensors, strict=True)}
         weights = self._weights()
-        found = [by_id.get(id(p)) if p is not None else None for p in weights]
-        of_weights, of_grads = self._codes(weights), self._codes(found)
+        of_weights = self._codes(weights)
+        of_grads = self._codes([by_id.get(id(p)) if p is not None else None for p in weights])
         wholes = self._whole(of_weights), self._whole(of_grads)
         changed = torch.zeros_like(wholes[0][0])
         if self._after is not None and self._after.device == changed.device:
             changed = (self._after != wholes[0]).any().to(changed.dtype)
-        sums[RANKS][rank_of_this()] = torch.stack([*wholes[0], *wholes[1], changed, torch.ones_like(changed)])
-        codes = torch.cat([_parts(of_weights), _parts(of_grads)], dim=1)
-        are_copies = torch.tensor([p is not None for p in weights])
-        rows = maxima[ROWS]
-        here = moved(are_copies, rows.device)[:, None]
-        maxima[ROWS] = torch.where(here, torch.cat([codes, -codes], dim=1), rows)
+        into[RANKS][rank_of_this()] = torch.stack([*wholes[0], *wholes[1], changed, torch.ones_like(changed)])
+        both = [_parts(of_weights), _parts(of_grads)]
+        into[ROWS] = torch.cat([part for codes in both for part in (codes, codes.square())], dim=1)
 
     @property
     def _num(self) -> int:
@@ -87,8 +88,6 @@ class Replicas:
         """Return the parameters in the index's order; None for those that are no copies of other ranks' ones."""
         watched = self._meter.watched
         found: list[Tensor | None] = [None] * self._num
-        if watched.stages is not None or watched.zero is not None:
-            return found
         apart = frozenset(getattr(self._meter.model, "_ddp_params_and_buffers_to_ignore", ()))
         for position, path, p in (*watched.params, *watched.unheld):
             if path not in apart and position < len(found) and _is_plain(p):
@@ -120,10 +119,18 @@ def _is_plain(tensor: Tensor) -> bool:
 def _parts(codes: Tensor) -> Tensor:
     """Return the low bits of whole numbers (n,) as two numbers each, (n, 2), in the widest floats.
 
-    Of two checksums that differ by one flipped bit, the lowest bit that differs is among these.
+    Of two checksums that differ by one flipped bit, the lowest bit that differs is among these, where floats have eight
+    bytes.
     """
-    mask = (1 << _BITS) - 1
-    return torch.stack([codes & mask, (codes >> _BITS) & mask], dim=1).to(wide_dtype(codes.device))
+    wide = wide_dtype(codes.device)
+    bits = _WIDE if wide is torch.float64 else _NARROW
+    mask = (1 << bits) - 1
+    return torch.stack([codes & mask, (codes >> bits) & mask], dim=1).to(wide)
+
+
+def are_copies(watched: Watched) -> bool:
+    """Return whether each rank holds a whole copy of all parameters."""
+    return not (watched.is_in_pieces or watched.strange or watched.stages is not None or watched.zero is not None)
 
 
 def replica_scalars(host: Mapping[str, Any]) -> dict[str, float]:
@@ -165,7 +172,9 @@ def replica_column(host: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[
     rows, ranks = host.get(ROWS), host.get(RANKS)
     if rows is None or ranks is None or not (ranks[:, _WIDTH - 1] == 1).all():
         return None
-    high, low = rows[:, :4], -rows[:, 4:]
-    positions = np.flatnonzero(np.isfinite(high[:, 0]))
-    differ = (high != low)[positions]
-    return positions, differ[:, 2:].any(axis=1) + 2.0 * differ[:, :2].any(axis=1)
+    positions = np.flatnonzero(rows[:, :2].any(axis=1))
+    sums = rows[positions].astype(np.int64).astype(object)  # of many ranks the squares leave 64 bits
+    weights, gradients = (
+        (len(ranks) * sums[:, first + 2 : first + 4] != sums[:, first : first + 2] ** 2).any(axis=1) for first in (0, 4)
+    )
+    return positions, gradients + 2.0 * weights

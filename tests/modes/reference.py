@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradwatch.records import StepRecord
 from gradwatch.stats import exponent_histograms
 
-EVERYTHING = {"activations_every": 1, "updates_every": 1, "histograms_every": 1}
+EVERYTHING = {"activations_every": 1, "updates_every": 1, "histograms_every": 1, "replicas_every": 1}
 STEPS, ROWS = 6, 8
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gradwatch.torchside import checksum
-from gradwatch.watch._replicas import _BITS, _parts, odd_rank
+from gradwatch.watch._replicas import _WIDE, _parts, odd_rank
 
 from ..modes.ranks import run_group
 from . import rank_cases
@@ -30,15 +30,17 @@ def test_every_single_bit_shows_in_what_travels(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tensor = torch.randn(9) if dtype.is_floating_point else torch.randint(0, 256, (9,))
     tensor = tensor.to(dtype)
-    codes = {tuple(_parts(checksum(tensor)[None])[0].tolist())}
-    words = tensor.view(torch.uint8)
-    for byte in range(len(words)):
-        for bit in range(8):
-            words[byte] ^= 1 << bit
-            codes.add(tuple(_parts(checksum(tensor)[None])[0].tolist()))
-            words[byte] ^= 1 << bit
-    assert len(codes) == 1 + 8 * len(words)
-    assert all(0 <= part < 2**_BITS and part == int(part) for code in codes for part in code)
+
+    def code() -> tuple[float, ...]:
+        return tuple(_parts(checksum(tensor)[None])[0].tolist())
+
+    whole, words = code(), tensor.view(torch.uint8)
+    for place in range(8 * len(words)):
+        words[place // 8] ^= 1 << place % 8
+        found = code()
+        words[place // 8] ^= 1 << place % 8
+        assert found != whole
+        assert all(0 <= part < 2**_WIDE and part == int(part) for part in found)
 
 
 @pytest.mark.parametrize(
