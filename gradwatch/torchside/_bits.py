@@ -17,6 +17,9 @@ __all__ = ["as_integers", "checksum", "checksums", "differ", "num_bytes", "piece
 
 _CHUNK = 1 << 15
 """Words of eight bytes that are summed at once: what they are multiplied with stays in a processor's cache."""
+_BLOCK = 64
+"""Chunks that a device sums at once, where each kernel has its price."""
+_FACTOR, _OF_UPPER = 6364136223846793005, 1442695040888963407
 
 
 def pieces(tensor: Tensor) -> list[Tensor]:
@@ -64,11 +67,23 @@ def checksum(piece: Tensor) -> Tensor:
     total = torch.full((), piece.numel(), dtype=torch.int64, device=piece.device)
     upper = torch.empty(min(max(map(len, words), default=0), _CHUNK), dtype=torch.int64, device=piece.device)
     for row in words:
-        for part in row.split(_CHUNK):
+        if not is_host(piece.device) and len(row) >= 2 * _CHUNK:
+            whole = len(row) // _CHUNK * _CHUNK
+            total, row = _of_blocks(total, row[:whole].view(-1, _CHUNK), weights), row[whole:]
+        for part in row.split(_CHUNK) if len(row) else ():  # nothing is split into one part, which is empty
             half, these = upper[: len(part)], weights[: len(part)]
             torch.bitwise_right_shift(part, 33, out=half)
             # Multiplied before the next part is added: parts that change places show.
-            total = total * 6364136223846793005 + _dot(part, these) + _dot(half, these) * 1442695040888963407
+            total = total * _FACTOR + _dot(part, these) + _dot(half, these) * _OF_UPPER
+    return total
+
+
+def _of_blocks(total: Tensor, parts: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum with more parts added to it, shape (n, `_CHUNK`): as one after another, in fewer kernels."""
+    for block in parts.split(_BLOCK):
+        dots = (block * weights).sum(1) + ((block >> 33) * weights).sum(1) * _OF_UPPER
+        powers = _powers(total.device)[-len(dots) :]
+        total = total * powers[0] * _FACTOR + (dots * powers).sum()
     return total
 
 
@@ -148,6 +163,15 @@ def _words(piece: Tensor) -> list[Tensor]:
     if body.storage_offset() % per_word:
         body = body.clone()
     return [*([body.view(torch.int64)] if whole else []), *([rest.to(torch.int64)] if len(rest) else [])]
+
+
+@cache
+def _powers(device: torch.device) -> Tensor:
+    """Return the factor to the powers `_BLOCK` - 1 down to 0, on a device."""
+    found = torch.ones(_BLOCK, dtype=torch.int64)
+    for i in range(_BLOCK - 2, -1, -1):
+        found[i] = found[i + 1] * _FACTOR
+    return found.to(device)
 
 
 @cache

@@ -494,14 +494,20 @@ class Engine:
         self._complete_last()
         if self._replays and self._measured is not None and self._measured[0] == self._begun:
             self._replays, self._inputs = [], None  # not between the micro-batches of a step
-        if (every := self.options.replicas_every) is not None and world_size() > 1 and are_copies(self.meter.watched):
-            with self.guard("comparing the ranks' copies"):
-                self._measuring.replicas.stepped(self._step, every, one_by_one=len(self.optimizers) > 1)
+        if are_several():
+            self._keep_what_is_left()
         self.announced.forget()
         if self.delivered.is_waiting:
             self.delivered.forget()
         self.produced.settle()
         self.meter.account.begin(self.meter.watched)
+
+    def _keep_what_is_left(self) -> None:
+        """Keep what the optimizers have left of the weights, where ranks compare it at the next step."""
+        every, part = self.options.replicas_every, "comparing the ranks' copies"
+        if every is not None and world_size() > 1 and are_copies(self.meter.watched) and self.guard.ok(part):
+            with self.guard(part):
+                self._measuring.replicas.stepped(self._step, every, one_by_one=len(self.optimizers) > 1)
 
     def _complete_last(self) -> None:
         draft, self._current = self._current, None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradwatch.torchside import checksum
+from gradwatch.torchside import _bits, checksum
 from gradwatch.watch._replicas import _WIDE, _parts, odd_rank
 
 from ..modes.ranks import run_group
@@ -41,6 +41,15 @@ def test_every_single_bit_shows_in_what_travels(dtype: torch.dtype) -> None:
         words[place // 8] ^= 1 << place % 8
         assert found != whole
         assert all(0 <= part < 2**_WIDE and part == int(part) for part in found)
+
+
+@pytest.mark.parametrize("num", [1, 2**17, 2**17 + 3, 70 * 2**16 + 5])
+def test_a_device_sums_blocks_and_comes_to_the_same(num: int, monkeypatch) -> None:
+    torch.manual_seed(0)
+    tensor = torch.randn(num)
+    expected = checksum(tensor)
+    monkeypatch.setattr(_bits, "is_host", lambda device: False)
+    assert checksum(tensor) == expected
 
 
 @pytest.mark.parametrize(
