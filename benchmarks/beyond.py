@@ -9,7 +9,12 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
-PARTS = {"samples": "_beyond_samples", "noise": "_beyond_noise", "what_if": "_beyond_what_if", "silent": "_beyond_silent"}
+PARTS = {
+    "samples": "_beyond_samples",
+    "noise": "_beyond_noise",
+    "what_if": "_beyond_what_if",
+    "silent": "_beyond_silent",
+}
 
 
 def main() -> None:
