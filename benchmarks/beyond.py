@@ -14,6 +14,9 @@ PARTS = {
     "noise": "_beyond_noise",
     "what_if": "_beyond_what_if",
     "silent": "_beyond_silent",
+    "attention": "_beyond_attention",
+    "precision": "_beyond_precision",
+    "ahead": "_beyond_ahead",
 }
 
 

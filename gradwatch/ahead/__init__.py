@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from ._curvature import StepCurvature
 from ._sharpness import Sharpness, sharpness
 from ._statistics import AdamUpdateRms, GradientTurn
 
-__all__ = ["AdamUpdateRms", "GradientTurn", "Sharpness", "sharpness"]
+__all__ = ["AdamUpdateRms", "GradientTurn", "Sharpness", "StepCurvature", "sharpness"]

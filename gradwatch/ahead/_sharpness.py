@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 from ..records import SCALAR, Column, add_column
 from ..torchside import untouched
+from ._ways import OPTIONS, STATES, Way, way_of
 
 __all__ = ["Sharpness", "sharpness"]
 
@@ -32,11 +33,12 @@ class Sharpness:
     """The largest curvature along a direction.
 
     Attributes:
-        value: of the Hessian's eigenvalues, the one of largest magnitude; under Adam and its kin of the Hessian between
-            two roots of the preconditioner, sqrt(second moment) + eps.
-        limit: above it steps go beyond the valley: 2 (1 + momentum) / lr for gradient descent (Cohen et al., arXiv
-            2103.00065), 2 (1 + beta1) / ((1 - beta1) lr) under Adam (arXiv 2207.14484); nan without an optimizer, or
-            for one that is neither.
+        value: of the Hessian's eigenvalues, the one of largest magnitude; under Adam, RMSprop and their kin of the
+            Hessian between two roots of the preconditioner, sqrt(second moment) + eps.
+        limit: above it steps go beyond the valley: 2 (1 + momentum) / lr for gradient descent and RMSprop, with
+            Nesterov's momentum divided by 1 + 2 momentum (Cohen et al., arXiv 2103.00065), 2 (1 + beta1) / ((1 - beta1)
+            lr) under Adam (arXiv 2207.14484); nan without an optimizer, for one that is none of these, or under Adam
+            before its first step.
         error: of the last two iterations, relative: how far the value had settled.
         num_iterations: products with the Hessian.
     """
@@ -89,7 +91,8 @@ def sharpness(
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ConfigError("sharpness: no parameter of the model requires a gradient.")
-    roots = None if optimizer is None else _roots(params, optimizer)
+    ways = [] if optimizer is None else _ways(params, optimizer)
+    roots = _roots(ways, params)
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         stack.enter_context(saved_tensors_hooks(Tensor.detach, lambda tensor: tensor))
@@ -97,7 +100,7 @@ def sharpness(
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused ones can't be differentiated twice
         grads = _gradients(loss_fn(model, batch), params)
         value, error, count = _largest(params, grads, roots, iterations, tolerance)
-    return Sharpness(value, math.nan if optimizer is None else _limit(optimizer), error, count)
+    return Sharpness(value, math.nan if optimizer is None else _limit(ways, optimizer), error, count)
 
 
 def _gradients(loss: Any, params: Sequence[Tensor]) -> list[Tensor]:
@@ -150,25 +153,30 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x.double() * y.double()).sum().cpu() for x, y in zip(a, b, strict=True)]).sum()
 
 
-def _roots(params: Sequence[Tensor], optimizer: Optimizer) -> list[Tensor] | None:
-    """Return one over the root of Adam's preconditioner for each parameter; None for other optimizers."""
+def _ways(params: Sequence[Tensor], optimizer: Optimizer) -> list[Way | None]:
+    """Return how each parameter is stepped, None for those that have not been; nothing where that is not known."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    roots = []
+    found: list[Way | None] = []
     for p in params:
-        group, state = groups.get(id(p), {}), optimizer.state.get(p, {})
-        if "exp_avg_sq" not in state or "betas" not in group:
-            return None
-        made = 1 - float(group["betas"][1]) ** float(state["step"])
-        roots.append(((state["exp_avg_sq"] / made).sqrt() + group["eps"]).rsqrt())
-    return roots
+        state, group = optimizer.state.get(p, {}), groups.get(id(p), {})
+        held = {name: state.get(name) for name in STATES} | {name: group.get(name) for name in OPTIONS}
+        found.append(way_of(held))
+        if found[-1] is None and state:
+            return []
+    return found
 
 
-def _limit(optimizer: Optimizer) -> float:
-    group = max(optimizer.param_groups, key=lambda g: float(g["lr"]))
-    rate = float(group["lr"])
-    if not rate > 0:
-        return math.inf
-    if "betas" in group:
-        beta = float(group["betas"][0])
-        return 2 * (1 + beta) / ((1 - beta) * rate)
-    return 2 * (1 + float(group.get("momentum", 0.0))) / rate if "momentum" in group else math.nan
+def _roots(ways: Sequence[Way | None], params: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return one over the root of the preconditioner for each parameter; None where there is none."""
+    if all(way is None or way.moment is None for way in ways):
+        return None
+    return [
+        torch.ones_like(p) if way is None or way.moment is None else way.metric(way.moment).rsqrt()
+        for way, p in zip(ways, params, strict=True)
+    ]
+
+
+def _limit(ways: Sequence[Way | None], optimizer: Optimizer) -> float:
+    known = [way.most for way in ways if way is not None]
+    rate = max(float(group["lr"]) for group in optimizer.param_groups)
+    return math.nan if not known else max(known) / rate if rate > 0 else math.inf

@@ -25,6 +25,7 @@ _BUILT_IN = {
     "attention": "gradwatch.attention:AttentionScores",
     "gradient_formats": "gradwatch.precision:GradientFormats",
     "gradient_turn": "gradwatch.ahead:GradientTurn",
+    "step_curvature": "gradwatch.ahead:StepCurvature",
 }
 """Those that come with gradwatch, by name; imported where they are asked for."""
 

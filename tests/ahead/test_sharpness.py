@@ -141,3 +141,26 @@ def test_a_model_that_is_frozen_is_told(batch):
     model = Net().requires_grad_(False)
     with pytest.raises(ConfigError, match="requires a gradient"):
         sharpness(model, loss_of, batch)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_under_rmsprop_the_hessian_is_measured_between_roots_of_its_average(momentum):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1, bias=False)
+    optimizer = torch.optim.RMSprop(model.parameters(), 1e-2, momentum=momentum, eps=1e-3)
+    x = torch.randn(8, 3)
+    model(x).square().mean().backward()
+    optimizer.step()
+    found = sharpness(model, lambda m, b: m(b).square().mean(), x, optimizer=optimizer, iterations=200, tolerance=1e-6)
+    hessian = 2 * (x.T @ x).double() / 8
+    root = (optimizer.state[model.weight]["square_avg"].double().sqrt() + 1e-3).rsqrt().reshape(-1)
+    expected = torch.linalg.eigvalsh(root[:, None] * hessian * root).max().item()
+    assert found.value == pytest.approx(expected, rel=1e-3)
+    assert found.limit == pytest.approx(2 * (1 + momentum) / 1e-2)
+
+
+def test_the_limit_of_nesterovs_momentum_is_lower():
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True)
+    found = sharpness(model, lambda m, b: m(b).square().mean(), torch.randn(4, 3), optimizer=optimizer)
+    assert found.limit == pytest.approx(3.8 / 2.8 / 0.1)

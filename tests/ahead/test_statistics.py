@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from gradwatch import Watch, load_rules
-from gradwatch.ahead import AdamUpdateRms, GradientTurn
+from gradwatch.ahead import AdamUpdateRms, GradientTurn, StepCurvature
 from gradwatch.ahead._sampled import ENTRIES, sampled, share
 from gradwatch.testing import check_statistic
 
 
-@pytest.mark.parametrize("statistic", [AdamUpdateRms(), GradientTurn()], ids=["rms", "turn"])
+@pytest.mark.parametrize(
+    "statistic", [AdamUpdateRms(), GradientTurn(), StepCurvature()], ids=["rms", "turn", "curvature"]
+)
 def test_the_laws_of_statistics_hold(statistic):
     check_statistic(statistic)
 
@@ -133,4 +135,111 @@ def test_a_sample_is_spread_over_rows_and_columns_and_stands_for_all(shape):
 def test_the_preset_can_be_laid_over_another():
     names = {rule.name for rule in load_rules(["default", "ahead"])}
     assert {"exploding", "overshooting", "stale_second_moment"} <= names
-    assert {s.name for s in load_rules(["default", "ahead"]).statistics} == {"gradient_turn", "adam_update_rms"}
+    statistics = {s.name for s in load_rules(["default", "ahead"]).statistics}
+    assert statistics == {"gradient_turn", "step_curvature", "adam_update_rms"}
+
+
+OPTIMIZERS = {
+    "sgd": (lambda p, lr: torch.optim.SGD(p, lr), lambda lr: 2 / lr, 0.5),
+    "momentum": (lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9), lambda lr: 3.8 / lr, 0.05),
+    "nesterov": (
+        lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True),
+        lambda lr: 3.8 / 2.8 / lr,
+        0.198212,
+    ),
+    "adam": (lambda p, lr: torch.optim.Adam(p, lr, betas=(0.9, 0.95), eps=1e-3), lambda lr: 38 / lr, 0.05),
+    "rmsprop": (lambda p, lr: torch.optim.RMSprop(p, lr, alpha=0.9, eps=1e-3), lambda lr: 2 / lr, 0.5),
+}
+"""What makes them, the largest curvature that they bear, and the share of it that noise gives."""
+
+
+def metric(optimizer, p):
+    """Return what the squared step is measured by: 1, or the root of the second moment and epsilon."""
+    (group,), state = optimizer.param_groups, optimizer.state.get(p, {})
+    if "exp_avg_sq" in state:
+        return (state["exp_avg_sq"].double() / (1 - group["betas"][1] ** state["step"].item())).sqrt() + group["eps"]
+    return state["square_avg"].double().sqrt() + group["eps"] if "square_avg" in state else torch.ones(())
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_curvature_along_the_step_is_that_of_the_whole_gradient(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
+    make, limit, noise = OPTIMIZERS[kind]
+    optimizer, params = make(model.parameters(), 0.01), list(model.parameters())
+    before, expected = None, []
+    with Watch(model, optimizer, rules="observe", statistics=["step_curvature"], on_error="raise") as watch:
+        for _ in range(4):
+            loss = model(torch.randn(8, 5)).square().mean()
+            loss.backward()
+            now = [(p.detach().double().clone(), p.grad.double()) for p in params]
+            if before is not None:
+                pairs = list(zip(before, now, strict=True))
+                product = sum(((b[0] - a[0]) * (b[1] - a[1])).sum() for a, b in pairs)
+                square = sum(
+                    ((b[0] - a[0]).square() * metric(optimizer, p)).sum()
+                    for (a, b), p in zip(pairs, params, strict=True)
+                )
+                expected.append(((product / square / limit(0.01)).item() - noise) / (1 - noise))
+            before = now
+            watch.step(loss=loss)
+            optimizer.zero_grad()
+    found = [record.scalars.get("step_curvature") for record in watch.history]
+    assert found[0] is None
+    assert found[1:] == pytest.approx(expected, rel=1e-4)
+
+
+def descent(kind, share, *, steep=1, steps=160, noise=1e-3):
+    """Descend a noisy valley, whose floor lies above 0; after 60 steps the learning rate goes up to a share of what the
+    curvature bears."""
+    torch.manual_seed(0)
+    model = nn.Linear(40, 1, bias=False)
+    curvature = torch.cat([torch.ones(steep), torch.full((40 - steep,), 0.02)])
+    make, limit, _ = OPTIMIZERS[kind]
+    optimizer = make(model.parameters(), 0.2 * limit(1.0))
+    losses = []
+    with Watch(model, optimizer, rules="ahead") as watch:
+        for step in range(steps):
+            if step == 60:
+                optimizer.param_groups[0]["lr"] = share * limit(1.0)
+            loss = (curvature * (model.weight - noise * torch.randn(40)).square()).sum() / 2 + 0.05
+            loss.backward()
+            watch.step(loss=loss)
+            losses.append(loss.item())
+            optimizer.zero_grad()
+    return watch, losses
+
+
+@pytest.mark.parametrize(("kind", "share"), [("sgd", 1.03), ("momentum", 1.002)])
+def test_overshooting_is_told_before_the_loss_doubles_under_momentum_too(kind, share):
+    watch, losses = descent(kind, share)
+    doubled = next(s for s in range(60, len(losses)) if losses[s] > 2 * max(losses[40:60]))
+    incident = next(i for i in watch.incidents if i.name == "overshooting")
+    assert 60 <= incident.first_step <= doubled - 10
+    watch, _ = descent(kind, 0.2, steep=20)
+    assert not watch.incidents
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_noise_alone_gives_nothing(kind):
+    torch.manual_seed(0)
+    model = nn.Linear(2000, 1, bias=False)
+    optimizer = OPTIMIZERS[kind][0](model.parameters(), 1e-3)
+    with Watch(model, optimizer, rules="observe", statistics=["step_curvature"]) as watch:
+        for _ in range(80):
+            optimizer.zero_grad()
+            (model.weight * torch.randn(1, 2000)).sum().backward()
+            watch.step()
+    found = [record.scalars["step_curvature"] for record in watch.history[40:]]
+    assert abs(sum(found) / len(found)) < 0.02
+
+
+def test_an_optimizer_of_another_kind_is_not_judged_by_curvature():
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.Adagrad(model.parameters(), 0.1)
+    with Watch(model, optimizer, rules="observe", statistics=["step_curvature"], on_error="raise") as watch:
+        for _ in range(3):
+            loss = model(torch.randn(8, 4)).square().mean()
+            loss.backward()
+            watch.step(loss=loss)
+    assert not any("step_curvature" in record.scalars for record in watch.history)
