@@ -14,7 +14,14 @@ from gradwatch.errors import GradwatchWarning
 
 ROOT = Path(gradwatch.__file__).parent
 # A command's own process, and code that silences others.
-AT_HOME = {"_warn.py", "cli/_main.py", "cli/_demo.py", "_preflight/_preflight.py", "rules/expression/_parse.py"}
+AT_HOME = {
+    "_warn.py",
+    "cli/_main.py",
+    "cli/_demo.py",
+    "_preflight/_preflight.py",
+    "rules/expression/_parse.py",
+    "trials/_what_if.py",
+}
 
 
 class Broken(logging.Handler):

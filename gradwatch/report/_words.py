@@ -271,6 +271,25 @@ EXPLANATIONS = {
         "Tasks pull against each other",
         "The gradients of two tasks point in opposite directions, so a step for one is a step back for the other.",
     ),
+    "attention_logits_growing": Explanation(
+        "Attention logits grow",
+        "The larger they are, the nearer the softmax is to a hard choice, through which hardly any gradient comes "
+        "back; the loss often spikes some hundred steps later.",
+    ),
+    "attention_entropy_collapse": Explanation(
+        "A head looks at one place alone",
+        "It no longer weighs what it sees, its gradient is nearly zero, and so it can't learn to look elsewhere.",
+    ),
+    "logits_drift": Explanation(
+        "The scores of the output drift",
+        "The loss does not notice when all scores grow together, but low precision does: they lose the digits in which "
+        "they differ.",
+    ),
+    "updates_rounded_away": Explanation(
+        "Updates are too small for the number format",
+        "A weight in half precision keeps two or three digits; an update below the last of them changes nothing, however "
+        "often it comes.",
+    ),
     "undertrained": Explanation(
         "The loss was still falling at the end",
         "The run ended before the network had learned what it could.",

@@ -82,7 +82,7 @@ class Recomputation:
 
     def is_due(self, step: int) -> bool:
         """Whether the step is one whose batch is run again."""
-        return is_due(step, self.every)
+        return self.every is not None and is_due(step, self.every)
 
     def listen(self, step: int) -> None:
         """Keep what a step begins with, and its gradients as they are completed. May be called once per micro-batch."""
