@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter, time
@@ -26,6 +27,7 @@ from ._loss_graph import SeenLoss, form_scalars
 from ._model_meter import ModelMeter, constant, few_seals, loss_value
 from ._numbers import Scalars
 from ._parallel import num_batches_at_once
+from ._paths import Watched
 from ._prediction import Prediction
 from ._produced import Look, Produced
 from ._ranks import combine, pack_extras, rank_of_this, say_the_same
@@ -82,7 +84,8 @@ class Measuring:
         self.own = own
         self.num_failed_treatments = self.num_unproven = 0
         self._clock = perf_counter()
-        self._num_batches: tuple[object, int] | None = None
+        # Weakly: what was watched before, with layers that the model has let go of, must not live on here.
+        self._num_batches: tuple[weakref.ref[Watched], int] | None = None
         self._has_compared = False
         self._company = Company()
         self._others = LossOfOthers()
@@ -276,8 +279,8 @@ class Measuring:
     def num_batches(self) -> int:
         """How many ranks work on batches of their own."""
         key = self.meter.watched
-        if self._num_batches is None or self._num_batches[0] is not key:
-            self._num_batches = (key, num_batches_at_once(self.meter.model, [p for _, _, p in key.params]))
+        if self._num_batches is None or self._num_batches[0]() is not key:
+            self._num_batches = (weakref.ref(key), num_batches_at_once(self.meter.model, [p for _, _, p in key.params]))
         return self._num_batches[1]
 
     @property
@@ -415,7 +418,10 @@ class Measuring:
         params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         params += [p for p in watched.held if id(p) in held and real_of(p) is not p]
         unread = {path: f"its gradient is neither measured nor treated: {why}" for path, why in grads.unread.items()}
-        return self.meter.account.unseen(watched, params, {id(p) for p in grads.params}) | unread
+        found = self.meter.account.unseen(watched, params, {id(p) for p in grads.params}) | unread
+        if unread and "" in found:
+            found[""] = next(iter(unread.values()))
+        return found
 
     def _losses(self, inputs: StepInputs, device: torch.device) -> tuple[Tensor | float | None, int]:
         """Return the mean of the losses that can be read, and their number."""

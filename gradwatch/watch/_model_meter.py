@@ -47,6 +47,7 @@ __all__ = ["ModelMeter", "constant", "few_seals", "loss_value"]
 
 _GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
 _WIDE = (torch.float64, torch.complex128)
+_USUAL = frozenset({Tensor})
 
 
 class ModelMeter:
@@ -130,7 +131,7 @@ class ModelMeter:
         self.watched = watched(self.model, self.optimizers, paths, known=known, strict=False, why_apart=self._why_apart)
         self.model_now.note_replaced(self.watched.replaced, step)
         self._real_paths = {clean_path(p): p for p, _ in self.model.named_modules() if p}
-        self._updates = None
+        self._updates = self._home = None
         self._ordered = False
         order = [] if self.tap is None else self.tap.forward_order
         if order:
@@ -275,11 +276,16 @@ class ModelMeter:
         return Gradients.collect(named, grad_scale=grad_scale), None
 
     def all_gradients(self) -> list[Tensor] | None:
-        """Return the gradients of `watched.held` where each has one that nobody has used up; else None."""
+        """Return the gradients of `watched.held` where each has one that can be read and nobody has used up; else
+        None."""
         if self.account.inside:
             return None
         tensors: list[Any] = list(map(_GRAD, self.watched.held))
-        return tensors if all(map(is_not, tensors, repeat(None))) else None
+        if not all(map(is_not, tensors, repeat(None))):
+            return None
+        # Of torch's own class all can be read but what is found out where that is measured.
+        is_usual = _USUAL.issuperset(map(type, tensors)) or not any(map(why_unreadable, tensors))
+        return tensors if is_usual else None
 
     def _staged_gradients(
         self, stages: Stages, optimizers: Sequence[Optimizer], grad_scale: float | Tensor

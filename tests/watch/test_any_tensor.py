@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from gradwatch import Watch
 from gradwatch.treatments import ClipByGlobalNorm, ClipByValue
@@ -86,6 +87,55 @@ def test_a_gradient_of_any_kind_is_measured_and_treated_right(name: str, treatme
         expected = expected.clamp(-0.5, 0.5)
     torch.testing.assert_close(model.odd.detach().double(), -expected, rtol=1e-5, atol=1e-7)
     assert record["update_norm", "odd"] == pytest.approx(expected.norm().item(), rel=1e-5)
+
+
+class Sealed(Tensor):
+    """A wrapper that works, and gives nobody what it holds."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "Sealed":
+        return Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, lambda x: x.held, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls, func(*args, **kwargs))
+
+
+class Descent(torch.optim.Optimizer):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p -= p.grad.held if type(p.grad) is Sealed else p.grad
+
+
+@pytest.mark.parametrize("sealed", [("a",), ("a", "b")], ids=["one", "all"])
+@pytest.mark.parametrize("rules", ["default", "autoclip"])
+def test_a_gradient_that_nobody_can_read_is_left_out_by_itself_and_called_neither_dead_nor_healthy(
+    rules: str, sealed: tuple[str, ...]
+) -> None:
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4, 4))
+    optimizer = Descent(model.parameters(), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Watch(model, optimizer, rules=rules, on_error="raise") as watch:
+            for step in range(30):
+                for name, p in model.named_parameters():
+                    grad = torch.full((4, 4), 0.5)
+                    p.grad = Sealed(grad) if name in sealed else grad
+                watch.step(loss=3.0 - step / 20)
+    record = watch.history[-1]
+    assert [i.rule for i in watch.incidents] == []
+    assert set(record.unseen) - {""} == set(sealed)
+    assert ("" in record.unseen) == (len(sealed) == 2)
+    assert all("Sealed keeps its elements" in why for why in record.unseen.values())
+    assert len(sealed) == 2 or (record.global_norm, record["grad_norm", "b"]) == (2.0, 2.0)
+    assert (model.a == -15).all()
+    assert (model.b == -15).all()
 
 
 def test_one_gradient_shared_by_two_parameters_is_scaled_once_for_each() -> None:
