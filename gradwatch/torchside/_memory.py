@@ -186,7 +186,7 @@ def identity(tensor: Tensor) -> int:
     """Return a number that tensors share which begin at the same place in memory; never read from."""
     try:
         return tensor.data_ptr()
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):  # without memory yet (lazy), or of a kind that does not tell
         return 0
 
 

@@ -70,7 +70,7 @@ def _address(tensor: Tensor) -> int:
 def _views(tensor: Tensor, count: int) -> list[Tensor]:
     try:
         found = pieces(tensor.detach() if type(tensor) is torch.nn.Parameter else tensor)
-    except (UnreadableError, RuntimeError, NotImplementedError):
+    except (UnreadableError, RuntimeError, NotImplementedError, TypeError, ValueError):
         return []
     return [_view(as_integers(piece), count) for piece in found if piece.numel()]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -224,10 +226,12 @@ def test_a_parameter_that_comes_back_is_not_replaced() -> None:
         assert not any("replaced" in note for note in watch.session.notes)
 
 
-def test_a_lazy_layer_is_on_record_as_soon_as_it_has_a_shape() -> None:
+@pytest.mark.parametrize("rules", ["default", "autoclip"])
+def test_a_lazy_layer_is_on_record_as_soon_as_it_has_a_shape(rules: str) -> None:
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with Watch(model, optimizer, activations_every=1) as watch:
+    optimizer.register_step_pre_hook(lambda *given: None)  # a veto then rests on more than the gradients
+    with Watch(model, optimizer, rules=rules, activations_every=1, on_error="raise") as watch:
         for _ in range(2):
             model(torch.randn(3, 5)).square().mean().backward()
             watch.step()
@@ -271,3 +275,22 @@ def test_layers_in_a_plain_container_are_named_as_not_seen(kind: type) -> None:
         name = "hidden.a" if kind is dict else "hidden.0"
         assert watch.session.coverage()[name].state == "unseen"
         assert any(note.startswith(f"{name}: it stands in a plain") for note in watch.session.notes)
+
+
+@pytest.mark.parametrize(
+    "everything", [{}, {"activations_every": 1, "updates_every": 1}], ids=["default", "everything"]
+)
+def test_a_layer_that_is_replaced_is_let_go_while_the_watch_runs_on(everything: dict[str, int]) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Watch(model, optimizer, **everything) as watch:
+        for step in range(24):
+            if step == 20:
+                old = weakref.ref(model[2].weight)
+                model[2] = nn.Linear(16, 16)
+                optimizer.param_groups[0]["params"] = list(model.parameters())
+            optimizer.zero_grad()
+            model(torch.randn(4, 8)).sum().backward()
+            watch.step()
+        gc.collect()
+        assert old() is None
