@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-from ..torchside import OwnedHook
+from ..torchside import OwnedHook, is_traced
 
 if TYPE_CHECKING:
     from ._tap import ModuleTap
@@ -48,7 +47,7 @@ class PreForwardProbe(_Probe):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not is_compiling() and (tap := self.tap) is not None:
+        if not is_traced() and (tap := self.tap) is not None:
             tap.on_enter(self.row, args, kwargs)
 
 
@@ -58,7 +57,7 @@ class ForwardProbe(_Probe):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not is_compiling() and (tap := self.tap) is not None:
+        if not is_traced() and (tap := self.tap) is not None:
             tap.on_forward(self.row, args, kwargs, output)
 
 

@@ -1,4 +1,4 @@
-"""Functions that torch.compile leaves alone."""
+"""Functions that torch.compile leaves alone, and forwards that are run to be written down."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
+from torch.compiler import is_compiling
 
-__all__ = ["untraced"]
+__all__ = ["is_traced", "untraced"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
+
+
+def is_traced() -> bool:
+    """Return whether torch writes down what runs here (`torch.compile`, `torch.export`, `torch.jit.trace`): operations
+    of ours would stand in the user's program."""
+    return is_compiling() or _is_tracing()
 
 
 def untraced(fn: Function) -> Function:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..samples import Begun
-from ..torchside import Aside, WeakHook, find, map_tensors, set_every_random_state, tensors_of
+from ..torchside import Aside, WeakHook, find, is_traced, map_tensors, set_every_random_state, tensors_of
 from ._batch import num_samples
 
 __all__ = ["ForwardMemory", "Replay"]
@@ -119,7 +119,8 @@ class ForwardMemory:
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._seen = None
-        if module.training and torch.is_grad_enabled() and not self._examining and self._is_wanted():
+        is_real = module.training and torch.is_grad_enabled() and not is_traced()
+        if is_real and not self._examining and self._is_wanted():
             # Without the graphs they came of, which would stay until the step; but still asking for gradients.
             kept: Any = (args, kwargs)
             # A container of the user's that can't be built anew is kept as it is.

@@ -23,6 +23,7 @@ from ..torchside import (
     WeakHook,
     in_backward,
     in_transform,
+    is_traced,
     moved,
     real_of,
     tensors_of,
@@ -201,7 +202,7 @@ class OwnStatistics:
 
     def _see(self, row: int, path: str, module: Any, args: Any, output: Any) -> None:
         listens = self._listening and self.meter.model.training and not self.meter.is_muted()
-        if not listens or in_backward() or in_transform():
+        if not listens or in_backward() or in_transform() or is_traced():
             return
         with Aside():
             tensors = [t.detach() for _, t in tensors_of(output) if t.is_floating_point() and t.numel()]

@@ -124,3 +124,26 @@ def test_validation_between_steps_leaves_no_trace_in_the_records() -> None:
             assert record is not None
             outputs.append(record["output_absmax", "0"])
     assert outputs[0] == outputs[1]
+
+
+def traced(model: nn.Module, x: Tensor) -> list[str]:
+    graph = torch.jit.trace(model, x, check_trace=False).inlined_graph
+    return [node.kind() for node in graph.nodes()]
+
+
+def symbolic(model: nn.Module, x: Tensor) -> list[str]:
+    return [f"{node.op} {node.target}" for node in torch.fx.symbolic_trace(model).graph.nodes]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("program_of", [traced, symbolic])
+def test_what_is_traced_out_of_a_watched_model_in_training_is_the_users_program_alone(program_of: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 2))), torch.ones(3, 4)
+    expected = program_of(model, x)
+    with Watch(model, torch.optim.SGD(model.parameters(), 0.1), autopsy=True, on_error="raise", **EVERYTHING) as watch:
+        for _ in range(2):
+            assert program_of(model, x) == expected
+            loss = model(x).square().mean()
+            loss.backward()
+            watch.step(loss=loss, batch=x)
+    assert watch.history[1].measured("output_rms").any()
