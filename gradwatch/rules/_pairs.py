@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..records import StepRecord
 from ._block import Block, Passed
@@ -14,6 +15,7 @@ from ._windows import Progress, progress, progress_over
 __all__ = ["LossTerms", "TargetsShifted", "TooGood", "WholeTargets"]
 
 _PLACES = {-1: "target_at_minus_1", 0: "target_at_0", 1: "target_at_1", 2: "target_at_2"}
+_ENTROPIES = ("cross_entropy", "cross_entropy_shifted")
 _SAID = {
     -1: "the token before each one is to be predicted, which the model has already seen",
     0: "the input itself is to be predicted: targets are not shifted, and copying is all there is to learn",
@@ -26,7 +28,9 @@ class TargetsShifted(Rule):
     """Flags a language model whose targets are the tokens of its input at another place than the next one.
 
     Targets are compared with the input, token by token, and the loss with the cross-entropy at the same place and at
-    the next one: Hugging Face's causal models are given the tokens themselves and shift them inside.
+    the next one: Hugging Face's causal models are given the tokens themselves and shift them inside. Before much is
+    learned the two are nearly equal, and a trainer may divide by the targets of all places: the loss must follow its
+    own more closely, from batch to batch and up to a constant factor, than the other.
 
     Args:
         batches: running that must agree.
@@ -48,7 +52,7 @@ class TargetsShifted(Rule):
         self._require("batches", self.batches >= 1, 1)
 
     def init(self) -> State:
-        return {"place": None, "running": 0}
+        return {"place": None, "running": 0, "ratios": ()}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         shares = {place: record.scalars.get(name, math.nan) for place, name in _PLACES.items()}
@@ -57,19 +61,36 @@ class TargetsShifted(Rule):
         # Where every token is like its neighbours nothing can be told.
         if len(found) != 1 or not all(share < 0.8 for share in others):
             return self.unjudged(record, "targets are not the tokens of the input"), state
-        follows = [k for k, name in enumerate(("cross_entropy", "cross_entropy_shifted")) if _follows(record, name)]
+        follows = [k for k, name in enumerate(_ENTROPIES) if _follows(record, name)]
         if len(follows) != 1:
             return self.unjudged(record, "the loss is no cross-entropy of these outputs"), state
         place = found[0] + follows[0]
-        running = state["running"] + 1 if place == state["place"] else 1
-        fires = place != 1 and running >= self.batches
+        goes_on = place == state["place"]
+        running = state["running"] + 1 if goes_on else 1
+        before = state.get("ratios", ()) if goes_on else ()
+        ratios = (*before, _ratios(record))[-self.batches :]
+        fires = place != 1 and running >= self.batches and _is_closer(ratios, follows[0])
         text = _SAID.get(place, "")
-        return self.whole(record, fires, float(place), 1.0, text), {"place": place, "running": running}
+        after = {"place": place, "running": running, "ratios": ratios}
+        return self.whole(record, fires, float(place), 1.0, text), after
 
 
 def _follows(record: StepRecord, name: str) -> bool:
     value = record.scalars.get(name, math.nan)
     return abs(record.loss - value) <= 0.01 * abs(value)
+
+
+def _ratios(record: StepRecord) -> tuple[float, float]:
+    """Return the loss over the cross-entropy at the same place, and over that at the next one."""
+    same, following = (record.scalars.get(name) or math.nan for name in _ENTROPIES)
+    return record.loss / same, record.loss / following
+
+
+def _is_closer(ratios: Sequence[tuple[float, float]], followed: int) -> bool:
+    """Return whether the loss is the one that it follows, or stays nearer to a multiple of it than of the other."""
+    own, others = [pair[followed] for pair in ratios], [pair[1 - followed] for pair in ratios]
+    is_the_same = max(abs(ratio - 1) for ratio in own) <= 1e-4
+    return is_the_same or len(ratios) == 1 or max(own) - min(own) < max(others) - min(others)
 
 
 class TooGood(Rule):

@@ -413,6 +413,8 @@ CASES = [
     case("targets_shifted", lambda: steady(5, loss=4.0, cross_entropy=3.0, cross_entropy_shifted=4.0, **SHIFTED_BY_0), False, "shifted-in-the-model"),
     case("targets_shifted", lambda: steady(5, loss=3.0, cross_entropy=3.0, cross_entropy_shifted=4.0, **SHIFTED_BY_1), False, "the-next-token"),
     case("targets_shifted", lambda: steady(5, loss=4.0, cross_entropy=3.0, cross_entropy_shifted=4.0, **SHIFTED_BY_1), True, "shifted-twice"),
+    case("targets_shifted", lambda: steady(5, loss=lambda s: 23 / 24 * (4.17 - s / 200), cross_entropy=4.0, cross_entropy_shifted=lambda s: 4.17 - s / 200, **SHIFTED_BY_0), False, "shifted-in-the-model-and-divided-by-all-places"),
+    case("targets_shifted", lambda: steady(5, loss=lambda s: 4.0 - s / 200 + s % 2 / 100, cross_entropy=lambda s: 4.0 - s / 200, cross_entropy_shifted=lambda s: 4.1 + s / 40, **SHIFTED_BY_0), True, "not-shifted-and-rounded"),
     case("targets_shifted", lambda: steady(5, loss=3.0, cross_entropy=3.0, target_at_0=1, target_at_1=1, target_at_2=1, target_at_minus_1=1), False, "all-tokens-alike"),
     case("whole_targets", lambda: steady(8, target_is_whole=1, target_min=-3, target_max=3), True, "standardised-and-cast"),
     case("whole_targets", lambda: steady(8, target_is_whole=1, target_min=0, target_max=9), False, "counts"),
