@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+
 from ..errors import ConfigError, RunFormatError, UnknownNameError
 from ..runs import Run, read_run
 from ._data import ReportData
@@ -26,7 +28,10 @@ FORMATS = ("html", "md", "json", "png")
 TEXTS: dict[str, Callable[[ReportData], str]] = {"html": to_html, "md": to_markdown, "json": to_json}
 ENDINGS = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".json": "json", ".png": "png"}
 
+_calmly = np.errstate(all="ignore")  # what numpy does elsewhere is the program's business: here these are results
 
+
+@_calmly
 def write_report(
     run: Reported | Sequence[Reported],
     path: str | os.PathLike[str],
@@ -63,6 +68,7 @@ def write_report(
     return target
 
 
+@_calmly
 def write_session(session: Session, path: str | os.PathLike[str], format: str | None = None) -> Path:  # noqa: A002
     """Write the report of a run that is still in memory: from its run folder where it has one, else from the records
     kept (the recent ones alone). May be called while it trains."""
@@ -80,6 +86,7 @@ def write_session(session: Session, path: str | os.PathLike[str], format: str | 
     return write_report(data, path, format)
 
 
+@_calmly
 def report_text(run: Reported, format: str = "md") -> str:  # noqa: A002
     """Return a report as text: HTML, markdown or JSON.
 

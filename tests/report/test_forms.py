@@ -11,7 +11,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from gradwatch import Watch
 from gradwatch.errors import UnknownNameError
 from gradwatch.records import Incident
 from gradwatch.report import ReportData, Table, report_text, to_html, to_json, to_markdown, write_report
@@ -59,6 +62,18 @@ def test_written_files_have_the_form_of_their_ending(folder, tmp_path):
     ):
         path = write_report(folder, tmp_path / "deep" / f"r{ending}")
         assert path.read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize("ending", ["html", "md", "json"])
+def test_numpy_set_to_raise_ends_no_report(ending, tmp_path):
+    model = nn.Linear(2, 1)
+    with Watch(model, torch.optim.SGD(model.parameters(), 0.1), rules="observe") as watch:
+        for size in (1.0, 1e-44, 1e30):
+            model.weight.grad, model.bias.grad = torch.full((1, 2), size), torch.zeros(1)
+            watch.after_backward(loss=size**2)
+            watch.after_step()
+    with np.errstate(all="raise"):
+        assert watch.report(tmp_path / f"report.{ending}").stat().st_size > 0
 
 
 def test_form_asked_for_wins_over_the_ending(data, tmp_path):
