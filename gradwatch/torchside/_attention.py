@@ -13,7 +13,7 @@ from ._autograd import in_backward
 from ._inert import WeakHook
 from ._members import member
 from ._modes import CallMode, past_override
-from ._untraced import untraced
+from ._untraced import is_traced, untraced
 
 __all__ = ["PRODUCTS", "Attended", "AttentionTap", "attended_fused", "heads_of"]
 
@@ -131,7 +131,7 @@ class AttentionTap:
         if local.ear is not None and local.ear.is_over():
             # Its call was broken off, in a way that torch tells no hook of.
             local.ear, local.stack = None, []
-        if in_backward() or in_transform() or not self._gate():
+        if in_backward() or in_transform() or is_traced() or not self._gate():
             local.stack.append(None)
             return
         local.stack.append(_Calling(self, path, module))
