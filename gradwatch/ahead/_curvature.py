@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..records import SCALAR
 from ..stats import Statistic, View
-from ..torchside import wide_dtype
-from ._sampled import ENTRIES, sampled, share
+from ..torchside import moved, sent
+from ._sampled import ENTRIES, Layout, packed, share
 from ._ways import OPTIONS, STATES, Way, way_of
 
 __all__ = ["StepCurvature"]
@@ -47,39 +49,58 @@ class StepCurvature(Statistic):
     def sums(self, view: View) -> Tensor | None:
         """Return step times change of the gradient, and the squared step in the metric of what is borne, both without
         what noise gives, shape (n, 2); None at the first step, and for an optimizer that is not known."""
-        ways, last = _ways(view), view.memory.get("last")
-        now = [
-            (self._wide(param).clone(), self._wide(grad).clone())
-            for param, grad in zip(view.params, view.grads, strict=True)
-        ]
+        memory, ways = view.memory, _ways(view)
+        last, rates = memory.get("last"), memory.get("rates")
+        params, memory["layout"] = packed(view.params, self.entries, memory.get("layout"))
+        layout: Layout = memory["layout"]
+        grads, _ = packed(view.grads, self.entries, layout)
         # The rates are those of the coming step.
-        rates, view.memory["rates"] = view.memory.get("rates"), [_kept(rate) for rate in view.options("lr")]
-        view.memory["last"] = now
-        if last is None or rates is None or ways is None:
+        memory["last"], memory["rates"] = (params, grads), [_kept(rate) for rate in view.options("lr")]
+        if last is None or rates is None or ways is None or last[0].shape != params.shape:
             return None
-        products, squares = [], []
-        for old, new, way, rate, param in zip(last, now, ways, rates, view.params, strict=True):
-            weight, square = share(param, self.entries), self._square(new[0] - old[0], way, rate)
-            products.append((((new[0] - old[0]) * (new[1] - old[1])).sum() - way.noise * square) * weight)
-            squares.append(square * ((1 - way.noise) * weight))
-        return view.rows(products, squares)
-
-    def _square(self, step: Tensor, way: Way, rate: Any) -> Tensor:
-        """Return the square of a step in the metric in which 1 is the largest curvature that is borne."""
-        weights = 1.0 if way.moment is None else way.metric(self._wide(way.moment))
-        square = (step.square() * weights).sum() * way.most
-        if isinstance(rate, Tensor):
-            return square / rate.to(step.device, non_blocking=True)
+        step, change = params - last[0], grads - last[1]
+        squares = layout.sums(step.square() * self._weights(ways, layout, step))
+        products = layout.sums(step * change)
         # At a rate of 0 nothing moved but what somebody else did.
-        return square / rate if rate else square * 0
+        rows = _row([_over(way.most, rate) for way, rate in zip(ways, rates, strict=True)], step)
+        squares = squares * rows
+        shares = _row([share(param, self.entries) for param in view.params], step)
+        noise = _row([way.noise for way in ways], step)
+        return torch.stack([(products - noise * squares) * shares, squares * (1 - noise) * shares], dim=1)
 
-    def _wide(self, tensor: Tensor) -> Tensor:
-        return sampled(tensor.detach(), self.entries).to(wide_dtype(tensor.device))
+    def _weights(self, ways: list[Way], layout: Layout, step: Tensor) -> Tensor | float:
+        """Return what the squared step's entries are weighed by: roots of second moments, where there are any."""
+        if all(way.moment is None for way in ways):
+            return 1.0
+        held = [
+            torch.ones(n, device=step.device) if w.moment is None else w.moment
+            for w, n in zip(ways, layout.numels, strict=True)
+        ]
+        moments, _ = packed(held, self.entries, layout)
+        scales = layout.spread(_row([way.unbiased for way in ways], step), step)
+        return (moments * scales).clamp(min=0).sqrt() + layout.spread([way.eps for way in ways], step)
 
     def finish(self, sums: Array, maxima: Array) -> float:
         product, square = sums.sum(axis=0)
         with np.errstate(invalid="ignore", divide="ignore"):
             return float(np.float64(product) / square)
+
+
+def _over(most: float, rate: Any) -> Any:
+    return most / rate if isinstance(rate, Tensor) or rate else 0.0
+
+
+def _row(values: Sequence[Any], like: Tensor) -> Tensor:
+    """Return numbers, of which some may lie on a device, as one tensor beside another."""
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack([_on(value, like) for value in values])
+    return sent(torch.tensor(values, dtype=like.dtype), like.device)
+
+
+def _on(value: Any, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return moved(value.detach().reshape(()), like.device, like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _kept(rate: Any) -> Any:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["sampled", "share"]
+from ..torchside import home, moved, sent, wide_dtype
+
+__all__ = ["Layout", "packed", "sampled", "share"]
 
 ENTRIES = 4096
 """Of each tensor, at the most about."""
@@ -36,3 +41,47 @@ def stride(tensor: Tensor, entries: int | None) -> int:
     while gcd(step, width) > 1:
         step += 1
     return step
+
+
+class Layout(NamedTuple):
+    """Where the samples of several tensors stand in one row.
+
+    Attributes:
+        numels: of the samples, in order.
+        owners: of each entry, which tensor it is of; (k,).
+    """
+
+    numels: tuple[int, ...]
+    owners: Tensor
+
+    @classmethod
+    def of(cls, samples: Sequence[Tensor], device: torch.device) -> Layout:
+        numels = tuple(sample.numel() for sample in samples)
+        owners = torch.repeat_interleave(torch.arange(len(numels)), torch.tensor(numels, dtype=torch.int64))
+        return cls(numels, sent(owners, device))
+
+    def spread(self, values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
+        """Return a number for each tensor as one for each of its entries."""
+        rows = values if isinstance(values, Tensor) else sent(torch.tensor(values, dtype=like.dtype), like.device)
+        return rows.to(like.dtype)[self.owners]
+
+    def sums(self, entries: Tensor) -> Tensor:
+        """Return the sum over each tensor's entries, shape (n,)."""
+        return entries.new_zeros(len(self.numels)).index_add_(0, self.owners, entries)
+
+
+def packed(tensors: Sequence[Tensor], entries: int | None, layout: Layout | None) -> tuple[Tensor, Layout]:
+    """Return samples of tensors in one row, as a copy, wide; and how they stand there.
+
+    Args:
+        tensors: strided.
+        entries: of each.
+        layout: of the last time; taken again where it is the same.
+    """
+    samples = [sampled(tensor.detach(), entries) for tensor in tensors]
+    device = home(samples)
+    wide = wide_dtype(device)
+    if layout is None or layout.owners.device != device or layout.numels != tuple(s.numel() for s in samples):
+        layout = Layout.of(samples, device)
+    row = torch.cat([moved(sample, device, sample.dtype) for sample in samples])
+    return (row.clone() if len(samples) == 1 and row.dtype is wide else row.to(wide)), layout

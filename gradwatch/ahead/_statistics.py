@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..records import SCALAR
 from ..stats import Statistic, View
-from ..torchside import wide_dtype
-from ._sampled import ENTRIES, sampled, share
+from ..torchside import sent, wide_dtype
+from ._sampled import ENTRIES, Layout, packed, sampled, share
 
 __all__ = ["AdamUpdateRms", "GradientTurn"]
 
@@ -78,17 +78,16 @@ class GradientTurn(Statistic):
 
     def sums(self, view: View) -> Tensor | None:
         """Return the product with the last gradient and both squares, shape (n, 3); None at the first step."""
-        last = view.memory.get("last")
-        now = [_wide(sampled(grad, self.entries)) for grad in view.grads]
-        view.memory["last"] = [grad.clone() for grad in now]
-        if last is None:
+        memory = view.memory
+        last = memory.get("last")
+        now, memory["layout"] = packed(view.grads, self.entries, memory.get("layout"))
+        memory["last"] = now
+        if last is None or last.shape != now.shape:
             return None
-        weights = [share(grad, self.entries) for grad in view.grads]
-        return view.rows(
-            [(a * b).sum() * w for a, b, w in zip(last, now, weights, strict=True)],
-            [a.square().sum() * w for a, w in zip(last, weights, strict=True)],
-            [b.square().sum() * w for b, w in zip(now, weights, strict=True)],
-        )
+        layout: Layout = memory["layout"]
+        weights = sent(torch.tensor([share(g, self.entries) for g in view.grads], dtype=now.dtype), now.device)
+        rows = [layout.sums(entries) * weights for entries in (last * now, last.square(), now.square())]
+        return torch.stack(rows, dim=1)
 
     def finish(self, sums: Array, maxima: Array) -> float:
         product, last, now = sums.sum(axis=0)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..torchside import is_host
+
 __all__ = ["OPTIONS", "STATES", "Way", "way_of"]
 
 STATES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "step")
@@ -30,10 +32,19 @@ class Way(NamedTuple):
     beta2: float = 0.0
     count: Any = 1.0
 
+    @property
+    def unbiased(self) -> Any:
+        """What the moment is multiplied by to be without its bias towards 0: a number, or a tensor on a device."""
+        count = self.count
+        if isinstance(count, Tensor) and is_host(count.device):
+            count = float(count)
+        return 1 / (1 - self.beta2**count)
+
     def metric(self, moment: Tensor) -> Tensor:
-        """Return what squared steps are weighed by, from the moment or from some of it."""
-        count = self.count.to(moment.device, non_blocking=True) if isinstance(self.count, Tensor) else self.count
-        return (moment / (1 - self.beta2**count)).clamp(min=0).sqrt() + self.eps
+        """Return what squared steps are weighed by."""
+        scale = self.unbiased
+        scale = scale.to(moment.device, non_blocking=True) if isinstance(scale, Tensor) else scale
+        return (moment * scale).clamp(min=0).sqrt() + self.eps
 
 
 def way_of(held: Mapping[str, Any]) -> Way | None:

@@ -203,7 +203,7 @@ def _is_projection(module: Any) -> bool:
 
 def _of_torch(module: nn.MultiheadAttention) -> HeadWeights:
     heads, size, bias = module.num_heads, module.embed_dim, module.in_proj_bias
-    rows = torch.arange(size).view(heads, -1)
+    rows = torch.arange(size, device=module.out_proj.weight.device).view(heads, -1)
     extra = () if module.bias_k is None else (module.bias_k,)
     if module.in_proj_weight is not None:
         weight = module.in_proj_weight
@@ -230,7 +230,7 @@ def _candidates(projections: Sequence[nn.Module], heads: int, width: int) -> Ite
     few = left // 2
     # All queries, then all keys, then all values; or by groups, with their key and value behind them.
     yield HeadWeights(_rows(whole, heads, width), _rows(whole, few, width, first=heads * width))
-    by_group = torch.arange(total).view(few, heads // few + 2, width)
+    by_group = torch.arange(total, device=whole.weight.device).view(few, heads // few + 2, width)
     q_rows, k_rows = by_group[:, :-2].reshape(heads, width), by_group[:, -2]
     yield HeadWeights(whole._replace(rows=q_rows), whole._replace(rows=k_rows))
 
@@ -248,7 +248,8 @@ def _out(part: Part) -> int:
 
 
 def _rows(part: Part, heads: int, width: int, first: int = 0) -> Part:
-    return part._replace(rows=first + torch.arange(heads * width).view(heads, width))
+    rows = torch.arange(first, first + heads * width, device=part.weight.device)
+    return part._replace(rows=rows.view(heads, width))
 
 
 @torch.no_grad()

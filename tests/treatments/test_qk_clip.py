@@ -13,6 +13,7 @@ from torch.nn import functional
 from gradwatch import Watch
 from gradwatch.errors import ConfigError
 from gradwatch.treatments import QKClip
+from gradwatch.treatments._qk_heads import owners_of, rescale_
 
 WIDTH, HEADS, D, LENGTH = 32, 4, 8, 5
 
@@ -255,6 +256,14 @@ def test_normalised_queries_are_told_and_the_step_is_vetoed() -> None:
         watch = step(model, torch.randn(2, LENGTH, WIDTH), QKClip())
     assert watch.history[0].skipped
     assert "are not the queries and keys that attend" in watch.incidents[0].message
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch-with-learned-keys"])
+def test_rescaling_reads_nothing_back_to_the_host(kind: str) -> None:
+    inner = model_of(kind)[1].inner.to("meta")
+    (owner,) = owners_of(inner, ["*"], lambda paths, patterns: [True] * len(paths))
+    assert owner.weights is not None
+    rescale_(owner.weights, torch.ones(HEADS, device="meta"))
 
 
 @pytest.mark.parametrize("value", [0, -1.0, math.nan])
