@@ -287,8 +287,8 @@ EXPLANATIONS = {
     ),
     "updates_rounded_away": Explanation(
         "Updates are too small for the number format",
-        "A weight in half precision keeps two or three digits; an update below the last of them changes nothing, however "
-        "often it comes.",
+        "A weight in half precision keeps two or three digits; an update below the last of them changes nothing, "
+        "however often it comes.",
     ),
     "undertrained": Explanation(
         "The loss was still falling at the end",
