@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,17 +71,21 @@ class LossCalls(TorchFunctionMode):
 
     Attributes:
         rewrites: change a call.
+        copies: id of a tensor -> what takes its place in whatever is called: a penalty may hold parameters themselves,
+            which no module hands to it.
         calls: as the user made them, with the values as they came to be.
     """
 
     rewrites: list[Rewrite] = field(default_factory=list)
+    copies: Mapping[int, Any] = field(default_factory=dict)
     calls: list[LossCall] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        args = tuple([self._here(value) for value in args])
+        kwargs = {key: self._here(value) for key, value in kwargs.items()} if kwargs else {}
         name = _FUNCTIONS.get(id(func))
         if name is None:
             return func(*args, **kwargs)
@@ -94,3 +98,9 @@ class LossCalls(TorchFunctionMode):
             made = rewrite(LossCall(made.name, dict(made.arguments)))
         call.value = func(*args, **kwargs) if made is call else made.run()
         return call.value
+
+    def _here(self, value: Any) -> Any:
+        found = self.copies.get(id(value))
+        if found is not None:
+            return found
+        return type(value)(map(self._here, value)) if type(value) in (list, tuple) else value

@@ -51,10 +51,15 @@ class Stage:
         self._values = values
         self._module_ids = {id(m) for m in self.modules}
         self._own = [vars(m) for m in self.modules]
+        self._grads: list[tuple[Tensor, Tensor | None]] = []
         self._staged = [self._attributes(m) for m in self.modules]
         self.optimizers = [self._optimizer(o) for o in optimizers]
 
     def enter(self) -> None:
+        # A step of the user's own may run backward to parameters that it holds itself.
+        self._grads = [(t, t.grad) for m in self.modules for t in m._parameters.values() if t is not None]
+        for parameter, _ in self._grads:
+            parameter.grad = None
         for module, attributes in zip(self.modules, self._staged, strict=True):
             object.__setattr__(module, "__dict__", attributes)
 
@@ -62,6 +67,8 @@ class Stage:
         """Give the modules back what they held. May be called twice."""
         for module, attributes in zip(self.modules, self._own, strict=True):
             object.__setattr__(module, "__dict__", attributes)
+        for parameter, grad in self._grads:
+            parameter.grad = grad
 
     @contextmanager
     def mode(self, training: bool) -> Iterator[None]:

@@ -223,7 +223,7 @@ class Trial:
         with ExitStack() as stack:
             for make in self.around:
                 stack.enter_context(make())
-            yield stack.enter_context(LossCalls(self.on_loss if changed else []))
+            yield stack.enter_context(LossCalls(self.on_loss if changed else [], self.stage.copies))
 
     def run(self, batch: Any, course: Course | None = None) -> tuple[Tensor, LossCalls]:
         """Return the loss of a batch, with all that was changed, and the loss functions that made it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
@@ -151,6 +152,46 @@ def test_a_loss_that_fails_is_an_error_and_nothing_is_left(unchanged) -> None:
 
     with pytest.raises(gradwatch.ConfigError, match="the training as it is fails: RuntimeError: no loss today"):
         gradwatch.what_if(net, optimizer, loss_fn, batches(), steps=2)
+
+
+def test_a_penalty_that_holds_the_weights_itself_counts_and_leaves_nothing() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    weights, given = [net[0].weight, net[2].weight], batches(6)
+    net[0].weight.grad = kept = torch.ones(8, 6)
+
+    def loss_fn(outputs, targets):
+        return F.cross_entropy(outputs, targets) + 0.1 * torch.stack([w.square().sum() for w in weights]).sum()
+
+    def train_step(model, optimizer, batch):
+        optimizer.zero_grad()
+        loss = loss_fn(model(batch[0]), batch[1])
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 0.1)
+        optimizer.step()
+        return loss
+
+    changes = ["learning rate / 10"]
+    plain = gradwatch.what_if(net, optimizer, loss_fn, given, steps=4, changes=changes).control.losses
+    own = gradwatch.what_if(
+        net, optimizer, loss_fn, given, steps=4, changes=changes, train_step=train_step
+    ).control.losses
+    assert net[0].weight.grad is kept
+    assert torch.equal(kept, torch.ones(8, 6))
+    assert net[2].weight.grad is None
+    twin, losses = copy.deepcopy(net), []
+    weights[:] = [twin[0].weight, twin[2].weight]
+    steps = torch.optim.SGD(twin.parameters(), lr=0.5)
+    for batch in given[:4]:
+        steps.zero_grad()
+        loss = loss_fn(twin(batch[0]), batch[1])
+        loss.backward()
+        losses.append(loss.item())
+        steps.step()
+    assert plain == pytest.approx(losses, rel=1e-6)
+    weights[:] = [net[0].weight, net[2].weight]
+    assert own == pytest.approx([train_step(net, optimizer, batch).item() for batch in given[:4]], rel=1e-6)
 
 
 def test_gradients_of_other_models_are_not_touched() -> None:
