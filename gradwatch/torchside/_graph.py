@@ -44,10 +44,20 @@ def _node_of(loss: Any) -> Any:
 
 
 def loss_form(loss: Any) -> LossForm | None:
-    """Return how a loss was made; None where its graph does not tell."""
-    node = _error(_node_of(loss))
-    if node is None:
-        return None
+    """Return how a loss was made; None where its graph does not tell.
+
+    Of several errors that are summed (what is real and what is fake, two heads) each may be given what a softmax or a
+    sigmoid has made; what else a form says is of the one that targets belong to, and nobody knows which that is.
+    """
+    forms = [_form(node) for node in _errors(_node_of(loss))]
+    if len(forms) == 1:
+        return forms[0]
+    softmax, sigmoid = (any(getattr(form, name) for form in forms) for name in ("of_softmax", "of_sigmoid"))
+    return LossForm(of_softmax=softmax, of_sigmoid=sigmoid) if softmax or sigmoid else None
+
+
+def _form(node: Any) -> LossForm:
+    """Return how one error was made."""
     name, made = node.name(), _made_of(node)
     if name.startswith("NllLoss") and made.startswith("LogSoftmax"):
         made = _made_of(_behind(node))
@@ -98,9 +108,14 @@ def _sees_all(node: Any) -> bool:
     return all(mask is None for mask in masks)
 
 
+def _errors(root: Any) -> list[Any]:
+    """Return the nodes of common errors near a loss."""
+    return [node for node in _nodes(root, _NEAR, until=_ERRORS) if node.name().startswith(_ERRORS)]
+
+
 def _error(root: Any) -> Any:
     """Return the node of a common error near a loss; None where there is none, or more than one."""
-    found = [node for node in _nodes(root, _NEAR, until=_ERRORS) if node.name().startswith(_ERRORS)]
+    found = _errors(root)
     return found[0] if len(found) == 1 else None
 
 

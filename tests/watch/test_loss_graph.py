@@ -27,6 +27,11 @@ def beside(error: Tensor, x: Tensor) -> Tensor:
     return 0.1 * error + x.norm()
 
 
+def real_and_fake(x: Tensor) -> Tensor:
+    """As a discriminator's loss is made."""
+    return of_logits(x[:4], torch.ones(4, 5)) + of_logits(x[4:], torch.zeros(4, 5))
+
+
 def scores() -> Tensor:
     return X.clone().requires_grad_()
 
@@ -44,6 +49,12 @@ def scores() -> Tensor:
         pytest.param(lambda x: F.smooth_l1_loss(chosen(x), X[:, 0]), LossForm(of_chosen=True), id="values-of-actions"),
         pytest.param(lambda x: F.mse_loss(x, X), LossForm(), id="squared-error"),
         pytest.param(lambda x: F.mse_loss(x, X) + F.cross_entropy(x, CLASSES), None, id="two-errors"),
+        pytest.param(real_and_fake, None, id="real-and-fake"),
+        pytest.param(lambda x: real_and_fake(x.sigmoid()), LossForm(of_sigmoid=True), id="a-sigmoid-in-both"),
+        pytest.param(
+            lambda x: F.mse_loss(x, X) + F.cross_entropy(x.softmax(1), CLASSES), OF_SOFTMAX, id="in-one-of-two"
+        ),
+        pytest.param(lambda x: F.mse_loss(chosen(x), X[:, 0]) + F.mse_loss(x, X), None, id="chosen-in-one-of-two"),
         pytest.param(lambda x: x.square().sum(), None, id="no-common-error"),
     ],
 )
