@@ -435,7 +435,8 @@ class Engine:
     def _recomputed(self) -> Recomputed | None:
         """Run the step's micro-batches again; return what differs, None where that can't be told."""
         found, again = None, self.recomputation
-        if self.guard.ok(RECOMPUTING):
+        # Of several optimizers that step one by one, the first has looked.
+        if self.guard.ok(RECOMPUTING) and again.is_listening:
             self.is_replaying = True
             with self.guard(RECOMPUTING):
                 try:
@@ -496,6 +497,8 @@ class Engine:
             self._replays, self._inputs = [], None  # not between the micro-batches of a step
         if are_several():
             self._keep_what_is_left()
+        if self.recomputation.is_listening:
+            self.recomputation.forget()
         self.announced.forget()
         if self.delivered.is_waiting:
             self.delivered.forget()

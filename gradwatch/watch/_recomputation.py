@@ -84,6 +84,11 @@ class Recomputation:
         """Whether the step is one whose batch is run again."""
         return self.every is not None and is_due(step, self.every)
 
+    @property
+    def is_listening(self) -> bool:
+        """Whether something of a step is kept."""
+        return self._step >= 0
+
     def listen(self, step: int) -> None:
         """Keep what a step begins with, and its gradients as they are completed. May be called once per micro-batch."""
         if step == self._step:

@@ -176,6 +176,30 @@ def test_what_can_not_be_run_again_is_said_once() -> None:
     assert any("twice is not seen" in note for note in watch.session.notes)
 
 
+def test_nothing_is_kept_of_a_step_that_is_not_measured() -> None:
+    model = network()
+    with watched(model, every=3) as watch:
+        train(watch, model, 3)  # at steps 1 and 2 it is due
+        assert not watch.session.engine.recomputation.is_listening
+        assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_optimizers_that_step_one_by_one_are_no_fault() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 3))
+    optimizers = [torch.optim.SGD(layer.parameters(), 0.01) for layer in model]
+    with Watch(model, optimizers, **OPTIONS) as watch:
+        for step in range(14):
+            for optimizer in optimizers:
+                x, y = batch(step)
+                model.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                watch.step(loss, optimizer=optimizer)
+    assert not watch.incidents
+    assert not watch.session.engine.guard.limits
+
+
 def test_what_is_no_number_of_steps_is_refused() -> None:
     with pytest.raises(ConfigError) as info:
         watched(network(), recompute_every=0)
