@@ -493,12 +493,14 @@ class Engine:
     def finish_step(self) -> None:
         """Complete the last step's record: called after the optimizer has stepped."""
         self._complete_last()
-        if self._replays and self._measured is not None and self._measured[0] == self._begun:
-            self._replays, self._inputs = [], None  # not between the micro-batches of a step
+        if self._measured is not None and self._measured[0] == self._begun:
+            # Not between the micro-batches of a step.
+            if self._replays:
+                self._replays, self._inputs = [], None
+            if self.recomputation.is_listening:
+                self.recomputation.forget()
         if are_several():
             self._keep_what_is_left()
-        if self.recomputation.is_listening:
-            self.recomputation.forget()
         self.announced.forget()
         if self.delivered.is_waiting:
             self.delivered.forget()
