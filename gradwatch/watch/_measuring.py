@@ -33,7 +33,7 @@ from ._produced import Look, Produced
 from ._ranks import combine, pack_extras, rank_of_this, say_the_same
 from ._recomputation import RECOMPUTED, Recomputation
 from ._record_draft import NOTHING, Draft
-from ._replicas import Replicas
+from ._replicas import Replicas, are_copies
 from ._statistics import OwnRows, OwnStatistics
 from ._step_inputs import StepInputs
 from ._timed import calm_numpy
@@ -299,7 +299,7 @@ class Measuring:
             seen.sums["local_norms"] = torch.zeros(ranks, dtype=wide, device=device)
         if turn.plan.recomputes:
             seen.sums |= self.recomputation.blank(ranks)
-        if turn.plan.replicas:
+        if self._compares_copies(turn):
             seen.sums |= self.replicas.blank(ranks)
         if self._shares_fingerprints(turn):
             seen.sums[PRINTS] = torch.zeros(ranks, 2, dtype=wide, device=device)
@@ -316,6 +316,11 @@ class Measuring:
                 self._put_modules(seen, self.meter.blank_modules())
         return seen
 
+    def _compares_copies(self, turn: Turn) -> bool:
+        """Whether ranks compare weights and gradients: ranks that found, after the plan was made, that they hold unlike
+        parameters have nothing to compare, and no two tables of one length."""
+        return turn.plan.replicas and are_copies(self.meter.watched)
+
     def _shares_fingerprints(self, turn: Turn) -> bool:
         """Whether ranks tell each other what their batches are known by: where each has batches of its own."""
         plan = turn.plan
@@ -331,7 +336,7 @@ class Measuring:
             seen.sums[PRINTS][rank] = moved(row, self.meter.device)
         if turn.recomputed is not None and RECOMPUTED in seen.sums:
             self.recomputation.put(turn.recomputed, seen.sums)
-        if turn.plan.replicas and self.guard.ok("comparing the ranks' copies"):
+        if self._compares_copies(turn) and self.guard.ok("comparing the ranks' copies"):
             with self.guard("comparing the ranks' copies"):
                 self.replicas.look(grads, seen.sums)
 
