@@ -158,14 +158,18 @@ class ModuleTap:
         self._windows = UnitWindows()
         self._closed = True
 
-    def take(self) -> TapStats | None:
-        """Return what was gathered since the last time, and begin again; None if nothing was."""
+    def take(self, *, apart: bool = False) -> TapStats | None:
+        """Return what was gathered since the last time, and begin again; None if nothing was.
+
+        Args:
+            apart: what the host knows may stay there (see `TapStats.known`): no other rank is to add to it.
+        """
         if self._ledger.empty:
             return None
         for row, silent, units in self._windows.complete():
             self._ledger.add(row, "silent", silent)
             self._ledger.add(row, "units", units)
-        return self._ledger.take(self.paths)
+        return self._ledger.take(self.paths, apart=apart)
 
     def coverage(self) -> dict[str, str]:
         """Return what is not seen, or not in the way asked for: path -> reason."""

@@ -54,11 +54,13 @@ class TapStats:
         paths: of the modules.
         sums: float64, shape (n, len(SUMS)); ranks merge by addition.
         maxima: float64, shape (n, len(MAXIMA)); ranks merge by maximum.
+        known: sums and maxima that only the host knows, and that are not in these; None where all are.
     """
 
     paths: tuple[str, ...]
     sums: Tensor
     maxima: Tensor
+    known: tuple[Floats, Floats] | None = None
 
     @classmethod
     def blank(cls, paths: Sequence[str], device: torch.device) -> TapStats:
@@ -81,6 +83,8 @@ class TapStats:
             name -> float64 (n,), name -> bool (n,). An entry that was not measured is nan and its mask False; a
             column in which no entry was measured is left out.
         """
+        if self.known is not None:
+            sums, maxima = sums + self.known[0], np.maximum(maxima, self.known[1])
         s = {name: sums[:, i].astype(np.float64) for name, i in _S.items()}
         outputs, grads = s["output_numel"], s["grad_numel"]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -203,10 +207,15 @@ class Ledger:
         else:
             self._host[row][_S[name]] += float(value)
 
-    def take(self, paths: Sequence[str]) -> TapStats:
-        """Return everything added so far on one device, and begin again."""
+    def take(self, paths: Sequence[str], *, apart: bool = False) -> TapStats:
+        """Return everything added so far on one device, and begin again; `apart`: what the host knows stays there."""
         here = home(sums for sums, _ in self._device.values())
         wide = wide_dtype(here)
+        if apart and len(self._device) == 1:
+            ((sums, maxima),) = self._device.values()
+            known = np.asarray(self._host).reshape(-1, len(SUMS)), np.asarray(self._host_max).reshape(-1, len(MAXIMA))
+            self.clear()
+            return TapStats(tuple(paths), sums, maxima, known)
         sums = sent(torch.tensor(self._host, dtype=wide).reshape(-1, len(SUMS)), here)
         maxima = sent(torch.tensor(self._host_max, dtype=wide).reshape(-1, len(MAXIMA)), here)
         for more_sums, more_maxima in self._device.values():

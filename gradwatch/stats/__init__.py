@@ -11,7 +11,7 @@ from ._exponents import exponent_histograms
 from ._gradients import Gradients
 from ._measure import GradientMeasures, GradientPieces, measure_gradients, measure_pieces
 from ._moments import MOMENTS, extent, host_extent, host_moments, moments, num_nonfinite
-from ._norms import global_norm, host_norms, second_look, tensor_norms
+from ._norms import Row, global_norm, host_norms, second_look, tensor_norms
 from ._shards import Shards, reduce_max_, reduce_sum_
 from ._spread import row_spread
 from ._statistic import GIVEN, OF_CALLS, Statistic, View
@@ -27,6 +27,7 @@ __all__ = [
     "GradientMeasures",
     "GradientPieces",
     "Gradients",
+    "Row",
     "Shards",
     "Statistic",
     "UpdateMeter",

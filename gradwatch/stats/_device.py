@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..torchside import can_lend
 from ._native import native_fault, native_state
+from ._packed import forget_places
 
-__all__ = ["forget_layouts", "kernel_backends", "kernel_faults", "scanned"]
+__all__ = ["forget_layouts", "kernel_backends", "kernel_faults", "scanned", "scans"]
 
 _failure: list[str] = []
 
@@ -40,6 +41,11 @@ def scanned(pieces: Sequence[Tensor], *, histograms: bool) -> tuple[Tensor, Tens
         return None
 
 
+def scans(device: torch.device) -> bool:
+    """Return whether tensors there are read once, by kernels of our own."""
+    return device.type == "cuda" and not _failure and _scan() is not None
+
+
 @cache
 def _scan() -> Callable[..., Any] | None:
     try:
@@ -51,6 +57,7 @@ def _scan() -> Callable[..., Any] | None:
 
 def forget_layouts() -> None:
     """Let go of what the kernels keep on devices from step to step; they make it again where it is wanted."""
+    forget_places()
     kernels = sys.modules.get(f"{__package__}._triton")
     if kernels is not None:
         kernels._layout.cache_clear()

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..records import select_paths
 from ..torchside import home, identity, moved, owned, why_unreadable
 from ._measure import GradientMeasures, GradientPieces, measure_gradients, measure_pieces
-from ._norms import global_norm, host_norms, tensor_norms
+from ._norms import Row, global_norm, host_norms, tensor_norms
 from ._scaling import scale_
 from ._shards import index_on
 
@@ -34,6 +34,8 @@ class _Shared:
         self.params = params
         self.grad_scale = grad_scale
         self._norms: Tensor | None = None
+        # As a kernel gave them, until somebody wants them in one tensor.
+        self._row: Row | None = None
         # As the host found them, and their norm, until somebody wants tensors.
         self._found: tuple[NDArray[np.float64], float] | None = None
         self.dropped: set[int] = set()
@@ -49,19 +51,30 @@ class _Shared:
             self.norms = found = torch.from_numpy(norms.copy())
             total = torch.tensor(whole, dtype=torch.float64, device="cpu")
             self._whole = (found, _version(found), total, _version(total))
+        if self._row is not None:
+            self._norms, self._row = self._row.tensor, None
         return self._norms
 
     @norms.setter
     def norms(self, norms: Tensor | None) -> None:
-        self._norms, self._found = norms, None
+        self._norms, self._found, self._row = norms, None, None
 
     @property
     def is_measured(self) -> bool:
-        return self._norms is not None or self._found is not None
+        return self._norms is not None or self._found is not None or self._row is not None
 
     def found_by_host(self, norms: NDArray[np.float64], whole: float) -> None:
         """Take the norms of all, and the norm of these."""
-        self._norms, self._found = None, (norms, whole)
+        self._norms, self._found, self._row = None, (norms, whole), None
+
+    def found_apart(self, row: Row) -> None:
+        """Take the norms of all, unread."""
+        self._norms, self._found, self._row = None, None, row
+
+    @property
+    def unread(self) -> Tensor | Sequence[Tensor] | None:
+        """What `norms` gives, one by one where nobody has wanted them in one tensor."""
+        return self.norms if self._row is None else self._row.unread
 
     def own(self) -> None:
         """Make sure that arithmetic in place on one gradient changes each of its elements once, and no other gradient.
@@ -275,10 +288,25 @@ class Gradients:
         then on. Norms and maxima are free of `grad_scale`; histograms are of `.grad` as it is."""
         return self._take(measure_gradients(self.tensors, histograms=histograms, of=self.params))
 
-    def pieces(self, *, histograms: bool = False) -> GradientPieces:
+    @property
+    def unread_norms(self) -> Tensor | Sequence[Tensor]:
+        """For a `Transfer`: `norms`, or the same one by one where they have not been put in one tensor yet."""
+        shared = self._shared
+        if shared.dropped or len(self._members) < len(shared.params) or (found := shared.unread) is None:
+            return self.norms
+        return found
+
+    def pieces(self, *, histograms: bool = False, known: Row | None = None) -> GradientPieces:
         """Return what can be measured on this rank alone: norms, and with `histograms` all of `measure`. Once its rows
-        and maxima are merged over ranks, give it to `put_together`."""
-        return measure_pieces(self.tensors, histograms=histograms, of=self.params)
+        and maxima are merged over ranks, give it to `put_together`.
+
+        Args:
+            histograms: with details and histograms.
+            known: the norms as they are in `.grad`, where somebody has measured them.
+        """
+        scale = self._shared.grad_scale
+        apart = not isinstance(scale, Tensor) and scale == 1
+        return measure_pieces(self.tensors, histograms=histograms, of=self.params, apart=apart, known=known)
 
     def put_together(self, pieces: GradientPieces) -> GradientMeasures:
         """Return the measures of merged pieces, whose norms `norms` gives from then on."""
@@ -287,9 +315,9 @@ class Gradients:
     def _take(self, found: GradientMeasures) -> GradientMeasures:
         scale, unscaled = self._shared.grad_scale, self._shared.unscaled
         if isinstance(scale, Tensor) or scale != 1:
-            found = replace(found, norms=unscaled(found.norms), maxima=unscaled(found.maxima))
+            found = replace(found, row=Row(unscaled(found.norms)), maxima=unscaled(found.maxima))
         if len(self) == len(self._shared.params):
-            self._shared.norms = found.norms
+            self._shared.found_apart(found.row)
         return found
 
     def select(self, patterns: str | Sequence[str]) -> Gradients:

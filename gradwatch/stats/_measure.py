@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..torchside import home, is_host
 from ._details import local_details
-from ._device import scanned
+from ._device import scanned, scans
 from ._exponents import local_histograms
 from ._native import native
-from ._norms import local_norms
-from ._packed import counted
+from ._norms import Row, local_norms, norms_apart
+from ._packed import counted, counted_apart
 from ._shards import Shards, alike, index_on, put_together
 
 __all__ = ["GradientMeasures", "GradientPieces", "measure_gradients", "measure_pieces"]
@@ -27,18 +27,23 @@ class GradientMeasures:
     """Norms, details and histograms of n tensors, on their device.
 
     Attributes:
-        norms: float64, shape (n,): L2 norms, as by `tensor_norms`.
+        row: L2 norms, as by `tensor_norms`.
         sums: float64, shape (n, 2): zeros and non-finite elements, as by `gradient_details`.
         maxima: float64, shape (n, 1): largest magnitudes.
         histograms: int64, shape (n, 512), as by `exponent_histograms`; None if not asked for.
         absent: bool, shape (n,): tensors that turned out to be on no rank; None where that was known before.
     """
 
-    norms: Tensor
+    row: Row
     sums: Tensor
     maxima: Tensor
     histograms: Tensor | None
     absent: Tensor | None = None
+
+    @property
+    def norms(self) -> Tensor:
+        """What `row` holds: float64, shape (n,)."""
+        return self.row.tensor
 
 
 @torch.no_grad()
@@ -73,32 +78,40 @@ class GradientPieces:
             non-finite elements; histograms, where some tensor is in pieces. None where there are norms alone, and no
             tensor is in pieces.
         maxima: float64, shape (n, 1): largest magnitudes; None if not asked for, and (n, 0) in what `whole` returns.
-        norms: float64, shape (n,): as measured, for tensors that are not in pieces.
+        row: norms as measured, for tensors that are not in pieces.
         counts: int64, shape (n, 512): histograms, where no tensor is in pieces; of many tensors they are large.
+        apart: zeros and largest magnitudes, one by one, where a few kernels give them so: then `rows` and `maxima` are
+            None, and what is not finite is in the bins 255 and 511 of `counts`.
     """
 
     shards: Shards
     rows: Tensor | None
     maxima: Tensor | None
-    norms: Tensor
+    row: Row
     counts: Tensor | None = None
+    apart: tuple[list[Tensor], list[Tensor]] | None = None
+
+    @property
+    def norms(self) -> Tensor:
+        """What `row` holds: float64, shape (n,)."""
+        return self.row.tensor
 
     def whole(self) -> GradientMeasures:
-        """Return the measures, after `rows` and `maxima` were merged over ranks."""
+        """Return the measures, after `rows` and `maxima` were merged over ranks; norms alone where `rows` is None."""
         if self.rows is None:
-            nothing = self.norms.new_empty(len(self.norms), 0)
-            return GradientMeasures(self.norms, nothing, nothing, None)
-        norms, absent = self.norms, None
+            nothing = torch.empty(len(self.row), 0, dtype=torch.float64)
+            return GradientMeasures(self.row, nothing, nothing, None)
+        row, absent = self.row, None
         if self.shards.groups:
             squares = self.rows[:, 0]
             if self.shards.absent is not None:
                 absent = torch.isneginf(squares)
                 squares = squares.masked_fill(absent, 0.0)
-            norms = squares.sqrt()
+            row = Row(squares.sqrt())
         # Counts are whole numbers below 2**53: exact in float64.
         counts = self.rows[:, 3:].to(torch.int64) if self.rows.shape[1] > 3 else self.counts
         maxima = self.rows[:, 1:2] if self.maxima is None else self.maxima
-        return GradientMeasures(norms, self.rows[:, 1:3].contiguous(), maxima, counts, absent)
+        return GradientMeasures(row, self.rows[:, 1:3].contiguous(), maxima, counts, absent)
 
     def mark_absent(self) -> GradientPieces:
         """Say in the rows what is not there; a rank that holds no element of a tensor can't know."""
@@ -114,6 +127,8 @@ def measure_pieces(
     details: bool = False,
     histograms: bool = False,
     of: Sequence[Tensor] | None = None,
+    apart: bool = False,
+    known: Row | None = None,
 ) -> GradientPieces:
     """Return what `measure_gradients` does of the pieces on this rank, before any collective.
 
@@ -121,12 +136,17 @@ def measure_pieces(
         tensors, of: as for `tensor_norms`.
         details: measure zeros, non-finite elements and the largest magnitude too.
         histograms: count exponents too; implies `details`.
+        apart: details and histograms may come in `GradientPieces.apart`.
+        known: the norms, where somebody has measured them.
     """
     shards = Shards(tensors, of)
     if not (details or histograms):
-        norms = local_norms(shards.locals)
-        rows = norms.square()[:, None] if shards.groups else None
-        return GradientPieces(shards, rows, None, norms).mark_absent()
+        row = norms_apart(shards.locals) if known is None else known
+        rows = row.tensor.square()[:, None] if shards.groups else None
+        return GradientPieces(shards, rows, None, row).mark_absent()
+    if apart and not (shards.groups or shards.unstored) and (found := _apart(shards.locals)) is not None:
+        row = norms_apart(shards.locals) if known is None else known
+        return GradientPieces(shards, None, None, row, found[2], found[:2])
     norms, sums, maxima, counts = _local(shards.locals, histograms)
     shards.add_unstored_(sums)
     if counts is not None:
@@ -134,7 +154,14 @@ def measure_pieces(
     parts = [norms.square()[:, None], sums]
     if counts is not None and shards.groups:
         parts, counts = [*parts, counts.to(sums.dtype)], None
-    return GradientPieces(shards, torch.cat(parts, dim=1), maxima, norms, counts).mark_absent()
+    return GradientPieces(shards, torch.cat(parts, dim=1), maxima, Row(norms), counts).mark_absent()
+
+
+def _apart(pieces: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor] | None:
+    # Where there is a kernel that reads once, it does.
+    if not pieces or is_host(pieces[0].device) or scans(pieces[0].device):
+        return None
+    return counted_apart(pieces)
 
 
 _Measured = tuple[Tensor, Tensor, Tensor, Tensor | None]

@@ -16,7 +16,7 @@ from ..torchside import home, is_host, lend_at_once, moved, wide_dtype
 from ._native import native_at_hand
 from ._shards import Shards, alike, put_together
 
-__all__ = ["global_norm", "host_norms", "local_norms", "second_look", "tensor_norms"]
+__all__ = ["Row", "global_norm", "host_norms", "local_norms", "norms_apart", "second_look", "tensor_norms"]
 
 # The float32 sum of n squares is off by up to n * 1e-9 where all are equal (1e8 random ones: 1e-2).
 _WHOLE = 4096
@@ -108,10 +108,52 @@ def _norms_of_one_kind(pieces: Sequence[Tensor]) -> Tensor:
     device = pieces[0].device
     if is_host(device):
         return _cpu_norms(pieces)
-    wide = wide_dtype(device)
-    if wide is torch.float64:
-        return torch.stack(torch._foreach_norm(list(pieces), 2, dtype=wide))
+    if wide_dtype(device) is torch.float64:
+        return norms_apart(pieces).tensor
     return torch.stack([_rescaled_norm(piece) for piece in pieces])
+
+
+class Row:
+    """Numbers of n tensors as a multi-tensor kernel gives them, one by one, until somebody wants them in one tensor.
+
+    Attributes:
+        parts: 0-dim tensors; None since they are in one.
+    """
+
+    __slots__ = ("_tensor", "parts")
+
+    def __init__(self, numbers: Tensor | Sequence[Tensor]) -> None:
+        self.parts: Sequence[Tensor] | None = None
+        self._tensor: Tensor | None = None
+        if isinstance(numbers, Tensor):
+            self._tensor = numbers
+        else:
+            self.parts = numbers
+
+    def __len__(self) -> int:
+        return len(self.tensor if self.parts is None else self.parts)
+
+    @property
+    def tensor(self) -> Tensor:
+        """All in one, shape (n,)."""
+        if self._tensor is None:
+            assert self.parts is not None
+            self._tensor, self.parts = torch.stack(list(self.parts)), None
+        return self._tensor
+
+    @property
+    def unread(self) -> Tensor | Sequence[Tensor]:
+        """For a `Transfer`, which takes them either way."""
+        return self.tensor if self.parts is None else self.parts
+
+
+def norms_apart(pieces: Sequence[Tensor]) -> Row:
+    """Return what `local_norms` does, by one kernel where the pieces are alike, and on a device with float64."""
+    if pieces and not is_host(pieces[0].device) and len(alike(pieces)) == 1:
+        wide = wide_dtype(pieces[0].device)
+        if wide is torch.float64:
+            return Row(torch._foreach_norm(list(pieces), 2, dtype=wide))
+    return Row(local_norms(pieces))
 
 
 def host_norms(pieces: Sequence[Tensor], numels: array[int] | None = None) -> tuple[NDArray[np.float64], float] | None:

@@ -27,7 +27,7 @@ from ..torchside import (
     wide_dtype,
 )
 from ._native import native
-from ._norms import tensor_norms
+from ._norms import norms_apart
 from ._shards import Shards, alike, put_together
 from ._update_samples import Sample, can_sample, least_room, room_for_each
 
@@ -53,6 +53,7 @@ class UpdateStats:
         lost: elements of parameters in 16 bits that had a gradient and are after the step what they were before: their
             update was rounded away. Of those compared; wide, the same shape; None where no parameter has 16 bits.
         given: elements of these that had a gradient; 0 for other parameters.
+        both: the former two in one tensor, shape (2, len(positions)), where one kernel has put them there.
     """
 
     positions: list[int]
@@ -61,6 +62,7 @@ class UpdateStats:
     errors: Tensor | None
     lost: Tensor | None = None
     given: Tensor | None = None
+    both: Tensor | None = None
 
 
 class UpdateMeter:
@@ -143,7 +145,7 @@ class UpdateMeter:
         if self._chosen is None:
             raise RuntimeError("`UpdateMeter.after` needs a call of `before` first.")
         chosen, params = self._chosen, [self._params[i] for i in self._chosen]
-        found: Sequence[Tensor] | None = None
+        found: Tensor | Sequence[Tensor] | None = None
         try:
             if self._copies is not None:
                 found = self._moved(self._copies, list(map(_local, params)))
@@ -152,17 +154,18 @@ class UpdateMeter:
             self.discard()
             if found is None or self.in_pieces:
                 found = self._whole(params, found).unbind(dim=1)
-        updates, norms = found[:2]
+        updates, norms = found[0], found[1]
         # Counts travel as roots, like norms, whose squares are what adds up.
         lost, given = (root.square().round() for root in found[-2:]) if self._are_narrow else (None, None)
         if not self.is_sampled:
-            return UpdateStats(chosen, updates, norms, None, lost, given)
+            both = found if isinstance(found, Tensor) and found.shape[0] == 2 else None
+            return UpdateStats(chosen, updates, norms, None, lost, given, both)
         deviations = found[2]
         # Of a root half the relative error of the square.
         errors = torch.where(updates > 0, deviations / (2 * updates.square()), 0.0)
         return UpdateStats(chosen, updates, norms, errors, lost, given)
 
-    def _moved(self, copies: list[Tensor], pieces: list[Tensor]) -> Sequence[Tensor]:
+    def _moved(self, copies: list[Tensor], pieces: list[Tensor]) -> Tensor | Sequence[Tensor]:
         """Return norms of updates and of parameters here; with samples also the deviations of the former's squares;
         with parameters in 16 bits the roots of what `_counts` gives."""
         if not self._are_narrow:
@@ -188,22 +191,22 @@ class UpdateMeter:
             rows.append(moved(torch.stack(found).sum(dim=0), device, wide))
         return torch.stack(rows)
 
-    def _norms(self, copies: list[Tensor], pieces: list[Tensor]) -> Sequence[Tensor]:
+    def _norms(self, copies: list[Tensor], pieces: list[Tensor]) -> Tensor | Sequence[Tensor]:
         assert self._chosen is not None
         if not self._samples:
-            updates, norms = _moved(copies, pieces)
-            return (updates, norms, torch.zeros_like(updates)) if self.is_sampled else (updates, norms)
+            found = _moved(copies, pieces)
+            return (found[0], found[1], torch.zeros_like(found[0])) if self.is_sampled else found
         groups = [[k for k, i in enumerate(self._chosen) if (i in self._samples) == kind] for kind in (False, True)]
         device = home(pieces)
         wide = wide_dtype(device)
-        whole = torch.stack(_moved([copies[k] for k in groups[0]], [pieces[k] for k in groups[0]]), dim=1)
+        whole = torch.stack(tuple(_moved([copies[k] for k in groups[0]], [pieces[k] for k in groups[0]])), dim=1)
         rows = [torch.cat([moved(whole, device, wide), torch.zeros(len(whole), 1, dtype=wide, device=device)], dim=1)]
         samples = [self._samples[self._chosen[k]].moved(copies[k], pieces[k]) for k in groups[1]]
         rows += [moved(found, device, wide).sqrt()[None] for found in samples]
         table = put_together(list(filter(len, rows)), list(filter(None, groups)), device)
         return table.unbind(dim=1)
 
-    def _whole(self, params: list[Tensor], found: Sequence[Tensor] | None) -> Tensor:
+    def _whole(self, params: list[Tensor], found: Tensor | Sequence[Tensor] | None) -> Tensor:
         """Put the pieces' norms and deviations together; -1 for all, on all ranks, where any rank has none."""
         if found is None:
             device = home(self._params)
@@ -262,17 +265,21 @@ def _copy_(copies: list[Tensor], sources: list[Tensor]) -> None:
         ctypes.memmove(target, source, size)
 
 
-def _moved(copies: list[Tensor], params: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return norms of (copy - parameter) and of the copy; the copies may be overwritten."""
+def _moved(copies: list[Tensor], params: list[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    """Return norms of (copy - parameter) and of the copy, in one tensor where they come together; the copies may be
+    overwritten."""
     if copies and is_host(copies[0].device) and len(alike(copies)) == 1:
         kernels = native([*copies, *params], worth=_WORTH_NATIVE) if torch.get_num_threads() == 1 else None
         if kernels is not None and copies[0].dtype is not torch.float64:
             update_norms, param_norms = torch.from_numpy(np.sqrt(kernels.moved(copies, params))).unbind(dim=1)
             return update_norms, param_norms
-    param_norms = tensor_norms(copies)
+    before = norms_apart(Shards(copies).locals)
     for into, sources in _grouped(copies, params):
         torch._foreach_sub_(into, sources)
-    return tensor_norms(copies), param_norms
+    after = norms_apart(Shards(copies).locals)
+    if before.parts is None or after.parts is None:
+        return after.tensor, before.tensor
+    return torch.stack([*after.parts, *before.parts]).view(2, -1)
 
 
 def _grouped(into: list[Tensor], sources: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:

@@ -15,14 +15,16 @@ from torch.optim import Optimizer
 from ..torchside import home, is_host, moved, wide_dtype
 from ._numbers import Scalars
 
-__all__ = ["configured"]
+__all__ = ["Measured", "configured"]
+
+Measured = dict[str, Tensor | Sequence[Tensor] | float]
 
 _DECOUPLED = ("adamw", "lion", "nadamw", "sgdw", "muon")
 _MAX_ELEMENTS = 2**22
 """Of second moments: what is asked is a size, which that many tell."""
 
 
-def configured(model: nn.Module, optimizers: Sequence[Optimizer], *, in_pieces: bool = False) -> Scalars:
+def configured(model: nn.Module, optimizers: Sequence[Optimizer], *, in_pieces: bool = False) -> Measured:
     """Return what optimizers and modules are set to, as far as it can be told; what can't is absent.
 
     Args:
@@ -31,7 +33,8 @@ def configured(model: nn.Module, optimizers: Sequence[Optimizer], *, in_pieces: 
         in_pieces: what optimizers remember of parameters is a part on each rank, and another one on the next.
 
     Returns:
-        name -> float, or 0-dim tensor that nobody has read; see the page "What a record holds".
+        name -> float, or 0-dim tensor that nobody has read, or several that are to be added up; see the page "What a
+        record holds".
     """
     groups = [(o, g) for o in optimizers for g in o.param_groups if _number(g.get("lr")) > 0]
     epsilon = {} if in_pieces else _epsilon(groups)
@@ -60,8 +63,8 @@ def _decay(groups: Sequence[tuple[Optimizer, Mapping[str, Any]]]) -> Scalars:
     return {"weight_decay": decay, "decay_is_decoupled": float(bool(beside))}
 
 
-def _epsilon(groups: Sequence[tuple[Optimizer, Mapping[str, Any]]]) -> Scalars:
-    """Adam's epsilon, and how large second moments are that stand beside it: four kernels."""
+def _epsilon(groups: Sequence[tuple[Optimizer, Mapping[str, Any]]]) -> Measured:
+    """Adam's epsilon, and how large second moments are that stand beside it: one kernel."""
     found = [(_number(g.get("eps")), _number(g["betas"][1]), _moments(o, g)) for o, g in groups if _has_betas(g)]
     found = [f for f in found if f[0] > 0 and f[2]]
     found = [f for f in found if f[2][0].device == found[0][2][0].device]
@@ -71,7 +74,7 @@ def _epsilon(groups: Sequence[tuple[Optimizer, Mapping[str, Any]]]) -> Scalars:
     return {
         "epsilon": max(epsilon for epsilon, _, _ in found),
         "beta2": max(beta for _, beta, _ in found),
-        "second_moments": torch.stack(torch._foreach_norm(moments, 1)).sum(),
+        "second_moments": torch._foreach_norm(moments, 1),  # to be added up on the host
         "num_second_moments": float(sum(v.numel() for v in moments)),
     }
 

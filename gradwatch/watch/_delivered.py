@@ -62,7 +62,7 @@ class Delivered:
         self._found: dict[int, Tensor] = {}
         self._is_due, self._is_as_left, self.is_next = False, True, False
         self._scale_left: Callable[[Optimizer], float | Tensor] | None = None
-        self._after: Tensor | float | None = None
+        self._after: float | None = None
         # None until one comparison has shown whether writes show.
         self._writes_show: bool | None = None
         self._remarks: dict[str, str] = {}
@@ -164,9 +164,8 @@ class Delivered:
                 here = [moved(n, norms[0].device) for n in norms]
                 whole = here[0] if len(here) == 1 else torch.linalg.vector_norm(torch.stack(here))
             draft.delivered = Transfer({"applied": whole})
-            is_known = not isinstance(after, Tensor) or is_host(after.device)
-            if after is not None and is_known and is_host(whole.device):
-                self._learn(draft, float(after), float(whole))
+            if after is not None and is_host(whole.device):
+                self._learn(draft, after, float(whole))
         self.forget()
 
     def _learn(self, draft: Draft, after: float, applied: float) -> None:
@@ -212,8 +211,8 @@ class Delivered:
         self.forget()
 
 
-def _left(draft: Draft, grads: Gradients) -> Tensor | float:
-    """Return the norm that gradwatch leaves; a number where the host knows it."""
+def _left(draft: Draft, grads: Gradients) -> float | None:
+    """Return the norm that gradwatch leaves, where the host knows it now."""
     if draft.applied is None and draft.numbers.ready:
         return float(draft.numbers.result()["global_norm"])
-    return grads.global_norm
+    return float(grads.global_norm) if is_host(grads.device) else None

@@ -133,34 +133,40 @@ class Engine:
         self.waits_for = reasons_to_wait(book, acts, options)
         self.planner = Planner(options, self.meter, waits=self.waits)
         self.buffers = BufferKeeper(model) if any(isinstance(t, SkipStep) for t in acts) else None
-        self._treating = Treating(
-            book,
+        self._treating = self._treats(parts)
+        self._installed = attach(acts, model, self)
+        self.treats_errors = bool(self._installed)
+        self._begin()
+
+    def _treats(self, parts: Mapping[str, Any]) -> Treating:
+        """Return what treats; parts: judge, completion and guard."""
+        return Treating(
+            self.book,
             self.treatments,
             treats=self.treats,
             waits=self.waits,
-            judge=self.judge,
-            completion=self.completion,
             meter=self.meter,
             gates=self.gates,
-            guard=self.guard,
             buffers=self.buffers,
             rollbacks=self.rollbacks,
             on_alarm=weakly(self._alarm_in_step),
+            **parts,
         )
-        self._installed = attach(acts, model, self)
-        self.treats_errors = bool(self._installed)
+
+    def _begin(self) -> None:
+        """Set up what a step goes through, before there was one."""
         self._step, self._begun, self._failures = 0, -1, 0
         self.spent, self.is_timed, self.ends_at_once = 0.0, False, False
         self._measured: tuple[int, int | None] | None = None
         self._current: Draft | None = None
         self._replays: list[Replay] = []
         self._inputs: StepInputs | None = None
-        self.noise = NoiseScale() if options.noise_scale else None
+        self.noise = NoiseScale() if self.options.noise_scale else None
         self.is_replaying = False
         self.autopsy: Autopsy | None = None
         self.alarmed: Alarmed = {}
         self.produced = Produced(self.meter, self.guard, weakly(self._is_due))
-        self._measuring = Measuring(self.meter, self.guard, self.own, self.produced)
+        self._measuring = Measuring(self.meter, self.guard, self.own, self.produced, treats=self.treats)
         self._update_ratios = UpdateRatios(self.meter, self.guard)
         if options.fingerprints or (world_size() > 1 and options.activations_every is not None):
             where, wanted = weakly(self._device, torch.device("cpu")), weakly(self._prints, False)

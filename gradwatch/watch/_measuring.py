@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..hooks import TapStats
-from ..stats import Exchange, GradientPieces, Gradients, Shards, global_norm
+from ..stats import Exchange, GradientMeasures, GradientPieces, Gradients, Row, Shards, global_norm
 from ..torchside import Aside, are_modes_on, is_host, moved, real_of, wide_dtype
 from ._batch import batch_scalars, holds_targets, num_samples
+from ._between import whole
 from ._company import Company, LossOfOthers
-from ._configured import configured
+from ._configured import Measured, configured
 from ._fingerprints import PRINTS, Fingerprints
 from ._guard import Guard
 from ._kind import Kind
@@ -75,13 +76,21 @@ class Measuring:
         num_failed_treatments: on this rank since the last exchange, rules that carry some among them; told to the
             other ranks with the next one.
         num_unproven: vetoed steps of this rank that moved something which is to end the training, likewise.
+
+    Args:
+        meter, guard, own, produced: what measures.
+        treats: something may ask for the norm of all on the device.
     """
 
-    def __init__(self, meter: ModelMeter, guard: Guard, own: OwnStatistics | None, produced: Produced) -> None:
+    def __init__(
+        self, meter: ModelMeter, guard: Guard, own: OwnStatistics | None, produced: Produced, *, treats: bool = False
+    ) -> None:
         self.meter = meter
         self.produced = produced
         self.guard = guard
         self.own = own
+        # Treatments ask for the norm of all on the device: what is on record is that one, to its last bit.
+        self._needs_whole = treats
         self.num_failed_treatments = self.num_unproven = 0
         self._clock = perf_counter()
         # Weakly: what was watched before, with layers that the model has let go of, must not live on here.
@@ -166,15 +175,13 @@ class Measuring:
         batch = self._combine(seen)
         assert seen.pieces is not None
         found = grads.put_together(seen.pieces)
-        parts: dict[str, Tensor | float] = {"samples": seen.samples}
+        parts: Measured = {"samples": seen.samples}
         if seen.loss is not None:
             parts["loss"] = seen.loss
-        others = self._others.told(inputs.optimizer, seen.loss) if plan.is_alone else {}
         parts |= seen.sums | seen.maxima
+        others = self._others.told(inputs.optimizer, seen.loss) if plan.is_alone else {}
         parts |= {f"batch/{k}": v for k, v in batch.items() if isinstance(v, Tensor)}
-        if found.histograms is not None:
-            parts |= {"details_sums": found.sums, "details_maxima": found.maxima, "histograms": found.histograms}
-        parts |= {"norms": grads.norms, "global_norm": grads.global_norm}
+        parts |= self._of_gradients(grads, seen.pieces, found)
         if found.absent is not None:
             parts["absent"] = found.absent
         if seen.fingerprint is not None and plan.is_alone:
@@ -191,19 +198,19 @@ class Measuring:
         if plan.is_alone:
             plain |= extras
         settings = {**self._configured(turn), **others}
-        parts |= {f"batch/{k}": v for k, v in settings.items() if isinstance(v, Tensor)}
-        plain |= {k: v for k, v in settings.items() if not isinstance(v, Tensor)}
+        parts |= {f"batch/{k}": v for k, v in settings.items() if not isinstance(v, float)}
+        plain |= {k: v for k, v in settings.items() if isinstance(v, float)}
         draft = self._draft(
             turn,
             grads.params,
-            Transfer(parts),
+            Transfer(parts, then=_concluded),
             plain | {k: v for k, v in batch.items() if not isinstance(v, Tensor)},
             extras=seen.extras,
             tap=seen.tap,
             loss_scale=(1.0 if inputs.scale is None else float(inputs.scale)) * self._num_parts,
             failed=seen.sums.get("failed"),
             loss=seen.loss if isinstance(seen.loss, Tensor) else None,
-            has_details=found.histograms is not None or spread_positions is not None,
+            has_details="histograms" in parts or spread_positions is not None,
             num_ranks=plan.num_ranks,
             num_batches=self.num_batches,
             tap_positions=None if seen.tap is None else self.meter.module_positions(),
@@ -215,6 +222,18 @@ class Measuring:
         if found.absent is not None and is_host(found.absent.device):
             grads.lack_(torch.nonzero(found.absent)[:, 0].tolist())
         return draft
+
+    def _of_gradients(self, grads: Gradients, pieces: GradientPieces, found: GradientMeasures) -> Measured:
+        """Return what was found of the gradients, for the host to read."""
+        parts: Measured = {"norms": grads.unread_norms}
+        if self._needs_whole or isinstance(parts["norms"], Tensor):
+            parts["global_norm"] = grads.global_norm
+        if found.histograms is not None:
+            parts |= {"details_sums": found.sums, "details_maxima": found.maxima, "histograms": found.histograms}
+        elif pieces.apart is not None and pieces.counts is not None:
+            zeros, largest = pieces.apart
+            parts |= {"zeros": zeros, "largest": largest, "histograms": pieces.counts}
+        return parts
 
     def _draft(
         self, turn: Turn, params: Sequence[Tensor], numbers: Numbers, scalars: dict[str, float], **measured: Any
@@ -272,7 +291,9 @@ class Measuring:
             shards = Shards(grads.tensors, grads.params)
             seen.own = None if self.own is None else self.own.blank_rows(step, len(grads))
             rows = torch.zeros(len(grads), width, dtype=wide_dtype(grads.device), device=grads.device)
-            seen.pieces = GradientPieces(shards, rows, rows[:, :1].clone() if width > 1 else None, rows[:, 0].clone())
+            seen.pieces = GradientPieces(
+                shards, rows, rows[:, :1].clone() if width > 1 else None, Row(rows[:, 0].clone())
+            )
         self._combine(seen)
 
     @property
@@ -349,11 +370,11 @@ class Measuring:
         sampled, (output, unread), loss = self.meter.armed, self.meter.take_output(), self.meter.take_loss()
         seen = self._nothing(turn)
         seen.samples = float(inputs.num_samples or num_samples(inputs.batch))
-        seen.loss, num_losses = self._losses(inputs, device)
+        seen.loss, num_losses = self._losses(inputs, device, is_alone=is_alone)
         if not is_alone:
             self._share(seen, num_losses)
         if sampled:
-            tap = self.meter.take_modules()
+            tap = self.meter.take_modules(is_alone=is_alone)
             # Beyond the plan of this step (a tap left armed) nothing may be added to the vector.
             if seen.scalars is not None or is_alone:
                 self._put_modules(seen, tap)
@@ -400,12 +421,12 @@ class Measuring:
         """Measure the gradients, where that was not done when backward was over."""
         look, has_details = self.produced.take(grads), turn.plan.histograms and len(grads) > 0
         seen.is_sealed = look is not None and not _is_unscaled(turn.inputs, grads) and look.holds(grads.params)
-        if look is not None and seen.is_sealed and not has_details and not self.produced.is_to_compare(turn.step):
-            seen.pieces = look.pieces(grads)
+        if look is not None and seen.is_sealed and not self.produced.is_to_compare(turn.step):
+            seen.pieces = grads.pieces(histograms=True, known=look.norms) if has_details else look.pieces(grads)
         else:
             seen.pieces, seen.before = grads.pieces(histograms=has_details), look
 
-    def _configured(self, turn: Turn) -> Scalars:
+    def _configured(self, turn: Turn) -> Measured:
         """Return what optimizers and modules are set to, where updates are measured, which it stands beside."""
         if turn.plan.updates and self.guard.ok("settings"):
             with self.guard("settings"), torch.no_grad():
@@ -428,17 +449,19 @@ class Measuring:
             found[""] = next(iter(unread.values()))
         return found
 
-    def _losses(self, inputs: StepInputs, device: torch.device) -> tuple[Tensor | float | None, int]:
+    def _losses(
+        self, inputs: StepInputs, device: torch.device, *, is_alone: bool = True
+    ) -> tuple[Tensor | float | None, int]:
         """Return the mean of the losses that can be read, and their number."""
         if len(inputs.losses) == 1:
-            loss = self._loss(inputs.losses[0], device)
+            loss = self._loss(inputs.losses[0], device, as_is=is_alone)
             return loss, int(loss is not None)
         known = [x for x in (self._loss(loss, device) for loss in inputs.losses) if x is not None]
         return _mean(known, device), len(known)
 
-    def _loss(self, loss: Any, device: torch.device) -> Tensor | float | None:
+    def _loss(self, loss: Any, device: torch.device, *, as_is: bool = False) -> Tensor | float | None:
         try:
-            return loss_value(loss, device)
+            return loss_value(loss, device, as_is=as_is)
         except Exception as error:
             self.guard.miss("the loss", error)
             return None
@@ -496,6 +519,15 @@ class Measuring:
             kind.step(index, inputs.optimizer, others)
         scalars.update(kind.scalars)
         return scalars
+
+
+def _concluded(host: dict[str, Any]) -> None:
+    """Add to numbers that have arrived what follows from them, which no kernel has to find."""
+    host.setdefault("global_norm", np.float64(whole(host["norms"])))
+    if "zeros" in host:
+        counts = host["histograms"]
+        host["details_sums"] = np.stack([host.pop("zeros"), counts[:, 255] + counts[:, 511]], axis=1)
+        host["details_maxima"] = host.pop("largest")[:, None]
 
 
 def _is_unscaled(inputs: StepInputs, grads: Gradients) -> bool:

@@ -192,9 +192,13 @@ class ModelMeter:
     def armed(self) -> bool:
         return self.tap is not None and self.tap.armed
 
-    def take_modules(self) -> TapStats | None:
-        """Return what the modules gave since `arm`, and stop listening."""
-        stats = None if self.tap is None else self.tap.take()
+    def take_modules(self, *, is_alone: bool = False) -> TapStats | None:
+        """Return what the modules gave since `arm`, and stop listening.
+
+        Args:
+            is_alone: there is no other rank, which would have to add to it.
+        """
+        stats = None if self.tap is None else self.tap.take(apart=is_alone and self.watched.stages is None)
         self.disarm()
         if not self._ordered and self.tap is not None and self.tap.forward_order:
             self.watched.reordered(self.tap.forward_order)
@@ -354,7 +358,8 @@ class ModelMeter:
             self._updates.before(blank=not moves)
 
     def after_update(self) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
-        """Return which parameters' updates were measured, and the norms of updates and parameters."""
+        """Return which parameters' updates were measured, and the norms of updates and parameters, or both in one
+        tensor, one below the other."""
         if self._updates is None or self._updates_step < 0:
             return np.zeros(0, np.int64), {}
         self._updates_step = -1
@@ -362,6 +367,8 @@ class ModelMeter:
         # Not kept for the next time: forward and backward, where memory is short, come before it.
         self._updates.release()
         positions = self._update_positions[np.asarray(stats.positions, np.int64)]
+        if stats.both is not None:
+            return positions, {"both_norms": stats.both}
         found = {"update_norm": stats.update_norms, "param_norm": stats.param_norms}
         if stats.errors is not None:
             found["update_error"] = stats.errors
@@ -399,10 +406,15 @@ class ModelMeter:
         forget_layouts()
 
 
-def loss_value(value: Any, device: torch.device) -> Tensor | float:
+def loss_value(value: Any, device: torch.device, *, as_is: bool = False) -> Tensor | float:
     """Return a loss given as a tensor, a number, an array or something with a `loss`; of several elements their mean.
 
     A number where the host knows it, else a 0-dim tensor on the device, in its widest floats, that nobody has read.
+
+    Args:
+        value: what was given.
+        device: where the numbers about the step are.
+        as_is: in the loss's own floats, where that takes no kernel: nobody is to add to it.
 
     Raises:
         TypeError: it is none of these.
@@ -412,6 +424,8 @@ def loss_value(value: Any, device: torch.device) -> Tensor | float:
             raise TypeError(f"a loss must be real. Got {value.dtype} on device {value.device}.")
         if is_host(value.device) and is_host(device) and value.layout is torch.strided and value.numel() == 1:
             return float(value.detach())
+        if as_is and value.device == device and value.dim() == 0 and value.is_floating_point():
+            return value.detach()
         value = moved(value.detach(), device, wide_dtype(device))
         return value.mean() if value.dim() else value
     if isinstance(value, np.ndarray):
@@ -421,7 +435,7 @@ def loss_value(value: Any, device: torch.device) -> Tensor | float:
     inner = find(value, "loss")
     if inner is None:
         raise TypeError(f"a loss must be a tensor or a number. Got {type(value).__name__}.")
-    return loss_value(inner, device)
+    return loss_value(inner, device, as_is=as_is)
 
 
 def constant(value: float, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..records import Floats
-from ..stats import GradientPieces, Gradients, Shards, host_norms
+from ..stats import GradientPieces, Gradients, Row, Shards, host_norms
 from ..torchside import Aside, OwnedHook, StandIn, are_modes_on, graph_task_id, sent, untraced, weakly
 from ._between import Between
 from ._guard import Guard
@@ -39,13 +39,13 @@ class Look:
     Attributes:
         params: that had a gradient.
         seals: of these gradients.
-        norms: of each, still multiplied by a loss scale; None where the host has found them by one call.
+        row: norms of each, still multiplied by a loss scale; None where the host has found them by one call.
         on_host: then, with the norm of all.
     """
 
     params: Sequence[Tensor]
     seals: Seals
-    norms: Tensor | None = None
+    row: Row | None = None
     on_host: tuple[Floats, float] | None = None
 
     def holds(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None = None) -> bool:
@@ -62,18 +62,20 @@ class Look:
 
     def pieces(self, grads: Gradients) -> GradientPieces:
         """Return what measuring them anew would."""
-        return GradientPieces(Shards(grads.tensors), None, None, self._tensor())
+        return GradientPieces(Shards(grads.tensors), None, None, self.norms)
 
-    def _tensor(self) -> Tensor:
-        if self.norms is None:
+    @property
+    def norms(self) -> Row:
+        """The norms, wherever they were found."""
+        if self.row is None:
             assert self.on_host is not None
-            self.norms = torch.from_numpy(self.on_host[0])
-        return self.norms
+            self.row = Row(torch.from_numpy(self.on_host[0]))
+        return self.row
 
     def of(self, grads: Gradients, scale: float) -> Tensor | None:
         """Return the norms of these parameters' gradients as they were then, free of the loss scale; None where they
         are other parameters."""
-        norms = self._tensor()
+        norms = self.norms.tensor
         norms = norms if scale == 1 else norms / scale
         places = {id(p): i for i, p in enumerate(self.params)}
         mine = [places.get(id(p), -1) for p in grads.params]
@@ -105,7 +107,7 @@ def _seen_elsewhere(grads: Gradients) -> Look | None:
     if not len(grads) or _is_capturing(grads.device):
         return None
     pieces = grads.pieces()
-    return None if pieces.shards.groups else Look(grads.params, Seals(grads.params), pieces.norms)
+    return None if pieces.shards.groups else Look(grads.params, Seals(grads.params), pieces.row)
 
 
 class Produced:

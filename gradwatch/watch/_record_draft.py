@@ -264,7 +264,7 @@ class Draft:
         """Return the numbers that have a name of their own; those of the user's go into the columns, too."""
         scalars = self.scalars
         if not self.is_plain:
-            scalars = scalars | {k[6:]: float(v) for k, v in host.items() if k.startswith("batch/")}
+            scalars = scalars | {k[6:]: float(np.sum(v)) for k, v in host.items() if k.startswith("batch/")}
             scalars |= self._of_ranks(host)
         if self.own is not None:
             self.own.put(host, columns, scalars, positions)
@@ -390,7 +390,7 @@ class Draft:
         assert self.record is not None
         if self.updates is None or self.update_positions is None or self.record.skipped:
             return self.record
-        found = self.updates.result()
+        found = _apart(self.updates.result())
         if (found["update_norm"] < 0).any():
             return self.record
         columns = Columns(len(self.index), dict(self.record.columns), dict(self.record.masks))
@@ -406,6 +406,11 @@ class Draft:
             scalars = {**scalars, "update_error": float(found["update_error"].max(initial=0.0))}
         self.record = replace(self.record, columns=columns.values, masks=columns.masks, scalars=scalars)
         return self.record
+
+
+def _apart(found: dict[str, Any]) -> dict[str, Any]:
+    both = found.get("both_norms")
+    return found if both is None else {"update_norm": both[0], "param_norm": both[1]}
 
 
 def share_columns(drafts: Sequence[Draft]) -> None:

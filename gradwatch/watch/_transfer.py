@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from ..torchside import Mark, fetched, wide_dtype
 
-__all__ = ["Known", "Numbers", "Transfer"]
+__all__ = ["Known", "Numbers", "Parts", "Transfer"]
 
+Parts = Mapping[str, Tensor | Sequence[Tensor] | float]
 _IS_CPU = attrgetter("is_cpu")
+_AS_THEY_ARE = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
+"""What travels in the bits that it has, since the host reads them as the device does."""
 
 
 class Numbers(Protocol):
@@ -50,36 +54,64 @@ class Transfer:
     (see `fetched`), it is waited for at once.
 
     Args:
-        parts: name -> tensor of any shape, on one device or on several (each device gets one copy); or a number that
-            the host knows already.
+        parts: name -> tensor of any shape, on one device or on several (each device gets one copy); or several 0-dim
+            tensors of one device and dtype, that nobody had to put in one; or a number that the host knows already.
+        then: told of the numbers once they are there, to add what follows from them.
     """
 
-    def __init__(self, parts: Mapping[str, Tensor | float]) -> None:
+    def __init__(self, parts: Parts, then: Callable[[dict[str, Any]], None] | None = None) -> None:
         known: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
+        self._apart: dict[str, Sequence[Tensor]] = {}
         for name, value in parts.items():
             if isinstance(value, Tensor):
                 tensors[name] = value
+            elif isinstance(value, Sequence):
+                self._apart[name], tensors[name] = value, value[0]
             else:
                 known[name] = value
-        self._known = known
+        self._known, self._then = known, then
         self._result: dict[str, Any] | None = None
-        self._hosts: list[tuple[list[str], Tensor]] = []
+        self._hosts: list[tuple[torch.device, list[str], Tensor]] = []
+        self._dtypes: dict[torch.device, dict[str, Any]] = {}
         self._events: list[Mark] = []
         if all(map(_IS_CPU, tensors.values())):
             self._result = known
+            tensors |= {name: torch.stack(list(several)) for name, several in self._apart.items()}
             known.update({name: _array(t) for name, t in tensors.items()})
+            self._conclude(known)
             return
         by_device: dict[torch.device, list[str]] = {}
         for name, t in tensors.items():
             by_device.setdefault(t.device, []).append(name)
         self._shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        self._shapes |= {name: (len(several),) for name, several in self._apart.items()}
         for device, names in by_device.items():
-            wide = wide_dtype(device)
-            host, mark = fetched(torch.cat([tensors[n].detach().to(wide).reshape(-1) for n in names]))
-            self._hosts.append((names, host))
+            flat, self._dtypes[device] = self._packed(device, names, tensors)
+            host, mark = fetched(flat)
+            self._hosts.append((device, names, host))
             if mark is not None:
                 self._events.append(mark)
+        self._apart = {}
+
+    def _packed(
+        self, device: torch.device, names: list[str], tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return the tensors of one device in a row, by one kernel, and of which kind each name's numbers are in it."""
+        wide = wide_dtype(device)
+        dtypes = {n: t.dtype if (t := tensors[n]).dtype in _AS_THEY_ARE else wide for n in names}
+        if wide is not torch.float64 or set(dtypes.values()) == {wide}:
+            dtypes = dict.fromkeys(names, wide)
+        rows = [t.detach().to(dtypes[n]).reshape(-1) for n in names for t in self._apart.get(n, (tensors[n],))]
+        kinds = {n: _AS_THEY_ARE[dtype] for n, dtype in dtypes.items()}
+        if set(dtypes.values()) == {wide}:
+            return (rows[0] if len(rows) == 1 else torch.cat(rows)), kinds
+        rows = [row.view(torch.uint8) for row in rows]
+        # Up to whole floats: whoever looks too early then finds none.
+        short = -sum(map(len, rows)) % 8
+        filler = next((row for row in rows if len(row) >= short), rows[0])[:short]
+        flat = torch.cat([*rows, filler])
+        return (flat if len(flat) % 8 else flat.view(torch.float64)), kinds
 
     @property
     def ready(self) -> bool:
@@ -92,16 +124,23 @@ class Transfer:
         if self._result is None:
             for event in self._events:
                 event.synchronize()
-            self._result = dict(self._known)
-            for names, host in self._hosts:
-                flat, start = host.to(torch.float64).numpy(), 0
+            found = dict(self._known)
+            for device, names, host in self._hosts:
+                flat, start = host.numpy().view(np.uint8), 0
                 for name in names:
-                    shape = self._shapes[name]
-                    size = int(np.prod(shape))
-                    self._result[name] = flat[start : start + size].reshape(shape)
-                    start += size
-            self._hosts, self._events = [], []
+                    shape, kind = self._shapes[name], self._dtypes[device][name]
+                    end = start + math.prod(shape) * np.dtype(kind).itemsize
+                    # A copy: the host's pinned memory is not to be held as long as a record is.
+                    numbers = flat[start:end].view(kind).astype(np.int64 if kind is np.int64 else np.float64)
+                    found[name] = numbers.reshape(shape)
+                    start = end
+            self._conclude(found)
+            self._result, self._hosts, self._events = found, [], []
         return self._result
+
+    def _conclude(self, found: dict[str, Any]) -> None:
+        if self._then is not None:
+            self._then(found)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from gradwatch.stats import Exchange, GradientPieces, Shards, exponent_histograms, measure_pieces
+from gradwatch.stats import Exchange, GradientPieces, Row, Shards, exponent_histograms, measure_pieces
 from gradwatch.torchside import Piece, Whole
 from gradwatch.watch._ranks import NUM_SLOTS, combine, merged_extras, pack_extras
 
@@ -89,7 +89,7 @@ def said_by(rank: int, grads: list[Tensor]) -> tuple[dict[str, Tensor], dict[str
         sums["loss"] = torch.zeros(2, dtype=torch.float64)
         rows = torch.zeros(len(grads), 515, dtype=torch.float64)
         shards = Shards([piece_of(g, rank) for g in grads])
-        pieces = GradientPieces(shards, rows, rows[:, :1].clone(), rows[:, 0].clone())
+        pieces = GradientPieces(shards, rows, rows[:, :1].clone(), Row(rows[:, 0].clone()))
     return sums, {}, pieces
 
 

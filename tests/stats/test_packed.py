@@ -49,3 +49,28 @@ def test_weights_of_one_shape_spread_as_each_alone(monkeypatch: pytest.MonkeyPat
     each = torch.cat([row_spread([weight]) for weight in weights])
     monkeypatch.setattr("gradwatch.stats._spread._ROOM", room)
     torch.testing.assert_close(row_spread(weights), each, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("room", [1 << 19, 30])
+@pytest.mark.parametrize("dtype", KINDS[:3])
+def test_small_tensors_counted_one_by_one_are_counted_bit_for_bit_as_each_alone(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, room: int
+) -> None:
+    monkeypatch.setattr(packed, "_ROOM", room)
+    tensors = [t for t in odd_ones(dtype) if 0 < t.numel() < 1 << 16]
+    found = packed.counted_apart(tensors)
+    assert found is not None
+    zeros, largest, counts = found
+    alone = gradient_details(tensors)
+    assert torch.equal(counts, exponent_histograms(tensors))
+    assert torch.equal(torch.stack(zeros), alone.sums[:, 0])
+    assert torch.equal(torch.stack(largest), alone.maxima[:, 0])
+    assert torch.equal(counts[:, 255] + counts[:, 511], alone.sums[:, 1].long())
+
+
+@pytest.mark.parametrize(
+    "tensors", [[torch.ones(70_000)], [torch.ones(2), torch.ones(0)], [torch.ones(2), torch.ones(2).half()]]
+)
+def test_large_empty_and_mixed_tensors_are_not_counted_one_by_one(tensors: list[torch.Tensor]) -> None:
+    assert packed.counted_apart(tensors) is None
+    assert packed.counted_apart([t.double() for t in tensors[:1]]) is None
