@@ -93,21 +93,12 @@ def preflight(
     begun = perf_counter()
     optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     task = Task(model, batch, loss_fn)
-    findings: list[PreflightFinding] = []
     skipped = dict.fromkeys(skip, "left out")
     # A trial run may warn of what the findings say better, or of a scheduler that did not step.
     with unchanged(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trial = _first_passes(task, optimizers, overfit_steps)
-        for name, check in CHECKS.items():
-            if name not in skipped:
-                try:
-                    with same_randomness():
-                        findings += check(trial)
-                except NotChecked as why:
-                    skipped[name] = str(why)
-                except Exception as error:
-                    skipped[name] = f"{type(error).__name__}: {error}"
+        findings = _checked(trial, skipped)
     return PreflightReport(
         findings=tuple(findings),
         checks=tuple(name for name in CHECKS if name not in skipped),
@@ -116,6 +107,21 @@ def preflight(
         seconds=perf_counter() - begun,
         can_learn=trial.trace.can_learn,
     )
+
+
+def _checked(trial: Trial, skipped: dict[str, str]) -> list[PreflightFinding]:
+    """Return what all checks find but those that are left out already; note why others could not be made."""
+    findings: list[PreflightFinding] = []
+    for name, check in CHECKS.items():
+        if name not in skipped:
+            try:
+                with same_randomness():
+                    findings += check(trial)
+            except NotChecked as why:
+                skipped[name] = str(why)
+            except Exception as error:
+                skipped[name] = f"{type(error).__name__}: {error}"
+    return findings
 
 
 def _first_passes(task: Task, optimizers: Sequence[Optimizer], overfit_steps: int) -> Trial:

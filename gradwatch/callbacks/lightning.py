@@ -15,6 +15,7 @@ from .._preflight import PreflightReport
 from ..records import Incident
 from ..requests import Request
 from ..watch import (
+    IncidentTarget,
     RunDir,
     ScaleReader,
     Session,
@@ -137,43 +138,33 @@ class GradWatch(SessionDoor, _Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
+        looks: dict[str, Any] = {"autopsy": autopsy, "noise_scale": noise_scale, "local_norms": local_norms}
+        looks |= {"save_batch": save_batch, "histogram_scale": histogram_scale, "what_if": what_if}
+        looks |= {"fingerprints": fingerprints, "kind": kind, "live": live, "paths": paths, "backward": backward}
+        bounds: dict[str, Any] = {"memory_limit_mb": memory_limit_mb, "on_error": on_error, "allow_code": allow_code}
+        cadences: dict[str, Any] = {"every": every, "log_every": log_every, "conflicts_every": conflicts_every}
+        cadences |= {"activations_every": activations_every, "updates_every": updates_every}
+        cadences |= {"recompute_every": recompute_every, "replicas_every": replicas_every}
+        cadences |= {"histograms_every": histograms_every, "history": history}
         self.settings = resolve(
             rules=rules,
             treatments=treatments,
             surgery=surgery,
             statistics=statistics,
-            paths=paths,
-            every=every,
-            activations_every=activations_every,
-            updates_every=updates_every,
-            histograms_every=histograms_every,
-            log_every=log_every,
-            backward=backward,
-            memory_limit_mb=memory_limit_mb,
-            on_error=on_error,
             sinks=sinks,
             name=name,
-            histogram_scale=histogram_scale,
-            autopsy=autopsy,
-            noise_scale=noise_scale,
-            what_if=what_if,
-            recompute_every=recompute_every,
-            replicas_every=replicas_every,
-            fingerprints=fingerprints,
-            conflicts_every=conflicts_every,
-            history=history,
-            local_norms=local_norms,
-            save_batch=save_batch,
             stop_on_unproven=stop_on_unproven,
-            kind=kind,
-            allow_code=allow_code,
-            live=live,
+            **looks,
+            **bounds,
+            **cadences,
         )
-        self._run_dir = checked_run_dir(run_dir)
-        self._on_incident = incident_target(on_incident)
-        self._preflight = preflight
+        self._begin(checked_run_dir(run_dir), incident_target(on_incident), preflight, verbose)
+
+    def _begin(self, run_dir: RunDir, on_incident: IncidentTarget | None, preflight: bool, verbose: bool) -> None:
+        """Set up what is known before a fit."""
+        self._run_dir, self._on_incident = run_dir, on_incident
+        self._preflight, self._verbose = preflight, verbose
         self.preflight_report: PreflightReport | None = None
-        self._verbose = verbose
         self._session: Session | None = None
         self._elsewhere = Elsewhere()
         self._state: Mapping[str, Any] | None = None

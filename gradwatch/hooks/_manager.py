@@ -148,30 +148,10 @@ class HookManager(ResearchManager):
         args, kwargs = self._tokens(args, kwargs)
         part = LayerRun(self, args, kwargs, start_at_layer, stop_at_layer)
         part.refuse_skipped(self, hooks)
-        options = CacheOptions(
-            gradients=gradients,
-            device=device,
-            dtype=dtype,
-            clone=clone,
-            detach=detach,
-            pos_slice=pos_slice,
-            remove_batch_dim=remove_batch_dim,
-            part=part,
-        )
-        stop_at = part.stop_at if stop_at is None else stop_at
-        hooks = [*part.hooks, *hooks]
+        kept: dict[str, Any] = {"clone": clone, "detach": detach, "remove_batch_dim": remove_batch_dim, "part": part}
+        options = CacheOptions(gradients=gradients, device=device, dtype=dtype, pos_slice=pos_slice, **kept)
         with self._inputs_at_hand(args, kwargs):
-            output, cache = run_with_cache(
-                self,
-                part.args,
-                part.kwargs,
-                points=points,
-                stop_at=stop_at,
-                hooks=hooks,
-                options=options,
-                missing=missing,
-            )
-        return part.output(output), cache
+            return run_with_cache(self, part, options, points=points, stop_at=stop_at, hooks=hooks, missing=missing)
 
     def capture(  # noqa: PLR0913
         self,

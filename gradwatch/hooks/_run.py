@@ -182,17 +182,18 @@ def run_with_hooks(
 
 def run_with_cache(
     manager: HookManager,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    part: LayerRun,
+    options: CacheOptions,
     *,
     points: Any,
     stop_at: Any,
     hooks: Sequence[Any],
-    options: CacheOptions,
     missing: str = "raise",
 ) -> tuple[Any, Cache]:
-    """Run the model once and bring back what was asked for."""
+    """Run a part of the model, or all, once and bring back what was asked for."""
     check_missing(missing)
+    stop_at = part.stop_at if stop_at is None else stop_at
+    hooks = [*part.hooks, *hooks]
     resolver = manager._resolver
     points = list(points) if isinstance(points, Iterator) else points
     recorder = Recorder(options)
@@ -201,14 +202,14 @@ def run_with_cache(
     recording = [(spots, recorder)], {"priority": LAST, "recompute": False}
     with hooks_in_place(manager, (hooks, {}), recording, _stopping(stop_at)) as asked:
         with torch.enable_grad() if options.gradients else nullcontext():
-            output = _call(manager, args, kwargs, stop_at)
+            output = _call(manager, part.args, part.kwargs, stop_at)
             gradients = _gradients(recorder, output, options) if options.gradients else {}
         kept = ("*:output" if points is None else points, asked[len(hooks)][1])
         silent = check_fired(manager, [*asked[: len(hooks)], kept], missing=missing, stop_at=stop_at)
     cache = Cache(recorder.gathered(), resolver, asked=_shown(resolver, points))
     cache.missing.update(silent)
     cache.gradients = Cache(gradients, resolver, kind="gradients")
-    return output, cache
+    return part.output(output), cache
 
 
 def _call(manager: HookManager, args: Sequence[Any], kwargs: Mapping[str, Any], stop_at: Any) -> Any:

@@ -168,9 +168,10 @@ class Engine:
         self.produced = Produced(self.meter, self.guard, weakly(self._is_due))
         self._measuring = Measuring(self.meter, self.guard, self.own, self.produced, treats=self.treats)
         self._update_ratios = UpdateRatios(self.meter, self.guard)
+        options = self.options
         if options.fingerprints or (world_size() > 1 and options.activations_every is not None):
             where, wanted = weakly(self._device, torch.device("cpu")), weakly(self._prints, False)
-            self._measuring.fingerprints = Fingerprints(model, where, wanted)
+            self._measuring.fingerprints = Fingerprints(self.model, where, wanted)
 
     def _device(self) -> torch.device:
         return self.meter.device

@@ -246,20 +246,10 @@ def watched(
     mask = select_paths([r.path for r in (*rows, *module_rows)], list(patterns))
     chosen_params = [q for q, keep in zip(params, mask[: len(rows)], strict=True) if keep]
     chosen_rows = [r for r, keep in zip((*rows, *module_rows), mask, strict=True) if keep]
-    index = Index(
-        paths=tuple(r.path for r in chosen_rows),
-        kinds=tuple(r.kind for r in chosen_rows),
-        numel=np.asarray([r.numel for r in chosen_rows], np.int64),
-        shapes=tuple(r.shape for r in chosen_rows),
-        depth=np.arange(len(chosen_rows), dtype=np.int64),
-        types=tuple(r.owner for r in chosen_rows),
-        in_optimizer=np.asarray([r.held for r in chosen_rows], np.bool_),
-        trainable=np.asarray([r.trainable for r in chosen_rows], np.bool_),
-    )
     placed = [(i, path, p) for i, (path, p) in enumerate(chosen_params)]
     chosen_modules = tuple(r.path for r in chosen_rows if r.kind == MODULE)
     return Watched(
-        index=index,
+        index=_index_of(chosen_rows),
         by_id=_by_id(placed, stages),
         params=[row for row in placed if id(row[2]) in taken],
         modules=chosen_modules,
@@ -268,6 +258,19 @@ def watched(
         replaced={path: held[key] for key, path in gone.items() if select_paths([path], list(patterns)).any()},
         strange={path: strange[path] for _, path, _ in placed if path in strange},
         stages=stages,
+    )
+
+
+def _index_of(rows: Sequence[Row]) -> Index:
+    return Index(
+        paths=tuple(r.path for r in rows),
+        kinds=tuple(r.kind for r in rows),
+        numel=np.asarray([r.numel for r in rows], np.int64),
+        shapes=tuple(r.shape for r in rows),
+        depth=np.arange(len(rows), dtype=np.int64),
+        types=tuple(r.owner for r in rows),
+        in_optimizer=np.asarray([r.held for r in rows], np.bool_),
+        trainable=np.asarray([r.trainable for r in rows], np.bool_),
     )
 
 

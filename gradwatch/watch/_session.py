@@ -108,21 +108,9 @@ class Session:
         self.cases = CaseFiles(self.engine, saves_batches=settings.options.save_batch, what_ifs=self.what_ifs)
         self._told = ToldIncidents(self.run_dir, say or log, self.cases)
         self.cases.say = weakly(self._told.print)
-        strange = self.engine.meter.watched.strange
-        if strange and self.engine.treats:
-            path, why = next(iter(strange.items()))
-            warn(f"no treatment will act: {len(strange)} parameters can't be seen, {path!r} among them: {why}.")
-        zero = self.engine.meter.watched.zero
-        if zero is not None:
-            check_deepspeed(zero, settings, treats=self.engine.treats)
+        self._check_treatments()
         self._pid = os.getpid()
-        chosen = list(sinks) if is_writer() else []
-        if self.run_dir is not None and is_writer():
-            chosen.insert(0, RunFolder(self.run_dir))
-        if on_incident is not None and is_writer():
-            chosen.append(incident_sink(on_incident))
-        if settings.live and is_writer():
-            chosen.append(LiveCell(settings.live))
+        chosen = self._chosen(sinks, on_incident) if is_writer() else []
         self.sinks = SafeSinks(chosen, log_every=log_every, on_error=settings.options.on_error)
         try:
             self.sinks.open(run_meta(self.settings, self.model, self.run_dir, start_step))
@@ -133,6 +121,24 @@ class Session:
         if self.sinks.keeps_early:
             self.engine.completion.on_arrived = self.sinks.arrived
         self._exit = _write_at_exit(self)
+
+    def _check_treatments(self) -> None:
+        """Say what treatments can't reach, or raise."""
+        strange, zero = self.engine.meter.watched.strange, self.engine.meter.watched.zero
+        if strange and self.engine.treats:
+            path, why = next(iter(strange.items()))
+            warn(f"no treatment will act: {len(strange)} parameters can't be seen, {path!r} among them: {why}.")
+        if zero is not None:
+            check_deepspeed(zero, self.settings, treats=self.engine.treats)
+
+    def _chosen(self, sinks: Sequence[Sink], on_incident: IncidentTarget | None) -> list[Sink]:
+        """Return the sinks, the run folder first."""
+        chosen = [*([] if self.run_dir is None else [RunFolder(self.run_dir)]), *sinks]
+        if on_incident is not None:
+            chosen.append(incident_sink(on_incident))
+        if self.settings.live:
+            chosen.append(LiveCell(self.settings.live))
+        return chosen
 
     @property
     def closed(self) -> bool:

@@ -114,6 +114,8 @@ class Watch:
         on_error: str = "warn",
         **options: Any,
     ) -> None:
+        cadences: dict[str, Any] = {"every": every, "log_every": log_every, "histograms_every": histograms_every}
+        cadences |= {"activations_every": activations_every, "updates_every": updates_every}
         settings = resolve(
             rules=rules,
             treatments=treatments,
@@ -121,38 +123,16 @@ class Watch:
             statistics=statistics,
             sinks=sinks,
             name=name,
-            log_every=log_every,
             paths=paths,
-            every=every,
-            activations_every=activations_every,
-            updates_every=updates_every,
-            histograms_every=histograms_every,
             backward=backward,
             memory_limit_mb=memory_limit_mb,
             on_error=on_error,
+            **cadences,
             **options,
         )
         model = model_of(model, unwrap, has_surgery=surgery is not None)
-        self._steppers = steppers_of(model, optimizer)
-        self.optimizers = tuple(s.raw for s in self._steppers)
-        self._is_wrapped = any(s.given is not s.raw for s in self._steppers)
-        # One inside a wrapper is the wrapper's to step and update; one given here is ours.
-        inner = next((s.scaler for s in self._steppers if s.scaler is not None), None)
-        self.scaler = inner if scaler is None or not scaler.is_enabled() else scaler
         self._on_checkpoint = on_checkpoint
-        self._stops: list[StopTraining] = []
-        self._step = 0
-        self._outcome = StepOutcome()
-        self._extra: dict[str, float] = {}
-        self._scale = ScaleReader()
-        self._losses: list[Tensor] = []
-        self._stack = ExitStack()
-        self._micro_losses: list[Any] = []
-        self._num_samples = 0
-        self._epoch = self._batch_idx = -1
-        self._deepspeed = next((s for s in self._steppers if isinstance(s, EngineStepper)), None)
-        if self._deepspeed is not None:
-            self._deepspeed.attach(weakly(self._step_came))
+        self._take(steppers_of(model, optimizer), scaler)
         try:
             self.session = Session(
                 model,
@@ -167,6 +147,32 @@ class Watch:
             if self._deepspeed is not None:
                 self._deepspeed.detach()
             raise
+        self._begin(model)
+
+    def _take(self, steppers: tuple[Stepper, ...], scaler: Any) -> None:
+        """Take what steps, with nothing seen of it yet."""
+        self._steppers = steppers
+        self.optimizers = tuple(s.raw for s in steppers)
+        self._is_wrapped = any(s.given is not s.raw for s in steppers)
+        # One inside a wrapper is the wrapper's to step and update; one given here is ours.
+        inner = next((s.scaler for s in steppers if s.scaler is not None), None)
+        self.scaler = inner if scaler is None or not scaler.is_enabled() else scaler
+        self._stops: list[StopTraining] = []
+        self._step = 0
+        self._outcome = StepOutcome()
+        self._extra: dict[str, float] = {}
+        self._scale = ScaleReader()
+        self._losses: list[Tensor] = []
+        self._stack = ExitStack()
+        self._micro_losses: list[Any] = []
+        self._num_samples = 0
+        self._epoch = self._batch_idx = -1
+        self._deepspeed = next((s for s in self._steppers if isinstance(s, EngineStepper)), None)
+        if self._deepspeed is not None:
+            self._deepspeed.attach(weakly(self._step_came))
+
+    def _begin(self, model: Any) -> None:
+        """Begin the session: forward passes are listened to from here on."""
         self.session.restores(scaler=self.scaler, wrappers=_wrappers(self._steppers))
         self.session.engine.gates.know(s.given for s in self._steppers)
         self.session.begin()
