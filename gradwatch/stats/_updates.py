@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,10 @@ from ._update_samples import Sample, can_sample, least_room, room_for_each
 __all__ = ["UpdateMeter", "UpdateStats"]
 
 _ALIGN = 64
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_SHAPE = attrgetter("shape")
+# What data-parallel training takes its buckets apart with: one call, where views are two for each tensor.
+_cut_apart: Callable[..., Any] | None = getattr(torch._utils, "_unflatten_dense_tensors", None)
 _WORTH_NATIVE = 1 << 18
 _PIECE = 1 << 20
 _NARROW = (torch.float16, torch.bfloat16)
@@ -125,7 +130,7 @@ class UpdateMeter:
         self._chosen, self._copies = self._measured, None
         if blank:
             return
-        pieces = [_local(self._params[i]) for i in self._chosen]
+        pieces = _locals([self._params[i] for i in self._chosen])
         copies = self._room_for(pieces)
         whole = [k for k, i in enumerate(self._chosen) if i not in self._samples]
         for into, sources in _grouped([copies[k] for k in whole], [pieces[k] for k in whole]):
@@ -148,7 +153,7 @@ class UpdateMeter:
         found: Tensor | Sequence[Tensor] | None = None
         try:
             if self._copies is not None:
-                found = self._moved(self._copies, list(map(_local, params)))
+                found = self._moved(self._copies, _locals(params))
         finally:
             # Also where that failed: the other ranks wait.
             self.discard()
@@ -231,6 +236,8 @@ class UpdateMeter:
         """Return tensors like the pieces, cut from one block of memory per device that is kept between calls; of those
         that are sampled a row of as many elements."""
         assert self._chosen is not None
+        if not self._samples and (cut := self._cut_at_once(pieces)) is not None:
+            return cut
         shapes = [
             self._samples[i].shape if i in self._samples else piece.shape
             for i, piece in zip(self._chosen, pieces, strict=True)
@@ -249,6 +256,20 @@ class UpdateMeter:
             self._arenas[piece.device][at : at + shape.numel() * piece.element_size()].view(piece.dtype).view(shape)
             for at, piece, shape in zip(offsets, pieces, shapes, strict=True)
         ]
+        return self._cut
+
+    def _cut_at_once(self, pieces: list[Tensor]) -> list[Tensor] | None:
+        """Return what `_room_for` does on the host, where one call cuts all; None where they are not alike."""
+        if _cut_apart is None or not pieces or not is_host(pieces[0].device) or len(alike(pieces)) > 1:
+            return None
+        if len(self._cut) == len(pieces) and all(map(_alike, self._cut, pieces, map(_SHAPE, pieces))):
+            return self._cut
+        first = pieces[0]
+        size = sum(map(Tensor.numel, pieces)) * first.element_size()
+        held = self._arenas.get(first.device)
+        if held is None or held.numel() < size:
+            self._arenas[first.device] = held = torch.empty(size, dtype=torch.uint8, device=first.device)
+        self._cut = list(_cut_apart(held[:size].view(first.dtype), pieces))
         return self._cut
 
 
@@ -283,6 +304,8 @@ def _moved(copies: list[Tensor], params: list[Tensor]) -> Tensor | tuple[Tensor,
 
 
 def _grouped(into: list[Tensor], sources: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    if len(alike(into)) == 1 and all(map(Tensor.numel, into)):
+        return [(into, sources)]
     groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(into, sources, strict=True):
         if target.numel():
@@ -310,6 +333,13 @@ def _local(param: Any) -> Tensor:
     if dtensor is not None and isinstance(param, dtensor.DTensor):
         return param.detach().to_local()
     return param.detach()
+
+
+def _locals(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return `_local` of each: where none is distributed, by one call."""
+    if _PLAIN.issuperset(map(type, params)):
+        return list(map(Tensor.detach, params))
+    return list(map(_local, params))
 
 
 def _alike(one: Tensor, other: Tensor, shape: torch.Size) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
-from uuid import uuid4
 
 from ._untraced import untraced
 
@@ -131,7 +131,7 @@ def _number_apart(handle: Any, *, first: bool) -> None:
     Beside the hooks a module notes by number which of them take keyword arguments. Numbers begin at 0 in every process:
     in one that loads the saved model, another's hook would get the number, and arguments that it does not take.
     """
-    number = -1 - (uuid4().int >> 66)
+    number = -1 - (int.from_bytes(os.urandom(8), "little") >> 2)
     for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref):
         hooks = reference()
         if hooks is not None and handle.id in hooks:
