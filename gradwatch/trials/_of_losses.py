@@ -92,7 +92,8 @@ def _has_other_terms(trial: Trial, call: LossCall) -> bool:
         return False
     alone = float(value.detach()) if value.numel() == 1 else float(value.detach().sum() / value.shape[0])
     mean = alone if value.numel() == 1 else float(value.detach().mean())
-    return all(abs(each - loss) > 1e-3 * max(abs(loss), abs(each)) for each in (alone, mean))
+    # Its sign may be another: a term that is negated is no second one.
+    return all(abs(abs(each) - abs(loss)) > 1e-3 * max(abs(loss), abs(each)) for each in (alone, mean))
 
 
 @dataclass(frozen=True, repr=False)

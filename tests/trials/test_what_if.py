@@ -67,7 +67,7 @@ def dead():
     ("cause", "make"),
     [
         ("weight decay 0", lambda m: (m, sgd(m, weight_decay=1.0), F.cross_entropy, None)),
-        ("epsilon 1e-08", lambda m: (m, torch.optim.Adam(m.parameters(), 1e-2, eps=1.0), F.cross_entropy, None)),
+        ("epsilon 1e-08", lambda m: (m, torch.optim.Adam(m.parameters(), 1e-2, eps=0.1), F.cross_entropy, None)),
         ("learning rate x 100", lambda m: (m, sgd(m, 1e-3), F.cross_entropy, None)),
         ("learning rate / 10", lambda m: (m, torch.optim.Adam(m.parameters(), 1.0), F.cross_entropy, None)),
         ("rows re-aligned by -1", lambda m: (m, sgd(m), F.cross_entropy, misplaced())),
@@ -89,7 +89,7 @@ def dead():
         ),
         (
             "all parameters in the optimizer",
-            lambda m: (m, torch.optim.SGD(m[2].bias.requires_grad_() and [m[2].bias], 0.3), F.cross_entropy, None),
+            lambda m: (m, torch.optim.SGD([m[2].bias], 0.3), F.cross_entropy, None),
         ),
     ],
     ids=lambda given: given if isinstance(given, str) else "",
