@@ -137,6 +137,7 @@ class Bench:
     Attributes:
         batches: to train on, and at their end those that are held back.
         num_held: how many are; where there is one batch alone it is both.
+        at_least: steps that are taken of every change, however few of the changes there is time for then.
         values: id of a tensor -> what it was at the time to begin with; what is not in it begins as it is.
         sources: optimizers whose state is that of the time to begin with, or the training's own.
         rng: random states to begin with; None: the present ones.
@@ -154,6 +155,7 @@ class Bench:
     accumulate: int = 1
     clip: float | None = None
     train_step: Callable[..., Any] | None = None
+    at_least: int = FEWEST_STEPS
     values: Mapping[int, Tensor] = field(default_factory=dict)
     rng: Mapping[str, Any] | None = None
 
@@ -207,7 +209,7 @@ class Bench:
                 found = self._round(changes, rng, deadline, begun)
             except OutOfTime:
                 raise ConfigError(
-                    f"what_if: {FEWEST_STEPS} steps of the training as it is took more than {self.seconds:g} seconds: "
+                    f"what_if: {self.at_least} steps of the training as it is took more than {self.seconds:g} seconds: "
                     "raise `seconds`."
                 ) from None
             found = self._beside(found, changes, rng, deadline, begun)
@@ -319,7 +321,7 @@ class Bench:
         each = (perf_counter() - begun) / 2
         left = deadline - perf_counter()
         fit = int(left / (each * (num_changes / 2 + 2) * 1.3)) if each else self.steps
-        self.steps = max(min(self.steps, fit), min(FEWEST_STEPS, self.steps))
+        self.steps = max(min(self.steps, fit), min(self.at_least, self.steps))
 
     def _left(self, trial: Trial, course: Course) -> float:
         if not course.is_finite:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
-from ..records import Incident, WhatIf
+from ..records import CHANGE_KINDS, Incident, WhatIf
 from ..samples import loss_function, matching_losses
 from ..torchside import Aside, every_random_state, size_of, tensors_of
 from ._batch import split_batch
@@ -201,6 +201,7 @@ class WhatIfs:
             batches=[*(batch for s in since for batch in s.batches), *held],
             num_held=len(held),
             steps=max(STEPS, len(since)),
+            at_least=len(since),
             seconds=SECONDS,
             memory_limit_mb=self._limit / 2**20,
             accumulate=accumulate,
@@ -208,10 +209,17 @@ class WhatIfs:
             values=snapshot.values,
             rng=snapshot.rng,
         )
+        # The most telling first: time may be over before all were tried.
+        changes = sorted(CHANGES, key=lambda change: CHANGE_KINDS.index(change.kind))
         try:
-            return WhatIf(why_not=why) if (why := bench.why_not()) else bench.run(CHANGES)
+            found = WhatIf(why_not=why) if (why := bench.why_not()) else bench.run(changes)
         except ConfigError as error:
             return WhatIf(why_not=str(error).removeprefix("what_if: ").rstrip("."))
+        if incident.rule == "non_finite" and not found.why_not and found.control.is_finite:
+            return replace(
+                found, tried=(), why_not=f"the same {found.steps} steps stayed finite when they were taken again"
+            )
+        return found
 
     def _why_nothing(self) -> str:
         if not self._steps:

@@ -71,6 +71,22 @@ def test_the_cure_leads_the_advice_and_stands_in_the_case_and_the_run_folder(tmp
     assert "finite inputs" in watch.summary()
 
 
+def test_a_trouble_that_does_not_come_again_has_no_cure() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    x = torch.randn(STEPS, 16, 8)
+    rules = [NonFinite(severity="critical")]
+    with Watch(model, optimizer, rules=rules, on_error="raise", what_if=F.mse_loss) as watch:
+        for i in range(STEPS):
+            loss = F.mse_loss(model(x[i]), x[i, :, :1]) * (torch.nan if i == BAD else 1)
+            loss.backward()
+            watch.step(loss, batch=(x[i], x[i, :, :1]))
+            optimizer.zero_grad()
+    found = watch.incidents[0].case.what_if
+    assert found.winner is None
+    assert "stayed finite" in found.why_not
+
+
 def test_a_loss_function_of_torch_is_found_by_what_it_gives() -> None:
     watch, _ = fit(True)
     assert watch.incidents[0].case.what_if.winner.name == "finite inputs"
