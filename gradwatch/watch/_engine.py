@@ -40,7 +40,7 @@ from ._plan import ALERT_STEPS, Planner, reasons_to_wait
 from ._produced import Produced
 from ._proofs import Proofs
 from ._ranks import are_several, world_size
-from ._recomputation import Recomputation, Recomputed
+from ._recomputation import Recomputed
 from ._record_draft import Draft
 from ._replays import ForwardMemory, Replay
 from ._replicas import are_copies
@@ -167,6 +167,7 @@ class Engine:
         self.alarmed: Alarmed = {}
         self.produced = Produced(self.meter, self.guard, weakly(self._is_due))
         self._measuring = Measuring(self.meter, self.guard, self.own, self.produced, treats=self.treats)
+        self.recomputation = self._measuring.recomputation
         self._update_ratios = UpdateRatios(self.meter, self.guard)
         options = self.options
         if options.fingerprints or (world_size() > 1 and options.activations_every is not None):
@@ -434,10 +435,6 @@ class Engine:
         # Of several optimizers, each record has the norm of its own parameters alone.
         alone = len(self.optimizers) == 1
         return noise.take(own, self.meter.device, list(self.completion.history) if alone else ())
-
-    @property
-    def recomputation(self) -> Recomputation:
-        return self._measuring.recomputation
 
     def _recomputed(self) -> Recomputed | None:
         """Run the step's micro-batches again; return what differs, None where that can't be told."""
