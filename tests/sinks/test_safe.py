@@ -297,11 +297,10 @@ def test_a_sinks_thread_ends_with_it():
 
     slow = Slow()
     slow.never_hangs = False
-    before = len(threads())
+    before = threads()  # another test's may end meanwhile
     sinks = SafeSinks([slow], log_every=1)
     sinks.push(record(0))
-    assert len(threads()) == before + 1
+    (mine,) = [thread for thread in threads() if thread not in before]
     sinks.close()
-    for thread in threads()[before:]:
-        thread.join(10)
-    assert len(threads()) == before
+    mine.join(10)
+    assert not mine.is_alive()
