@@ -268,14 +268,17 @@ class Measuring:
         return {} if before is None else {"produced": before}
 
     def compare(self, turn: Turn) -> None:
-        """Find out, before the first exchange, whether ranks hold the same parameters and modules: else nothing that
-        they exchange would be about the same."""
+        """Find out, before the first exchange, whether ranks hold the same parameters and modules, and measure the same
+        ones of them: else nothing that they exchange would be about the same, or of the same length."""
         if self._has_compared or turn.plan.is_alone:
             return
         self._has_compared = True
-        index = self.meter.watched.index
-        layout = "\n".join(f"{path} {shape}" for path, shape in zip(index.paths, index.shapes, strict=True))
-        if not say_the_same(layout, self.meter.device):
+        watched = self.meter.watched
+        index, apart = watched.index, watched.strange
+        layout = "\n".join(
+            f"{path} {shape} {path in apart}" for path, shape in zip(index.paths, index.shapes, strict=True)
+        )
+        if not say_the_same(f"{layout}\n{are_copies(watched)}", self.meter.device):
             self.meter.stay_apart(_APART, turn.step)
             self.guard.warn(f"nothing of the gradients is seen: {_APART}.")
 

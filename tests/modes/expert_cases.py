@@ -151,7 +151,18 @@ def of_other_names(rank: int, world: int, folder: Path) -> None:
     dist.barrier()
 
 
+def marked_on_one_rank(rank: int, world: int, folder: Path) -> None:
+    """What one rank alone takes for its own: tables of unequal length in one sum would end the processes."""
+    model = Own(["0"])
+    for p in model.experts.parameters() if rank == 0 else ():
+        p.allreduce = False  # type: ignore[attr-defined]
+    watch = unseen(model, sgd(model), rank)
+    assert not any(r.measured("grad_norm").any() for r in watch.history)
+    dist.barrier()
+
+
 TWO = {
+    "marked-on-one-rank": marked_on_one_rank,
     "marked-by-allreduce": marked("allreduce"),
     "marked-for-ddp": marked("ignored"),
     "of-other-names": of_other_names,

@@ -103,9 +103,13 @@ def test_what_is_not_finite_is_not_hidden(bad):
 
 def test_kernels_read_nothing_back_to_the_host():
     attended = Attended(torch.ones(2, 4, 7, 8, device="meta"), torch.ones(2, 2, 9, 8, device="meta"), is_causal=True)
-    attention_sums(attended)
-    attention_peaks(attended)
-    attention_bound(attended)
+    found = [*attention_sums(attended), attention_peaks(attended), attention_bound(attended)]
+    assert [(one.device.type, tuple(one.shape)) for one in found] == [
+        ("meta", (4, 2)),
+        ("meta", (4,)),
+        ("meta", (4,)),
+        ("meta", (4,)),
+    ]
 
 
 def test_an_empty_batch_has_no_largest_score():

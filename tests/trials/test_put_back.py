@@ -206,9 +206,17 @@ def test_gradients_of_other_models_are_not_touched() -> None:
 def test_a_graph_that_is_alive_still_runs_backward() -> None:
     net, optimizer, _ = training()
     x, y = batches(1)[0]
+    net.zero_grad()
+    twin, begun = copy.deepcopy(net).train(), torch.get_rng_state()
+    F.cross_entropy(twin(x), y).backward()
+    torch.set_rng_state(begun)
     loss = F.cross_entropy(net.train()(x), y)
     gradwatch.what_if(net, optimizer, F.cross_entropy, batches(), steps=2, changes=["learning rate / 10"])
     loss.backward()
+    wanted = [p.grad for p in twin.parameters() if p.grad is not None]
+    found = [p.grad for p in net.parameters() if p.grad is not None]
+    assert len(found) == len(wanted) > 2
+    assert all(torch.equal(p, q) for p, q in zip(found, wanted, strict=True))
 
 
 def test_a_loader_is_not_consumed_and_its_generator_goes_on() -> None:
