@@ -50,13 +50,16 @@ def _words(name: str) -> str:
     return re.sub(r"^test_", "", name).replace("_", " ")
 
 
+def page() -> str:
+    """The page as it has to be: its own words, and the table of today's tests."""
+    head, rest = PAGE.read_text().split(BEGIN)
+    return f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
 def main() -> int:
-    text = PAGE.read_text()
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    wanted = f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+    wanted = page()
     if "--check" in sys.argv:
-        return int(text != wanted)
+        return int(PAGE.read_text() != wanted)
     PAGE.write_text(wanted)
     return 0
 
