@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..records import SCALAR
+from ..records import SCALAR, Column, column_of
 from ..stats import Statistic, View
-from ..torchside import moved, sent
-from ._sampled import ENTRIES, Layout, packed, share
+from ._sampled import ENTRIES, Layout, packed, row, share
 from ._ways import OPTIONS, STATES, Way, way_of
 
 __all__ = ["StepCurvature"]
@@ -34,39 +32,52 @@ class StepCurvature(Statistic):
     was made of. That share, (1 - momentum) / 2 (a half under plain SGD, a twentieth under momentum of 0.9 and under
     Adam), is taken off, so that noise gives 0.
 
-    Over a fixed sample of entries of each parameter, of which copies are kept; nothing for other optimizers.
+    With it goes `slope_after_step`, the present gradient times the last step, whatever the optimizer: the change of the
+    loss that a further bit of that step would bring. The batch is another one than those which made the step, so that
+    its mean over steps is that of the whole loss, without noise of its own.
+
+    Over a fixed sample of entries of each parameter, of which copies are kept; no curvature for other optimizers.
     """
 
     kind = SCALAR
     needs = frozenset({"gradients", "parameters", "optimizer_state"})
-    num_sums = 2
+    num_sums = 4
     scale, signed = "linear", True
     guide = 1.0
     label = "curvature along the step"
     entries: int | None = ENTRIES
     """Of each parameter that are looked at; None: all."""
 
+    @classmethod
+    def columns(cls) -> tuple[Column, ...]:
+        slope = column_of("slope_after_step")
+        return super().columns() if slope is None else (*super().columns(), slope)
+
     def sums(self, view: View) -> Tensor | None:
-        """Return step times change of the gradient, and the squared step in the metric of what is borne, both without
-        what noise gives, shape (n, 2); None at the first step, and for an optimizer that is not known."""
-        memory, ways = view.memory, _ways(view)
+        """Return step times change of the gradient and the squared step in the metric of what is borne, both without
+        what noise gives; step times gradient; and of how many entries, where the optimizer is known. Shape (n, 4);
+        None at the first step."""
+        memory = view.memory
         last, rates = memory.get("last"), memory.get("rates")
         params, memory["layout"] = packed(view.params, self.entries, memory.get("layout"))
         layout: Layout = memory["layout"]
         grads, _ = packed(view.grads, self.entries, layout)
         # The rates are those of the coming step.
         memory["last"], memory["rates"] = (params, grads), [_kept(rate) for rate in view.options("lr")]
-        if last is None or rates is None or ways is None or last[0].shape != params.shape:
+        if last is None or rates is None or last[0].shape != params.shape:
             return None
-        step, change = params - last[0], grads - last[1]
-        squares = layout.sums(step.square() * self._weights(ways, layout, step))
-        products = layout.sums(step * change)
+        step, shares = params - last[0], row([share(param, self.entries) for param in view.params], params)
+        slopes, ways = layout.sums(step * grads), _ways(view)
+        if ways is None:
+            nothing = torch.zeros_like(slopes)
+            return torch.stack([nothing, nothing, slopes * shares, nothing], dim=1)
+        squares = layout.sums(step.square().mul_(self._weights(ways, layout, step)))
+        products = slopes - layout.sums(step.mul_(last[1]))
         # At a rate of 0 nothing moved but what somebody else did.
-        rows = _row([_over(way.most, rate) for way, rate in zip(ways, rates, strict=True)], step)
-        squares = squares * rows
-        shares = _row([share(param, self.entries) for param in view.params], step)
-        noise = _row([way.noise for way in ways], step)
-        return torch.stack([(products - noise * squares) * shares, squares * (1 - noise) * shares], dim=1)
+        squares = squares * row([_over(way.most, rate) for way, rate in zip(ways, rates, strict=True)], step)
+        noise = row([way.noise for way in ways], step)
+        curved, borne = products - noise * squares, squares * (1 - noise)
+        return torch.stack([curved * shares, borne * shares, slopes * shares, row(layout.numels, step)], dim=1)
 
     def _weights(self, ways: list[Way], layout: Layout, step: Tensor) -> Tensor | float:
         """Return what the squared step's entries are weighed by: roots of second moments, where there are any."""
@@ -77,30 +88,20 @@ class StepCurvature(Statistic):
             for w, n in zip(ways, layout.numels, strict=True)
         ]
         moments, _ = packed(held, self.entries, layout)
-        scales = layout.spread(_row([way.unbiased for way in ways], step), step)
+        scales = layout.spread(row([way.unbiased for way in ways], step), step)
         return (moments * scales).clamp(min=0).sqrt() + layout.spread([way.eps for way in ways], step)
 
-    def finish(self, sums: Array, maxima: Array) -> float:
-        product, square = sums.sum(axis=0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return float(np.float64(product) / square)
+    def finish(self, sums: Array, maxima: Array) -> dict[str, float]:
+        product, square, slope, known = sums.sum(axis=0)
+        found = {"slope_after_step": float(slope)}
+        if known:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                found["step_curvature"] = float(np.float64(product) / square)
+        return found
 
 
 def _over(most: float, rate: Any) -> Any:
     return most / rate if isinstance(rate, Tensor) or rate else 0.0
-
-
-def _row(values: Sequence[Any], like: Tensor) -> Tensor:
-    """Return numbers, of which some may lie on a device, as one tensor beside another."""
-    if any(isinstance(value, Tensor) for value in values):
-        return torch.stack([_on(value, like) for value in values])
-    return sent(torch.tensor(values, dtype=like.dtype), like.device)
-
-
-def _on(value: Any, like: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        return moved(value.detach().reshape(()), like.device, like.dtype)
-    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _kept(rate: Any) -> Any:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..torchside import home, moved, sent, wide_dtype
 
-__all__ = ["Layout", "packed", "sampled", "share"]
+__all__ = ["ENTRIES", "Layout", "packed", "row", "sampled", "share"]
 
 ENTRIES = 4096
 """Of each tensor, at the most about."""
@@ -63,7 +63,7 @@ class Layout(NamedTuple):
     def spread(self, values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
         """Return a number for each tensor as one for each of its entries."""
         rows = values if isinstance(values, Tensor) else sent(torch.tensor(values, dtype=like.dtype), like.device)
-        return rows.to(like.dtype)[self.owners]
+        return rows.to(like.dtype).index_select(0, self.owners)
 
     def sums(self, entries: Tensor) -> Tensor:
         """Return the sum over each tensor's entries, shape (n,)."""
@@ -83,5 +83,18 @@ def packed(tensors: Sequence[Tensor], entries: int | None, layout: Layout | None
     wide = wide_dtype(device)
     if layout is None or layout.owners.device != device or layout.numels != tuple(s.numel() for s in samples):
         layout = Layout.of(samples, device)
-    row = torch.cat([moved(sample, device, sample.dtype) for sample in samples])
-    return (row.clone() if len(samples) == 1 and row.dtype is wide else row.to(wide)), layout
+    flat = torch.cat([moved(sample, device, sample.dtype) for sample in samples])
+    return (flat.clone() if len(samples) == 1 and flat.dtype is wide else flat.to(wide)), layout
+
+
+def row(values: Sequence[Any], like: Tensor) -> Tensor:
+    """Return numbers, of which some may lie on a device, as one tensor beside another."""
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack([_on(value, like) for value in values])
+    return sent(torch.tensor(values, dtype=like.dtype), like.device)
+
+
+def _on(value: Any, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return moved(value.detach().reshape(()), like.device, like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)

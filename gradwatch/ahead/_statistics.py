@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from ..records import SCALAR
 from ..stats import Statistic, View
-from ..torchside import sent, wide_dtype
-from ._sampled import ENTRIES, Layout, packed, sampled, share
+from ._sampled import ENTRIES, Layout, packed, row, share
+from ._ways import unbiased
 
 __all__ = ["AdamUpdateRms", "GradientTurn"]
 
 Array = NDArray[np.float64]
+
+_STATES = ("exp_avg_sq", "step")
 
 
 class AdamUpdateRms(Statistic):
@@ -37,24 +40,29 @@ class AdamUpdateRms(Statistic):
 
     def sums(self, view: View) -> Tensor | None:
         """Return sum of the squared ratio and number of entries, shape (n, 2); None where nothing has a moment."""
-        moments, steps, betas = view.state("exp_avg_sq"), view.state("step"), view.options("betas")
+        moments = [_moment(*held) for held in zip(view.grads, *map(view.state, _STATES), strict=True)]
         if all(moment is None for moment in moments):
             return None
-        rows = list(map(self._row, view.grads, moments, steps, betas))
-        return view.rows([row[0] for row in rows], [row[1] for row in rows])
+        squares, layout = packed(view.grads, self.entries, view.memory.get("layout"))
+        view.memory["layout"], squares = layout, squares.square()
+        betas = [b[1] if isinstance(b, (tuple, list)) else 0.0 for b in view.options("betas")]
+        made = self._made(squares, layout, moments, betas, view.state("step"))
+        # What is not finite in a gradient is so in its moment, too: nan.
+        ratio = squares / made.clamp_(min=torch.finfo(made.dtype).tiny)
+        counts = row([0.0 if m is None else float(n) for m, n in zip(moments, layout.numels, strict=True)], squares)
+        return torch.stack([torch.where(counts > 0, layout.sums(ratio), 0), counts], dim=1)
 
-    def _row(self, grad: Tensor, moment: Tensor | None, step: Any, betas: Any) -> tuple[Tensor, Tensor]:
-        if moment is None or step is None or not isinstance(betas, (tuple, list)):
-            nothing = torch.zeros((), device=grad.device)
-            return nothing, nothing
-        square, held = _wide(sampled(grad, self.entries)).square(), _wide(sampled(moment, self.entries))
-        beta = float(betas[1])
-        # The moment as this gradient will make it, without its bias towards 0.
-        count = (step + 1.0).to(grad.device, non_blocking=True) if isinstance(step, Tensor) else step + 1.0
-        made = (beta * held + (1 - beta) * square) / (1 - beta**count)
-        ratio = torch.where(square > 0, square / made.clamp(min=torch.finfo(made.dtype).tiny), 0)
-        ratio = torch.where(square.isfinite(), ratio, torch.nan)
-        return ratio.sum(), torch.full((), float(ratio.numel()), device=grad.device)
+    def _made(
+        self, squares: Tensor, layout: Layout, moments: list[Tensor | None], betas: Sequence[Any], steps: Sequence[Any]
+    ) -> Tensor:
+        """Return the moments' entries as this gradient will make them, without their bias towards 0."""
+        held = [squares.new_zeros(n) if m is None else m for m, n in zip(moments, layout.numels, strict=True)]
+        scales = row([unbiased(b, 1 if c is None else c + 1) for b, c in zip(betas, steps, strict=True)], squares)
+        rates = row(betas, squares)
+        last, _ = packed(held, self.entries, layout)
+        return (layout.spread(rates * scales, squares) * last).addcmul_(
+            layout.spread((1 - rates) * scales, squares), squares
+        )
 
     def finish(self, sums: Array, maxima: Array) -> Array:
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -85,7 +93,7 @@ class GradientTurn(Statistic):
         if last is None or last.shape != now.shape:
             return None
         layout: Layout = memory["layout"]
-        weights = sent(torch.tensor([share(g, self.entries) for g in view.grads], dtype=now.dtype), now.device)
+        weights = row([share(g, self.entries) for g in view.grads], now)
         rows = [layout.sums(entries) * weights for entries in (last * now, last.square(), now.square())]
         return torch.stack(rows, dim=1)
 
@@ -95,5 +103,6 @@ class GradientTurn(Statistic):
             return float(np.float64(product) / np.sqrt(np.float64(last) * now))
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values.detach().to(wide_dtype(values.device))
+def _moment(grad: Tensor, moment: Tensor | None, step: Any) -> Tensor | None:
+    """Return a second moment with an entry for each of the gradient's; None where there is no such."""
+    return moment if moment is not None and step is not None and moment.shape == grad.shape else None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..torchside import is_host
 
-__all__ = ["OPTIONS", "STATES", "Way", "way_of"]
+__all__ = ["OPTIONS", "STATES", "Way", "unbiased", "way_of"]
 
 STATES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "step")
 OPTIONS = ("betas", "eps", "alpha", "momentum", "dampening", "nesterov")
@@ -35,16 +35,21 @@ class Way(NamedTuple):
     @property
     def unbiased(self) -> Any:
         """What the moment is multiplied by to be without its bias towards 0: a number, or a tensor on a device."""
-        count = self.count
-        if isinstance(count, Tensor) and is_host(count.device):
-            count = float(count)
-        return 1 / (1 - self.beta2**count)
+        return unbiased(self.beta2, self.count)
 
     def metric(self, moment: Tensor) -> Tensor:
         """Return what squared steps are weighed by."""
         scale = self.unbiased
         scale = scale.to(moment.device, non_blocking=True) if isinstance(scale, Tensor) else scale
         return (moment * scale).clamp(min=0).sqrt() + self.eps
+
+
+def unbiased(beta: float, count: Any) -> Any:
+    """Return what a mean over so many steps is multiplied by to be without its bias towards 0: a number, or a tensor
+    on a device, where the count lies there."""
+    if isinstance(count, Tensor) and is_host(count.device):
+        count = float(count)
+    return 1 / (1 - beta**count)
 
 
 def way_of(held: Mapping[str, Any]) -> Way | None:

@@ -23,9 +23,12 @@ _BUILT_IN = {
     "activation_formats": "gradwatch.precision:ActivationFormats",
     "adam_update_rms": "gradwatch.ahead:AdamUpdateRms",
     "attention": "gradwatch.attention:AttentionScores",
+    "dormant_units": "gradwatch.ahead:DormantUnits",
+    "effective_rank": "gradwatch.ahead:EffectiveRank",
     "gradient_formats": "gradwatch.precision:GradientFormats",
     "gradient_turn": "gradwatch.ahead:GradientTurn",
     "step_curvature": "gradwatch.ahead:StepCurvature",
+    "weight_spectra": "gradwatch.ahead:WeightSpectra",
 }
 """Those that come with gradwatch, by name; imported where they are asked for."""
 

@@ -59,6 +59,8 @@ LEADS_TO: Mapping[str, tuple[str, ...]] = {
     "amp_overflow": ("non_finite", *_RESULT),
     "rank_divergence": ("grad_conflict", *_UNSTABLE, *_RESULT),
     "recomputation_differs": ("rank_divergence", *_UNSTABLE, *_RESULT),
+    "steps_too_long": ("loss_spike", "diverging", *_RESULT),
+    "residual_growing": ("non_finite", "act_scale", "attention_logits_growing", "logits_drift", *_UNSTABLE, *_RESULT),
     # What becomes of it.
     "attention_logits_growing": ("attention_entropy_collapse", *_UNSTABLE, *_RESULT),
     "attention_entropy_collapse": ("vanishing", *_UNSTABLE, *_RESULT),
@@ -69,6 +71,7 @@ LEADS_TO: Mapping[str, tuple[str, ...]] = {
     "vanishing": ("act_scale", "constant_output", "update_too_small", "update_too_large", *_RESULT),
     "saturated": ("vanishing", "update_too_small", *_RESULT),
     "dead": ("act_scale", "update_too_large", "dead_signal", "constant_output", *_STILL),
+    "dormant_units_growing": ("dead_units", "dead", *_RESULT),
     "dead_units": ("dead", "update_too_small", "constant_output", *_RESULT),
     "idle_experts": _RESULT,
     "one_sided": (*_UNITS, *_UNSTABLE, *_STILL),

@@ -24,6 +24,7 @@ _ATTENTION = {
     "when": "with the statistic `attention`, one step in 50",
     "absent": "it does not attend, or in a way that is not known",
 }
+_LATER = "one step in 100"
 _COUNT = {"scale": "count", "unit": "entries"}
 
 _COLUMNS: tuple[dict[str, Any], ...] = (
@@ -183,6 +184,42 @@ _COLUMNS: tuple[dict[str, Any], ...] = (
         "meaning": "NaN and infinite entries of each grad_output.",
     },
     {
+        "name": "spectral_norm",
+        "kind": "parameter",
+        "label": "largest singular value",
+        "when": f"with the statistic `weight_spectra`, {_LATER}",
+        "absent": "the parameter has fewer than two dimensions, or lies in pieces",
+        "meaning": "Largest singular value of each weight.",
+    },
+    {
+        "name": "stable_rank",
+        "kind": "parameter",
+        "scale": "linear",
+        "label": "stable rank",
+        "when": f"with the statistic `weight_spectra`, {_LATER}",
+        "absent": "the parameter has fewer than two dimensions, or lies in pieces",
+        "meaning": "Squared norm of each weight over the square of its largest singular value.",
+    },
+    {
+        **_SHARE,
+        "name": "dormant_fraction",
+        "kind": "module",
+        "label": "dormant units",
+        "when": f"with the statistic `dormant_units`, {_LATER}",
+        "absent": "the module’s output has no units",
+        "meaning": "Share of each module’s units whose mean magnitude is at most 0.025 of that of all.",
+    },
+    {
+        "name": "effective_rank",
+        "kind": "module",
+        "scale": "linear",
+        "label": "effective rank",
+        "when": f"with the statistic `effective_rank`, {_LATER}",
+        "absent": "the module’s output has no units, or is 0",
+        "meaning": "Directions in which each module’s outputs differ over a batch: e to the entropy of their singular "
+        "values’ shares, of at most 64 units.",
+    },
+    {
         **_ATTENTION,
         "name": "attention_logit_max",
         "label": "attention logit, largest",
@@ -340,6 +377,12 @@ _SCALARS: tuple[tuple[str, str, str, str], ...] = (
         "Logarithm of the sum of the exponentials of a prediction’s scores, mean over some rows.",
         _SAMPLED,
         "there is one unit",
+    ),
+    (
+        "slope_after_step",
+        "Slope of the loss along the last step at its end: gradient times step; above 0 the loss rises there.",
+        "every step, with the statistic `step_curvature`",
+        "there was no step before",
     ),
     ("target_min", "Smallest target.", _SAMPLED, _NO_TARGETS),
     ("target_max", "Largest target.", _SAMPLED, _NO_TARGETS),

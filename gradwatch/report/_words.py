@@ -285,6 +285,21 @@ EXPLANATIONS = {
         "The loss does not notice when all scores grow together, but low precision does: they lose the digits in which "
         "they differ.",
     ),
+    "dormant_units_growing": Explanation(
+        "Ever more units have nothing to say",
+        "A unit that its layer does without gets hardly any gradient and does not come back; a network that loses its "
+        "units loses with them what it could still learn.",
+    ),
+    "residual_growing": Explanation(
+        "What goes through the blocks grows",
+        "Each block adds to it, and nothing holds its size. While the loss gets no better for it, scores, gradients "
+        "and rounding errors grow with it.",
+    ),
+    "steps_too_long": Explanation(
+        "Each step goes too far",
+        "It passes the lowest point in its direction and ends on a rise, which the next steps must win back; once they "
+        "no longer do, the loss goes up.",
+    ),
     "updates_rounded_away": Explanation(
         "Updates are too small for the number format",
         "A weight in half precision keeps two or three digits; an update below the last of them changes nothing, "

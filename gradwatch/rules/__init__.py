@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..records import snake_case
 from ._acts import actions_of, can_decide, has_limit, then_of, treatments_of
+from ._ahead import DormantUnitsGrowing, ResidualGrowing, StepsTooLong
 from ._attention import AttentionEntropyCollapse, AttentionLogitsGrowing, LogitsDrift
 from ._beginning import BlownUp, Crawling, MistakenLoss
 from ._data import RepeatedBatch, RepeatedTargets, TargetOutliers, TargetScale
@@ -104,6 +105,9 @@ _CATALOGUE: tuple[type[Rule], ...] = (
     AttentionLogitsGrowing,
     AttentionEntropyCollapse,
     LogitsDrift,
+    StepsTooLong,
+    DormantUnitsGrowing,
+    ResidualGrowing,
     UpdatesRoundedAway,
     RecomputationDiffers,
     RepeatedOrder,
@@ -134,6 +138,7 @@ __all__ = [
     "DeadSignal",
     "DeadUnits",
     "Diverging",
+    "DormantUnitsGrowing",
     "DropoutTooLarge",
     "EpsilonTooLarge",
     "EvalMode",
@@ -162,6 +167,7 @@ __all__ = [
     "RepeatedBatch",
     "RepeatedOrder",
     "RepeatedTargets",
+    "ResidualGrowing",
     "Restarted",
     "Rule",
     "RuleBook",
@@ -173,6 +179,7 @@ __all__ = [
     "SeesFuture",
     "Silence",
     "Stalled",
+    "StepsTooLong",
     "SymmetricUnits",
     "TargetOutliers",
     "TargetScale",

@@ -112,6 +112,8 @@ class Statistic:
             `"attention"`, alone.
         every: measured at one optimizer step in this many, and at the powers of two below it.
         num_sums, num_maxima: numbers per row of what `sums` and `maxima` return.
+        whole: what it says of a tensor does not add up from its parts: a parameter that lies in pieces on several ranks
+            gets nan.
     """
 
     name: str = ""
@@ -127,6 +129,7 @@ class Statistic:
     every: int = 1
     num_sums: int = 1
     num_maxima: int = 0
+    whole: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Tell of its columns, so that expressions may name them from here on."""

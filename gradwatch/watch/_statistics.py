@@ -26,6 +26,7 @@ from ..torchside import (
     is_traced,
     moved,
     real_of,
+    shape_of,
     tensors_of,
     weakly,
     wide_dtype,
@@ -288,6 +289,8 @@ class OwnStatistics:
                 with self.guard(part_of(statistic)):
                     view = self._view(statistic, step, grads, shards, optimizers, number)
                     sums, maxima = _asked(statistic, view, len(grads))
+                    if sums is not None and getattr(statistic, "whole", False):
+                        sums = _where_whole(sums, grads.params, shards)
                     if sums is not None:
                         rows.sums[:, first_sum : first_sum + statistic.num_sums] = sums
                     if maxima is not None:
@@ -365,6 +368,16 @@ def _kept(name: str, p: Tensor, optimizers: Sequence[Optimizer]) -> Any:
 
 def _locals(params: Sequence[Tensor]) -> Sequence[Tensor]:
     return Shards([p.detach() for p in params]).locals
+
+
+def _where_whole(sums: Tensor, params: Sequence[Tensor], shards: Shards) -> Tensor:
+    """Return the rows of parameters that are whole on this rank, nan for the others."""
+    pairs = zip(params, shards.locals, strict=True)
+    pieces = [i for i, (p, local) in enumerate(pairs) if local.numel() != shape_of(p).numel()]
+    if pieces:
+        sums = sums.clone()
+        sums[pieces] = torch.nan
+    return sums
 
 
 def _asked(statistic: Statistic, view: View, n: int) -> tuple[Tensor | None, Tensor | None]:

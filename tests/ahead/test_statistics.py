@@ -136,7 +136,7 @@ def test_the_preset_can_be_laid_over_another():
     names = {rule.name for rule in load_rules(["default", "ahead"])}
     assert {"exploding", "overshooting", "stale_second_moment"} <= names
     statistics = {s.name for s in load_rules(["default", "ahead"]).statistics}
-    assert statistics == {"gradient_turn", "step_curvature", "adam_update_rms"}
+    assert statistics == {"gradient_turn", "step_curvature", "adam_update_rms", "dormant_units"}
 
 
 OPTIMIZERS = {

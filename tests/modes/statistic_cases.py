@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from gradwatch import Watch
+from gradwatch.ahead import WeightSpectra
 from gradwatch.stats import Statistic
 from tests.modes.ranks import counted, equal_on_all_ranks, main
 from tests.modes.reference import Net, batches, loss_of, mine, sgd
@@ -171,9 +172,28 @@ def a_failure_of_one_rank(wrap: Any) -> Any:
     return case
 
 
+def of_whole_weights_alone(wrap: Any) -> Any:
+    """A spectral norm does not add up from pieces: it is the exact one, or nan."""
+
+    def case(rank: int, world: int, folder: Path) -> None:
+        net = Net()
+        exact = {
+            n: torch.linalg.svdvals(p.detach().double())[0].item() for n, p in net.named_parameters() if p.dim() == 2
+        }
+        watch, _ = train(wrap(net, world), rank, world, [WeightSpectra()], histograms_every=None, on_error="raise")
+        record = watch.history[0]
+        assert exact
+        for path, norm in exact.items():
+            expected = norm if wrap is ddp else np.nan
+            np.testing.assert_allclose(record["spectral_norm", path], expected, rtol=0.01)
+            np.testing.assert_equal(record["spectral_norm", path] == record["spectral_norm", path], wrap is ddp)
+
+    return case
+
+
 CASES = {
     f"{law.__name__}_{wrap.__name__}".replace("_", "-"): law(wrap)
-    for law in (numbers_are_those_of_the_whole, one_exchange_a_step, a_failure_of_one_rank)
+    for law in (numbers_are_those_of_the_whole, one_exchange_a_step, a_failure_of_one_rank, of_whole_weights_alone)
     for wrap in (ddp, fsdp)
 }
 

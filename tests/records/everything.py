@@ -18,6 +18,7 @@ from gradwatch.watch._step_inputs import StepInputs
 
 EVERY = {"activations_every": 1, "updates_every": 1, "histograms_every": 1, "local_norms": True}
 SILENT = {"recompute_every": 1, "fingerprints": True}
+AHEAD = ["step_curvature", "weight_spectra", "dormant_units", "effective_rank"]
 SEEN: list[StepRecord] = []
 
 
@@ -63,7 +64,9 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def classes() -> Watch:
     model = net(3)
-    watch = Watch(model, sgd(model), rules=[Witness(), Exploding(warmup=2)], noise_scale=True, **EVERY)
+    watch = Watch(
+        model, sgd(model), rules=[Witness(), Exploding(warmup=2)], noise_scale=True, statistics=AHEAD, **EVERY
+    )
     return steps(watch, model, torch.arange(16) % 3, nn.functional.cross_entropy, 40)
 
 

@@ -143,6 +143,22 @@ def attends(logit: Any, entropy: Any = lambda k: 0.7, loss: Any = 2.3) -> list[S
     )
 
 
+UNITS = make_index((), MODULES, types=dict.fromkeys(MODULES, "ReLU"))
+STACK = ("blocks.0", "blocks.0.mlp", "blocks.1", "blocks.1.mlp", "blocks.2", "blocks.2.mlp")
+BLOCKS = make_index((), STACK, types={p: "Linear" if p.endswith("mlp") else "Block" for p in STACK})
+
+
+def dormant(share: Any, loss: Any = 2.3, index: Any = UNITS) -> list[StepRecord]:
+    """The units of three activations, measured at every 50th step, of which the second goes its own way."""
+    return steady(600, index=index, loss=loss, dormant_fraction=every(50, lambda s: modules(0.1, share(s // 50), 0.1)))
+
+
+def stream(size: Any, loss: Any, index: Any = BLOCKS) -> list[StepRecord]:
+    """What goes through three blocks, measured at every 50th step."""
+    sizes = every(50, lambda s: dict.fromkeys(index.paths, size(s // 50)))
+    return steady(1000, index=index, loss=loss, output_rms=sizes)
+
+
 def validated(mean: float, std: float, val_loss: float) -> list[StepRecord]:
     """Two validations, and what their inputs are like; those of training have mean 0 and deviation 1."""
     seen = every(40, lambda s: val_loss if s else None)
@@ -524,6 +540,24 @@ CASES = [
     case("logits_drift", lambda: steady(500, loss=STUCK, output_log_z=every(50, lambda s: 2.3 + 0.02 * s), num_classes=every(50, 10)), False, "within-the-limit"),
     case("logits_drift", lambda: steady(500, loss=STUCK, output_log_z=every(50, 80.0), num_classes=every(50, 10)), False, "large-and-steady"),
     case("logits_drift", lambda: steady(500, loss=STUCK, output_log_z=every(50, lambda s: 2.3 - 0.1 * s)), False, "no-classes"),
+    case("steps_too_long", lambda: steady(80, loss=2.3, slope_after_step=0.2), True, "uphill"),
+    case("steps_too_long", lambda: steady(80, loss=2.3, slope_after_step=lambda s: 0.002 * s), False, "hardly-uphill"),
+    case("steps_too_long", lambda: steady(80, loss=2.3, slope_after_step=lambda s: 2.0 * (-1) ** s), False, "up-and-down"),
+    case("steps_too_long", lambda: steady(80, loss=2.3, slope_after_step=-0.2), False, "downhill"),
+    case("steps_too_long", lambda: steady(60, loss=lambda s: 2.3 * 0.98**s, slope_after_step=0.2), False, "and-the-loss-falls"),
+    case("steps_too_long", lambda: steady(25, loss=2.3, slope_after_step=0.2), False, "too-few"),
+    case("steps_too_long", lambda: steady(80, loss=noise(), slope_after_step=0.2), False, "a-loss-without-a-level"),
+    case("steps_too_long", lambda: steady(80, loss=lambda s: 2.3 if s < 40 else 1e-4, slope_after_step=lambda s: -0.2 if s < 40 else 1e-4), False, "next-to-no-loss-is-left"),
+    case("dormant_units_growing", lambda: dormant(lambda k: 0.06 * k), True, "ever-more"),
+    case("dormant_units_growing", lambda: dormant(lambda k: 0.06 * k, falling), False, "and-learns"),
+    case("dormant_units_growing", lambda: dormant(lambda k: 0.5), False, "from-the-start"),
+    case("dormant_units_growing", lambda: dormant(lambda k: 0.02 * k), False, "few"),
+    case("dormant_units_growing", lambda: dormant(lambda k: 0.06 * k, index=make_index((), MODULES)), False, "no-activation"),
+    case("residual_growing", lambda: stream(lambda k: 1.2**k, 2.3), False, "as-good-as-ever"),
+    case("residual_growing", lambda: stream(lambda k: 1.2**k, lambda s: 2.3 if s < 300 else 2.4), True, "grows-for-nothing"),
+    case("residual_growing", lambda: stream(lambda k: 1.2**k, falling), False, "grows-as-it-learns"),
+    case("residual_growing", lambda: stream(lambda k: 1.05**k, lambda s: 2.3 + s / 1000), False, "grows-a-little"),
+    case("residual_growing", lambda: stream(lambda k: 1.2**k, lambda s: 2.3 + s / 1000, make_index((), MODULES)), False, "no-blocks"),
     case("updates_rounded_away", lambda: steady(300, update_lost=every(50, norms(0.9, 0.8, 0.1))), True, "two-of-three"),
     case("updates_rounded_away", lambda: steady(300, update_lost=every(50, norms(0.9, 0.2, 0.1))), False, "one-of-three"),
     case("updates_rounded_away", lambda: steady(300, update_lost=lambda s: norms(1, 1, 1) if s == 50 else norms(0, 0, 0)), False, "once"),
