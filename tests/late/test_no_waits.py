@@ -263,6 +263,12 @@ def test_a_statistic_of_ones_own_never_waits() -> None:
     assert waits(there(), rules="default", optimizer=momentum, statistics=[_Moving(), _Given()]) == {}
 
 
+@on_late
+def test_what_speaks_before_the_loss_does_never_waits() -> None:
+    more = ["weight_spectra", "effective_rank"]
+    assert waits(there(), rules=["default", "ahead"], optimizer=momentum, statistics=more) == {}
+
+
 @pytest.mark.parametrize("rules", [True, False])
 @on_late
 def test_a_step_that_the_device_vetoes_is_proven_without_a_wait(rules: bool) -> None:
