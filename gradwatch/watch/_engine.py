@@ -43,7 +43,7 @@ from ._ranks import are_several, world_size
 from ._recomputation import Recomputed
 from ._record_draft import Draft
 from ._replays import ForwardMemory, Replay
-from ._replicas import are_copies
+from ._replicas import COPIES, are_copies
 from ._rollbacks import rollbacks_of
 from ._run_treatments import attach
 from ._statistics import OwnStatistics
@@ -228,6 +228,9 @@ class Engine:
         if self.recomputation.is_due(step) and self.guard.ok(RECOMPUTING):
             with self.guard(RECOMPUTING):
                 self.recomputation.listen(step)
+        if are_several() and are_copies(self.meter.watched) and self.guard.ok(COPIES):
+            with self.guard(COPIES):
+                self._measuring.replicas.begin(step, self.options.replicas_every)
         self._begun = step
 
     def remembers(self) -> bool:
@@ -513,9 +516,9 @@ class Engine:
 
     def _keep_what_is_left(self) -> None:
         """Keep what the optimizers have left of the weights, where ranks compare it at the next step."""
-        every, part = self.options.replicas_every, "comparing the ranks' copies"
-        if every is not None and world_size() > 1 and are_copies(self.meter.watched) and self.guard.ok(part):
-            with self.guard(part):
+        every = self.options.replicas_every
+        if every is not None and world_size() > 1 and are_copies(self.meter.watched) and self.guard.ok(COPIES):
+            with self.guard(COPIES):
                 self._measuring.replicas.stepped(self._step, every, one_by_one=len(self.optimizers) > 1)
 
     def _complete_last(self) -> None:
@@ -558,6 +561,7 @@ class Engine:
         looks = [self.produced, self.delivered]
         looks += [] if self._measuring.fingerprints is None else [self._measuring.fingerprints]
         self.recomputation.forget()
+        self._measuring.replicas.forget()
         ours: list[Any] = [self.gates, self.announced, *looks, self.meter, *own, self.rates, *back]
         end_guarded(self.guard, *(x.close for x in ours), *(hooks.remove for hooks in self._installed))
 

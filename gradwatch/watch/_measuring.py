@@ -34,7 +34,7 @@ from ._produced import Look, Produced
 from ._ranks import combine, pack_extras, rank_of_this, say_the_same
 from ._recomputation import RECOMPUTED, Recomputation
 from ._record_draft import NOTHING, Draft
-from ._replicas import Replicas, are_copies
+from ._replicas import COPIES, Replicas, are_copies
 from ._statistics import OwnRows, OwnStatistics
 from ._step_inputs import StepInputs
 from ._timed import calm_numpy
@@ -360,8 +360,8 @@ class Measuring:
             seen.sums[PRINTS][rank] = moved(row, self.meter.device)
         if turn.recomputed is not None and RECOMPUTED in seen.sums:
             self.recomputation.put(turn.recomputed, seen.sums)
-        if self._compares_copies(turn) and self.guard.ok("comparing the ranks' copies"):
-            with self.guard("comparing the ranks' copies"):
+        if self._compares_copies(turn) and self.guard.ok(COPIES):
+            with self.guard(COPIES):
                 self.replicas.look(grads, seen.sums)
 
     def _put_modules(self, seen: _Seen, tap: TapStats | None) -> None:

@@ -13,14 +13,17 @@ from torch import Tensor
 
 from ..records import PARAMETER
 from ..stats import Gradients
-from ..torchside import Aside, StandIn, checksum, moved, wide_dtype
+from ..torchside import Aside, StandIn, checksum, moved, wide_dtype, world_size
+from ._contributions import BROUGHT, HELD, Contributions, farther_rank
 from ._model_meter import ModelMeter
 from ._options import is_due
 from ._paths import Watched
 from ._ranks import rank_of_this
 
-__all__ = ["RANKS", "ROWS", "Replicas", "are_copies", "odd_rank", "replica_column", "replica_scalars"]
+__all__ = ["COPIES", "RANKS", "ROWS", "Replicas", "are_copies", "odd_rank", "replica_column", "replica_scalars"]
 
+COPIES = "comparing the ranks' copies"
+"""What fails where this does."""
 RANKS, ROWS = "replicas/ranks", "replicas/rows"
 """Names of what travels: sums that have a row for each rank, and that have one for each parameter."""
 _WIDE, _NARROW = 20, 8
@@ -45,6 +48,20 @@ class Replicas:
     def __init__(self, meter: ModelMeter) -> None:
         self._meter = meter
         self._after: Tensor | None = None
+        self._contributions, self._step = Contributions(), -1
+
+    def begin(self, step: int, every: int | None) -> None:
+        """Say that a step's forward passes begin; may be said once per micro-batch. Of two ranks none is in the
+        majority: there what each brings to the gradients is taken in, where these are compared."""
+        if step == self._step:
+            return
+        self._step = step
+        if is_due(step, every) and world_size() == 2:
+            self._contributions.listen(self._weights())
+
+    def forget(self) -> None:
+        """Take off what listens. May be called twice."""
+        self._contributions.forget()
 
     def stepped(self, step: int, every: int | None, *, one_by_one: bool) -> None:
         """Keep what the optimizer has left, where that is compared with what the next step finds.
@@ -64,6 +81,7 @@ class Replicas:
         return {
             RANKS: torch.zeros(num_ranks, _WIDTH, dtype=wide, device=device),
             ROWS: torch.zeros(self._num, 8, dtype=wide, device=device),
+            **(self._contributions.blank(self._num, device) if num_ranks == 2 else {}),
         }
 
     def look(self, grads: Gradients, into: dict[str, Tensor]) -> None:
@@ -78,6 +96,8 @@ class Replicas:
             changed = (self._after != wholes[0]).any().to(changed.dtype)
         into[RANKS][rank_of_this()] = torch.stack([*wholes[0], *wholes[1], changed, torch.ones_like(changed)])
         both = [_parts(of_weights), _parts(of_grads)]
+        if HELD in into:
+            into[BROUGHT], into[HELD][rank_of_this()] = self._contributions.take(weights, by_id, self._meter.device)
         into[ROWS] = torch.cat([part for codes in both for part in (codes, codes.square())], dim=1)
 
     @property
@@ -146,7 +166,7 @@ def replica_scalars(host: Mapping[str, Any]) -> dict[str, float]:
         count = len(codes) - max(Counter(codes).values())
         found[name] = float(count)
         if count:
-            named.append(odd_rank(codes, ranks[:, 4] if name == "replicas_differ" else np.zeros(len(codes))))
+            named.append(odd_rank(codes, ranks[:, 4]) if name == "replicas_differ" else _odd_gradients(codes, host))
     if named:
         found["replica_rank"] = float(named[0])
     return found
@@ -165,6 +185,14 @@ def odd_rank(codes: Sequence[Any], changed: Sequence[float] | NDArray[np.float64
         return odd[0] if len(odd) == 1 else -1
     written = [rank for rank, flag in enumerate(changed) if flag]
     return written[0] if len(written) == 1 else -1
+
+
+def _odd_gradients(codes: Sequence[Any], host: Mapping[str, Any]) -> int:
+    """Return the rank whose gradients are not those of most, of two not what both brought."""
+    if len(codes) != 2:
+        return odd_rank(codes, np.zeros(len(codes)))
+    found = replica_column(host)
+    return -1 if found is None else farther_rank(host, found[0][found[1] % 2 == 1])
 
 
 def replica_column(host: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:

@@ -75,20 +75,38 @@ def a_weight(rank: int, world: int, folder: Path) -> None:
 
 
 def a_gradient(rank: int, world: int, folder: Path) -> None:
-    """After the reduction; of three and more ranks the one is named by the others."""
+    """After the reduction; of three and more ranks the one is named by the others, of two by what both brought: but for
+    the last bits, which are below what rounding leaves of that."""
+    for who, bit in ((1, 0), (0, 15), (0, 31), (1, 29)):
 
-    def fault(step: int, model: nn.Module, when: str) -> None:
-        if step == WHEN and rank == 1 and when == "after backward":
-            flip(model[0].weight.grad, 3, 29)
+        def fault(step: int, model: nn.Module, when: str, who: int = who, bit: int = bit) -> None:
+            if step == WHEN and rank == who and when == "after backward":
+                flip(model[0].weight.grad, 3, bit)
 
-    watch = train(rank, fault, steps=WHEN + 1)
-    found = told(watch, "rank_divergence")
-    assert (found.first_step, found.first_path) == (WHEN, "0.weight"), found
-    named = "gradients of rank 1 are not those" if world > 2 else "ranks' gradients are not the same"
-    assert named in found.message, found.message
-    assert watch.history[WHEN].scalars["replica_rank"] == (1 if world > 2 else -1)
+        watch = train(rank, fault, steps=WHEN + 1)
+        found = told(watch, "rank_divergence")
+        assert (found.first_step, found.first_path) == (WHEN, "0.weight"), found
+        is_named = world > 2 or bit > 10
+        named = f"gradients of rank {who} are not those" if is_named else "ranks' gradients are not the same"
+        assert named in found.message, (bit, found.message)
+        assert watch.history[WHEN].scalars["replica_rank"] == (who if is_named else -1)
     after = train(rank, fault, steps=WHEN + 2).history[-1]
     assert after.scalars["replicas_differ"] == 1, after.scalars  # what became of it
+
+
+def what_is_not_the_mean(rank: int, world: int, folder: Path) -> None:
+    """Gradients that are scaled after the reduction are as far from what was brought on all ranks: nobody is named."""
+
+    def fault(step: int, model: nn.Module, when: str) -> None:
+        if when == "after backward":
+            for p in model.parameters():
+                p.grad.mul_(0.3)
+            if step == WHEN and rank == 1:
+                flip(model[0].weight.grad, 3, 10)
+
+    watch = train(rank, fault, steps=WHEN + 1)
+    assert watch.history[WHEN].scalars["replica_rank"] == (1 if world > 2 else -1)
+    assert told(watch, "rank_divergence").first_step == WHEN
 
 
 def at_a_cadence(rank: int, world: int, folder: Path) -> None:
@@ -161,6 +179,7 @@ def one_that_can_not(rank: int, world: int, folder: Path) -> None:
 CASES = {
     "a_weight": a_weight,
     "a_gradient": a_gradient,
+    "what_is_not_the_mean": what_is_not_the_mean,
     "at_a_cadence": at_a_cadence,
     "healthy": healthy,
     "a_computation": a_computation,
