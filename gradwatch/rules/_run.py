@@ -202,7 +202,8 @@ class RankDivergence(Rule):
     """Flags ranks that no longer hold the same weights or, after their reduction, the same gradients.
 
     Compared bit for bit, by checksums (`replicas_every`): the one rank that differs from most is named; of two it is
-    the one whose weights changed between the optimizer's steps. Besides, gradient norms are compared at every step.
+    the one whose weights changed between the optimizer's steps, or whose gradient is not what both brought to it. Who
+    was named once is named for as long as they differ. Besides, gradient norms are compared at every step.
 
     Args:
         tolerance: relative spread of the gradient norms over the ranks.
@@ -225,7 +226,11 @@ class RankDivergence(Rule):
             record.scalars.get(name, math.nan) for name in ("replicas_differ", "replica_gradients_differ")
         )
         if weights > 0 or gradients > 0:
-            return self._bits(record, weights, gradients), state
+            rank = record.scalars.get("replica_rank", -1.0)
+            # What a bad gradient has made of the weights tells of two ranks no more which it was.
+            rank = state.get("rank", -1.0) if rank < 0 else rank
+            return self._bits(record, weights, gradients, rank), {"rank": rank}
+        state = state if math.isnan(weights) else {}
         if math.isnan(spread):
             return (
                 self.unjudged(record, "one rank, or not measured") if math.isnan(weights) else self.clear(record)
@@ -233,9 +238,8 @@ class RankDivergence(Rule):
         text = "the ranks' gradient norms differ by {value:.2g}"
         return self.whole(record, spread > self.tolerance, spread, self.tolerance, text), state
 
-    def _bits(self, record: StepRecord, weights: float, gradients: float) -> Findings:
+    def _bits(self, record: StepRecord, weights: float, gradients: float, rank: float) -> Findings:
         what = "weights" if weights > 0 else "gradients"
-        rank = record.scalars.get("replica_rank", -1.0)
         text = f"the {what} of rank {rank:.0f} are not those of the other ranks, bit for bit"
         if rank < 0:
             text = f"the ranks' {what} are not the same, bit for bit ({max(weights, gradients):.0f} differ from most)"

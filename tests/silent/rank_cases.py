@@ -90,8 +90,10 @@ def a_gradient(rank: int, world: int, folder: Path) -> None:
         named = f"gradients of rank {who} are not those" if is_named else "ranks' gradients are not the same"
         assert named in found.message, (bit, found.message)
         assert watch.history[WHEN].scalars["replica_rank"] == (who if is_named else -1)
-    after = train(rank, fault, steps=WHEN + 2).history[-1]
+    watch = train(rank, fault, steps=WHEN + 2)
+    after = watch.history[-1]
     assert after.scalars["replicas_differ"] == 1, after.scalars  # what became of it
+    assert "weights of rank 1 are not those" in told(watch, "rank_divergence").message
 
 
 def what_is_not_the_mean(rank: int, world: int, folder: Path) -> None:
