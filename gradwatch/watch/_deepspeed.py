@@ -82,8 +82,9 @@ class BeforeStep:
     """Calls back when a DeepSpeed engine is about to step, and hears the losses that it runs backward on.
 
     Accelerate, and the Hugging Face Trainer with it, run backward and step in one call, and DeepSpeed has no event in
-    between: two methods of its optimizer are wrapped until `close`. One of torch's own, as it has without ZeRO, takes a
-    hook; this must be the first on it.
+    between: `backward` and `scale` of the engine, which are given the loss before anything is made of it, and `step`
+    of its optimizer are wrapped until `close`. An optimizer of torch's own, as it has without ZeRO, takes a hook; this
+    must be the first on it.
 
     Args:
         engine: the engine.
@@ -104,8 +105,9 @@ class BeforeStep:
         if isinstance(optimizer, Optimizer):
             self._handle = WeakHook.of(self._tell).hang(optimizer.register_step_pre_hook)
             return
-        if hasattr(optimizer, "scale_if_loss"):
-            self._wrap(optimizer, "scale_if_loss", BeforeStep._hear)
+        for name in ("backward", "scale"):
+            if hasattr(engine, name):
+                self._wrap(engine, name, BeforeStep._hear)
         self._wrap(optimizer, "step", BeforeStep._tell)
 
     def _wrap(self, owner: Any, name: str, first: Callable[..., object]) -> None:
@@ -117,17 +119,17 @@ class BeforeStep:
             if found is None:  # the watch is gone, and was not closed
                 _unwrap(owner, name, told)
             else:
-                first(found, *args)
+                first(found, *args, **kwargs)
             return original(*args, **kwargs)
 
         setattr(owner, name, told)
         self._wrapped.append((owner, name, told))
 
-    def _hear(self, loss: Any) -> None:
+    def _hear(self, loss: Any = None, *args: Any, **kwargs: Any) -> None:
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self.losses.append(loss.detach().clone())
 
-    def _tell(self, *args: Any) -> None:
+    def _tell(self, *args: Any, **kwargs: Any) -> None:
         self._on_step()
         self.losses.clear()
 

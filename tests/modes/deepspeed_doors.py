@@ -85,6 +85,7 @@ def in_accelerate(form: Any, config: dict[str, Any], make: Any, rank: int, world
                         optimizer.zero_grad()
         check(watch, expected, engine, twin)
         assert "step" not in vars(engine.optimizer)
+        assert not {"backward", "scale"} & vars(engine).keys()
 
 
 class Model(nn.Module):
