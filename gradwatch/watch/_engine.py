@@ -459,6 +459,7 @@ class Engine:
     def _on_judged(self, draft: Draft, opened: Sequence[Incident]) -> None:
         """Called with every step that is complete: what was judged only then may be an alarm, too."""
         self.delivered.note(draft)
+        self._measuring.hear_late(draft, self._step)
         for proof in draft.proofs:
             self.proofs.tell(proof.result(), draft.step)
         if opened:

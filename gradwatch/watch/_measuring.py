@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter, time
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from ..hooks import TapStats
 from ..stats import Exchange, GradientMeasures, GradientPieces, Gradients, Row, Shards, global_norm
 from ..torchside import Aside, are_modes_on, is_host, moved, real_of, wide_dtype
+from ._accord import Accord, Layout
 from ._batch import batch_scalars, holds_targets, num_samples
 from ._between import whole
 from ._company import Company, LossOfOthers
@@ -27,14 +27,12 @@ from ._kind import Kind
 from ._loss_graph import SeenLoss, form_scalars
 from ._model_meter import ModelMeter, constant, few_seals, loss_value
 from ._numbers import Scalars
-from ._parallel import num_batches_at_once
-from ._paths import Watched
 from ._prediction import Prediction
 from ._produced import Look, Produced
-from ._ranks import combine, pack_extras, rank_of_this, say_the_same
+from ._ranks import combine, pack_extras, rank_of_this
 from ._recomputation import RECOMPUTED, Recomputation
 from ._record_draft import NOTHING, Draft
-from ._replicas import COPIES, Replicas, are_copies
+from ._replicas import COPIES, OF_COPIES, ROWS, Replicas
 from ._statistics import OwnRows, OwnStatistics
 from ._step_inputs import StepInputs
 from ._timed import calm_numpy
@@ -44,10 +42,6 @@ from ._turn import Turn
 __all__ = ["Measuring"]
 
 _CPU = torch.device("cpu")
-_APART = (
-    "the ranks do not hold the same parameters and modules (experts, stages of a pipeline), and nothing says how they "
-    "belong together. Give gradwatch a pipeline's schedule in the model's place, and experts as DTensors over a mesh"
-)
 
 
 @dataclass
@@ -66,6 +60,8 @@ class _Seen:
     before: Look | None = None
     is_sealed: bool = False
     fingerprint: Tensor | None = None
+    layout: Layout | None = None
+    is_fitting: bool = True
 
 
 class Measuring:
@@ -73,6 +69,7 @@ class Measuring:
 
     Attributes:
         kind: of the training.
+        accord: what the ranks have agreed to exchange.
         num_failed_treatments: on this rank since the last exchange, rules that carry some among them; told to the
             other ranks with the next one.
         num_unproven: vetoed steps of this rank that moved something which is to end the training, likewise.
@@ -93,9 +90,7 @@ class Measuring:
         self._needs_whole = treats
         self.num_failed_treatments = self.num_unproven = 0
         self._clock = perf_counter()
-        # Weakly: what was watched before, with layers that the model has let go of, must not live on here.
-        self._num_batches: tuple[weakref.ref[Watched], int] | None = None
-        self._has_compared = False
+        self.accord = Accord(meter, guard)
         self._company = Company()
         self._others = LossOfOthers()
         self.kind = Kind(meter.options.kind)
@@ -173,6 +168,9 @@ class Measuring:
         # From here on the vector is on its way, or the ranks that it would go to are gone.
         turn.has_exchanged = True
         batch = self._combine(seen)
+        said = seen.layout
+        if said is not None and self.accord.hear(turn.step, said, seen.sums["extras"], seen.sums["failed"]):
+            grads = self._let_go(turn, seen)
         assert seen.pieces is not None
         found = grads.put_together(seen.pieces)
         parts: Measured = {"samples": seen.samples}
@@ -188,7 +186,9 @@ class Measuring:
             parts["batch/batch_fingerprint"] = seen.fingerprint
         if seen.before is not None:
             parts |= self._produced(seen.before, inputs, grads)
-        own = None if self.own is None else self.own.draft(inputs.step, seen.own, plan.num_ranks)
+        own = None
+        if self.own is not None and seen.is_fitting:
+            own = self.own.draft(inputs.step, seen.own, plan.num_ranks)
         if own is not None:
             parts |= own.parts()
         spread_positions = None
@@ -212,12 +212,13 @@ class Measuring:
             loss=seen.loss if isinstance(seen.loss, Tensor) else None,
             has_details="histograms" in parts or spread_positions is not None,
             num_ranks=plan.num_ranks,
-            num_batches=self.num_batches,
+            num_batches=self.accord.num_batches,
             tap_positions=None if seen.tap is None else self.meter.module_positions(),
             spread_positions=spread_positions,
             own=own,
             is_sealed=seen.is_sealed,
             doubtful=self.meter.account.doubtful(grads.params),
+            layout=seen.layout,
         )
         if found.absent is not None and is_host(found.absent.device):
             grads.lack_(torch.nonzero(found.absent)[:, 0].tolist())
@@ -268,19 +269,26 @@ class Measuring:
         return {} if before is None else {"produced": before}
 
     def compare(self, turn: Turn) -> None:
-        """Find out, before the first exchange, whether ranks hold the same parameters and modules, and measure the same
-        ones of them: else nothing that they exchange would be about the same, or of the same length."""
-        if self._has_compared or turn.plan.is_alone:
-            return
-        self._has_compared = True
-        watched = self.meter.watched
-        index, apart = watched.index, watched.strange
-        layout = "\n".join(
-            f"{path} {shape} {path in apart}" for path, shape in zip(index.paths, index.shapes, strict=True)
-        )
-        if not say_the_same(f"{layout}\n{are_copies(watched)}", self.meter.device):
-            self.meter.stay_apart(_APART, turn.step)
-            self.guard.warn(f"nothing of the gradients is seen: {_APART}.")
+        """Find out, before the first exchange, whether ranks have anything to exchange."""
+        if not turn.plan.is_alone:
+            self.accord.compare(turn.step)
+
+    def hear_late(self, draft: Draft, step: int) -> None:
+        """Take in what ranks said at a step whose numbers are taken up now; `step`: that was measured last."""
+        if draft.layout is not None and not is_host(self.meter.device):
+            said = draft.numbers.result()["extras"].tolist()
+            self.accord.hear_late(step, draft.layout, said, draft.num_failed, since=draft.step)
+
+    def _let_go(self, turn: Turn, seen: _Seen) -> Gradients:
+        """Leave all that ranks with unlike models have put together; return the gradients that are seen: none."""
+        turn.grads = grads = self.meter.gradients(turn.optimizers, turn.inputs.grad_scale)
+        turn.tensors = turn.seals = seen.tap = seen.before = seen.own = None
+        seen.is_fitting = False
+        for name in ("tap_sums", "norm_of_rank", "local_norms", *OF_COPIES):
+            seen.sums.pop(name, None)
+        seen.maxima.pop("tap_maxima", None)
+        seen.pieces, seen.is_sealed = grads.pieces(), False
+        return grads
 
     def give_up(self, turn: Turn) -> None:
         """Take part in a step's exchange with nothing to say, so that no rank waits for this one, and all know."""
@@ -300,14 +308,6 @@ class Measuring:
         self._combine(seen)
 
     @property
-    def num_batches(self) -> int:
-        """How many ranks work on batches of their own."""
-        key = self.meter.watched
-        if self._num_batches is None or self._num_batches[0]() is not key:
-            self._num_batches = (weakref.ref(key), num_batches_at_once(self.meter.model, [p for _, _, p in key.params]))
-        return self._num_batches[1]
-
-    @property
     def _num_parts(self) -> int:
         stages = self.meter.watched.stages
         return 1 if stages is None else stages.pipeline.num_parts
@@ -316,20 +316,20 @@ class Measuring:
         """Return what a rank that can measure nothing puts into the exchange: the plan's layout, with blanks."""
         ranks, device = turn.plan.num_ranks, self.meter.device
         seen = _Seen({}, {}, {} if turn.plan.modules else None, None)
-        wide = wide_dtype(device)
+        wide, layout = wide_dtype(device), self.accord.agreed
         if self.own is not None:
-            seen.sums, seen.maxima = self.own.blank(turn.step)
+            seen.sums, seen.maxima = self.own.blank(turn.step, layout.num_modules)
         if self.meter.local is not None:
             seen.sums["local_norms"] = torch.zeros(ranks, dtype=wide, device=device)
         if turn.plan.recomputes:
             seen.sums |= self.recomputation.blank(ranks)
-        if self._compares_copies(turn):
-            seen.sums |= self.replicas.blank(ranks)
-        if self._shares_fingerprints(turn):
+        if turn.plan.replicas and layout.has_copies:
+            seen.sums |= self.replicas.blank(ranks, layout.num_params)
+        if self._shares_fingerprints(turn) and layout.has_batches:
             seen.sums[PRINTS] = torch.zeros(ranks, 2, dtype=wide, device=device)
         if ranks > 1:
             seen.sums |= {"samples": constant(0.0, device), "loss": torch.zeros(2, dtype=wide, device=device)}
-            if self.meter.watched.stages is not None:
+            if layout.has_stages:
                 seen.sums["counted"] = constant(0.0, device)
             seen.sums["failed"] = constant(0.0, device)
             seen.sums["treatments_failed"] = constant(float(self.num_failed_treatments > 0), device)
@@ -337,19 +337,14 @@ class Measuring:
             seen.sums["extras"] = pack_extras({}, device)
             seen.sums["norm_of_rank"] = torch.zeros(ranks, dtype=wide, device=device)
             if seen.scalars is not None:
-                self._put_modules(seen, self.meter.blank_modules())
+                self._put_modules(seen, self.meter.blank_modules(layout.num_modules))
         return seen
-
-    def _compares_copies(self, turn: Turn) -> bool:
-        """Whether ranks compare weights and gradients: ranks that found, after the plan was made, that they hold unlike
-        parameters have nothing to compare, and no two tables of one length."""
-        return turn.plan.replicas and are_copies(self.meter.watched)
 
     def _shares_fingerprints(self, turn: Turn) -> bool:
         """Whether ranks tell each other what their batches are known by: where each has batches of its own."""
         plan = turn.plan
         is_due = self.fingerprints is not None and (plan.modules or self.meter.options.fingerprints)
-        return is_due and not plan.is_alone and self.num_batches == plan.num_ranks
+        return is_due and not plan.is_alone
 
     def _compare(self, seen: _Seen, turn: Turn, grads: Gradients, rank: int) -> None:
         """Put what tells silent faults into the vector: of the ranks' copies, of a second run, of the batch."""
@@ -360,7 +355,7 @@ class Measuring:
             seen.sums[PRINTS][rank] = moved(row, self.meter.device)
         if turn.recomputed is not None and RECOMPUTED in seen.sums:
             self.recomputation.put(turn.recomputed, seen.sums)
-        if self._compares_copies(turn) and self.guard.ok(COPIES):
+        if ROWS in seen.sums and seen.is_fitting and self.guard.ok(COPIES):
             with self.guard(COPIES):
                 self.replicas.look(grads, seen.sums)
 
@@ -372,6 +367,8 @@ class Measuring:
         device, rank, inputs, is_alone = self.meter.device, rank_of_this(), turn.inputs, turn.plan.is_alone
         sampled, (output, unread), loss = self.meter.armed, self.meter.take_output(), self.meter.take_loss()
         seen = self._nothing(turn)
+        if not is_alone:
+            self._fit(seen)
         seen.samples = float(inputs.num_samples or num_samples(inputs.batch))
         seen.loss, num_losses = self._losses(inputs, device, is_alone=is_alone)
         if not is_alone:
@@ -379,15 +376,12 @@ class Measuring:
         if sampled:
             tap = self.meter.take_modules(is_alone=is_alone)
             # Beyond the plan of this step (a tap left armed) nothing may be added to the vector.
-            if seen.scalars is not None or is_alone:
+            if (seen.scalars is not None or is_alone) and seen.is_fitting:
                 self._put_modules(seen, tap)
-        if seen.scalars is not None and self.guard.ok("numbers of the batch"):
-            with self.guard("numbers of the batch"):
-                if unread is not None and inputs.outputs is None:
-                    self.guard.miss("the model's output", unread)
-                seen.scalars = self._of_batch(inputs, output, loss)
-                if is_alone:  # what one rank sees of its loss, another may not
-                    self.kind.loss(seen.scalars)
+        if seen.scalars is not None:
+            if unread is not None and inputs.outputs is None:
+                self.guard.miss("the model's output", unread)
+            self._take_batch(seen, inputs, output, loss, is_alone=is_alone)
         self._take_gradients(seen, turn, grads)
         assert seen.pieces is not None
         if self.own is not None:
@@ -401,8 +395,27 @@ class Measuring:
             if own is not None:
                 seen.sums["local_norms"][rank] = moved(own, device)
         if "extras" in seen.sums:
-            seen.sums["extras"], seen.extras = pack_extras(extras, device), tuple(extras)
+            seen.sums["extras"], seen.extras = pack_extras(extras, device, self.accord.say()), tuple(extras)
         return seen
+
+    def _fit(self, seen: _Seen) -> None:
+        """Find out whether this rank's model is the one that ranks have agreed on: else most of it stays blank."""
+        seen.layout = self.accord.now
+        seen.is_fitting = seen.layout == self.accord.agreed
+        if not seen.is_fitting:
+            seen.tap = None
+            self.replicas.forget()
+            if self.own is not None:
+                self.own.miss()
+
+    def _take_batch(
+        self, seen: _Seen, inputs: StepInputs, output: Prediction | None, loss: SeenLoss | None, *, is_alone: bool
+    ) -> None:
+        if self.guard.ok("numbers of the batch"):
+            with self.guard("numbers of the batch"):
+                seen.scalars = self._of_batch(inputs, output, loss)
+                if is_alone:  # what one rank sees of its loss, another may not
+                    self.kind.loss(seen.scalars)
 
     def _of_batch(self, inputs: StepInputs, output: Prediction | None, loss: SeenLoss | None) -> Scalars:
         """Return what can be said of batch, outputs and targets: as they were given, else as modules and loss show."""

@@ -31,6 +31,7 @@ from ..torchside import (
     whole_of,
     why_unreadable,
     wide_dtype,
+    world_size,
 )
 from ._account import Account
 from ._batch import reduced
@@ -55,6 +56,8 @@ class ModelMeter:
 
     Attributes:
         is_told: the trainer hands over what the model gives: modules' outputs are not looked through for it.
+        sample_until: modules are sampled up to this step.
+        looks_again: this rank would have its modules sampled at the next step, if all ranks did.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], options: MeasureOptions) -> None:
@@ -80,7 +83,7 @@ class ModelMeter:
         self._why_apart = ""
         self._home: tuple[Watched, torch.device, torch.device] | None = None
         self._ordered = False
-        self.sample_until = -1
+        self.sample_until, self.looks_again = -1, False
         self._marks: Seals | None = None
         self.is_muted: Callable[[], bool] = lambda: False
         self.local = LocalNorms() if options.local_norms else None
@@ -140,8 +143,12 @@ class ModelMeter:
         same = len(old.hooked) == len(self.watched.hooked) and all(map(is_, old.hooked, self.watched.hooked))
         if self.tap is not None and not (same and old.modules == self.watched.modules):
             if self.tap.armed:
-                # What these modules gave at this step is lost with the hooks: look again at the next.
-                self.sample_until = max(self.sample_until, step + 1)
+                # What these modules gave at this step is lost with the hooks: look again at the next. Of several ranks
+                # all do, or none.
+                if world_size() > 1:
+                    self.looks_again = True
+                else:
+                    self.sample_until = max(self.sample_until, step + 1)
             self.disarm()
             self.tap.close()
             self.tap = self._make_tap()
@@ -214,12 +221,12 @@ class ModelMeter:
         found.maxima.index_copy_(0, index, moved(stats.maxima, self.device, found.maxima.dtype))
         return found
 
-    def blank_modules(self) -> TapStats | None:
-        """Return what `take_modules` would, had nothing been seen; None where no module is watched."""
-        if self.watched.stages is not None:
-            watches = self.watched.modules and self.options.activations_every is not None
-            return TapStats.blank(self.watched.modules, self.device) if watches else None
-        return None if self.tap is None else TapStats.blank(self.tap.paths, self.device)
+    def blank_modules(self, num: int) -> TapStats | None:
+        """Return what `take_modules` would of that many modules, had nothing been seen; None where none is watched."""
+        if not num or self.options.activations_every is None:
+            return None
+        paths = self.watched.modules if self.tap is None or self.watched.stages is not None else self.tap.paths
+        return TapStats.blank(paths if len(paths) == num else ("",) * num, self.device)
 
     def module_positions(self) -> NDArray[np.int64]:
         """Return the modules' places in the index, in the tap's order."""

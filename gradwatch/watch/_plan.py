@@ -11,7 +11,6 @@ from ..torchside import is_host
 from ._model_meter import ModelMeter
 from ._options import MeasureOptions, is_due
 from ._ranks import are_several, world_size
-from ._replicas import are_copies
 
 __all__ = ["ALERT_STEPS", "Planner", "StepPlan", "acts_in_step", "reasons_to_wait"]
 
@@ -31,7 +30,7 @@ class StepPlan(NamedTuple):
         updates: how far parameters move is measured.
         spreads: rows of weights are compared.
         recomputes: the batch is run again, and gradients are compared.
-        replicas: weights and gradients of the ranks are compared.
+        replicas: weights and gradients of the ranks are compared, where they hold copies.
         num_ranks: that take part.
         is_plain: nothing but norms is due, on one rank; no settings either, which stand beside updates.
     """
@@ -101,7 +100,7 @@ class Planner:
             updates=updates,
             spreads=spreads,
             recomputes=recomputes,
-            replicas=ranks > 1 and is_due(step, options.replicas_every) and are_copies(self._meter.watched),
+            replicas=ranks > 1 and is_due(step, options.replicas_every),
             num_ranks=ranks,
             is_plain=ranks == 1 and not (modules or histograms or updates or spreads or recomputes),
         )

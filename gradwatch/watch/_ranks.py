@@ -22,6 +22,7 @@ from ..torchside import are_several, moved, sent, wide_dtype, world_size
 
 __all__ = [
     "BATCH_SCALARS",
+    "NUM_SAID",
     "NUM_SLOTS",
     "are_several",
     "combine",
@@ -33,8 +34,9 @@ __all__ = [
     "world_size",
 ]
 
-NUM_SLOTS = 64
-"""Numbers known on each rank's host that travel along: validation metrics, cosines between tasks, seconds."""
+NUM_SLOTS, NUM_SAID = 64, 3
+"""Numbers known on each rank's host that travel along: validation metrics, cosines between tasks, seconds; and what a
+rank says of itself (see `Accord`)."""
 
 # A fixed list, so that the packed vector has one layout on all ranks whatever a rank's batch could tell.
 _MEANS = (
@@ -145,15 +147,23 @@ def combine(
     return result
 
 
-def pack_extras(extras: Mapping[str, float], device: torch.device) -> Tensor:
-    """Return numbers of this rank's host as a vector of fixed length, with a checksum of their names before them."""
+def pack_extras(extras: Mapping[str, float], device: torch.device, said: Sequence[float] = ()) -> Tensor:
+    """Return numbers of this rank's host as a vector of fixed length, with a checksum of their names before them.
+
+    Args:
+        extras: numbers by name.
+        device: where they travel from.
+        said: what the rank says of itself, `NUM_SAID` numbers that stand last; nothing: zeros.
+    """
     names = sorted(extras)[:NUM_SLOTS]
     wide = wide_dtype(device)
     # Its square, summed over ranks, must be exact.
     check = zlib.crc32("\n".join(names).encode()) & (0xFFFFF if wide is torch.float64 else 0xFF)
     values = [float(check), float(check) ** 2, *(float(extras[n]) for n in names)]
-    packed = torch.zeros(NUM_SLOTS + 2, dtype=torch.float64)
+    packed = torch.zeros(NUM_SLOTS + 2 + NUM_SAID, dtype=torch.float64)
     packed[: len(values)] = torch.tensor(values, dtype=torch.float64)
+    if said:
+        packed[-NUM_SAID:] = torch.tensor(said, dtype=torch.float64)
     return sent(packed.to(wide), device)
 
 
@@ -162,7 +172,7 @@ def merged_extras(names: Sequence[str], packed: NDArray[np.float64], num_ranks: 
     total, squares = packed[:2]
     if num_ranks * squares != total * total:
         return {}
-    return {n: float(v) / num_ranks for n, v in zip(sorted(names), packed[2:], strict=False)}
+    return {n: float(v) / num_ranks for n, v in zip(sorted(names), packed[2:-NUM_SAID], strict=False)}
 
 
 def _on(value: Tensor | float, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..protocols import Action
 from ..records import Finding, Histogram, HistogramTable, Incident, Index, StepRecord
 from ..requests import StopTraining
+from ._accord import Layout
 from ._account import MOVED, NO_BACKWARD
 from ._between import Between, whole
 from ._columns import Columns, as_float32
@@ -65,6 +66,7 @@ class Draft:
         tap_positions: in the index, of the modules.
         spread_positions: in the index, of the weights whose rows were compared.
         has_details: histograms were taken.
+        layout: what its model looked like to this rank (see `Accord`); None where there is one rank.
         own: the user's own statistics of this step; None where there are none.
         applied, treated: the treatments that ran, and their numbers on the way.
         unseen: path -> why neither a gradient was measured nor is known not to be.
@@ -111,6 +113,7 @@ class Draft:
     tap_positions: NDArray[np.int64] | None = None
     spread_positions: NDArray[np.int64] | None = None
     has_details = False
+    layout: Layout | None = None
     own: Any = None
     applied: Applied | None = None
     treated: Numbers | None = None

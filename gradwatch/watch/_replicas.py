@@ -20,12 +20,23 @@ from ._options import is_due
 from ._paths import Watched
 from ._ranks import rank_of_this
 
-__all__ = ["COPIES", "RANKS", "ROWS", "Replicas", "are_copies", "odd_rank", "replica_column", "replica_scalars"]
+__all__ = [
+    "COPIES",
+    "OF_COPIES",
+    "RANKS",
+    "ROWS",
+    "Replicas",
+    "are_copies",
+    "odd_rank",
+    "replica_column",
+    "replica_scalars",
+]
 
 COPIES = "comparing the ranks' copies"
 """What fails where this does."""
 RANKS, ROWS = "replicas/ranks", "replicas/rows"
 """Names of what travels: sums that have a row for each rank, and that have one for each parameter."""
+OF_COPIES = (RANKS, ROWS, BROUGHT, HELD)
 _WIDE, _NARROW = 20, 8
 """Bits of a checksum that one number holds, in floats of eight bytes and of four: their squares, summed over thousands
 of ranks (hundreds), are exact."""
@@ -75,13 +86,13 @@ class Replicas:
         if is_due(step + 1, every) or (one_by_one and is_due(step, every)):
             self._after = self._whole(self._codes(self._weights()))
 
-    def blank(self, num_ranks: int) -> dict[str, Tensor]:
-        """Return the sums of a rank that has nothing to say."""
+    def blank(self, num_ranks: int, num_params: int) -> dict[str, Tensor]:
+        """Return the sums of a rank that has nothing to say of that many parameters."""
         device, wide = self._meter.device, wide_dtype(self._meter.device)
         return {
             RANKS: torch.zeros(num_ranks, _WIDTH, dtype=wide, device=device),
-            ROWS: torch.zeros(self._num, 8, dtype=wide, device=device),
-            **(self._contributions.blank(self._num, device) if num_ranks == 2 else {}),
+            ROWS: torch.zeros(num_params, 8, dtype=wide, device=device),
+            **(self._contributions.blank(num_params, device) if num_ranks == 2 else {}),
         }
 
     def look(self, grads: Gradients, into: dict[str, Tensor]) -> None:

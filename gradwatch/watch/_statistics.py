@@ -182,7 +182,7 @@ class OwnStatistics:
             self._hang()
         self._step = step
         due = self.due(step, self._of_outputs)
-        self._listening = {s.name: self._blank(s) for s in due}
+        self._listening = {s.name: self._blank(s, len(self.meter.watched.modules)) for s in due}
         if self._ears is not None and any("attention" in s.needs for s in due):
             self._ears.open()
 
@@ -233,13 +233,17 @@ class OwnStatistics:
         if maxima is not None:
             kept.maxima[row] = torch.maximum(kept.maxima[row], moved(maxima, device, wide)[0])
 
-    def _blank(self, statistic: Statistic) -> _Outputs:
-        device, n = self.meter.device, len(self.meter.watched.modules)
+    def miss(self) -> None:
+        """Leave what was heard of outputs at this step: it is of other modules than what is exchanged."""
+        self._listening = {}
+
+    def _blank(self, statistic: Statistic, n: int) -> _Outputs:
+        device = self.meter.device
         wide = wide_dtype(device)
         sums = torch.zeros(n, statistic.num_sums + 1, dtype=wide, device=device)
         return _Outputs(sums, torch.full((n, statistic.num_maxima), -torch.inf, dtype=wide, device=device))
 
-    def blank(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def blank(self, step: int, num_modules: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return what this rank adds to the exchange where it has nothing to say: sums and maxima by name."""
         sums: dict[str, Tensor] = {}
         maxima: dict[str, Tensor] = {}
@@ -247,7 +251,7 @@ class OwnStatistics:
         if plan:
             sums["own/given"] = torch.zeros(len(plan), dtype=wide_dtype(device), device=device)
         for statistic in self.due(step, self._of_outputs):
-            self._put(self._blank(statistic), statistic, sums, maxima)
+            self._put(self._blank(statistic, num_modules), statistic, sums, maxima)
         return sums, maxima
 
     def _put(self, found: _Outputs, statistic: Statistic, sums: dict[str, Tensor], maxima: dict[str, Tensor]) -> None:
@@ -274,6 +278,8 @@ class OwnStatistics:
         into: tuple[dict[str, Tensor], dict[str, Tensor]],
     ) -> OwnRows | None:
         """Measure what is due, and put what travels over ranks by name into sums and maxima."""
+        if self._hooked is not self.meter.watched:
+            self.miss()  # heard of modules that were, while the model has changed since
         if self._step == step:
             for statistic in self.due(step, self._of_outputs):
                 if statistic.name in self._listening:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from gradwatch.errors import TrainingStopped
 from gradwatch.rules import Exploding, Expression, NonFinite
-from gradwatch.treatments import ClipToLimit, LowerLearningRate, Rollback, SkipStep, Stop
+from gradwatch.treatments import ClipByGlobalNorm, ClipToLimit, LowerLearningRate, Rollback, SkipStep, Stop
 from tests.late.device import late, there
 from tests.late.loops import Loop, fused, momentum, quiet
 from tests.late.places import Place
@@ -129,7 +130,42 @@ def goes_back(rank: int, world: int, folder: Path) -> None:
     assert incident.details["rolled_back_from"] <= 60 + 33
 
 
+def changes(*, alone: bool) -> Callable[[int, int, Path], None]:
+    def case(rank: int, world: int, folder: Path) -> None:
+        """A layer more at a step, on all ranks or on one: vectors stay of one length until all have heard of it."""
+        there().set_lag(LAGS[rank])
+        loop = Loop(
+            Place(LAGS[rank], torch.device("late:0"), is_real=True),
+            optimizer=momentum,
+            activations_every=1,
+            replicas_every=1,
+            treatments=ClipByGlobalNorm(1e-3),
+        )
+        with warnings.catch_warnings(record=True) as told, loop.ending(), loop.watch:
+            warnings.simplefilter("always")
+            for step in range(80):
+                if step == 20 and not (alone and rank == 0):
+                    more = torch.nn.Linear(3, 3, bias=False)
+                    torch.nn.init.eye_(more.weight)
+                    loop.model.append(more.to("late:0"))
+                    loop.optimizer.add_param_group({"params": list(more.parameters())})
+                loop.once()
+        history = loop.watch.history
+        equal_on_all_ranks([loop.end, [(r.step, r.skipped, r.measured("grad_norm").any().item()) for r in history]])
+        assert len([w for w in told if "do not hold the same" in str(w.message)]) == alone, told
+        seen = [r.step for r in history if r.measured("grad_norm").any()]
+        assert (len(seen) == 80) != alone, seen
+        assert any(t.applied for t in history[-1].treatments) != alone
+        if not alone:
+            assert history[-1].measured("output_rms").sum() == 4
+            assert history[-1].scalars["replicas_differ"] == 0
+
+    return case
+
+
 CASES = {
+    "changes on all": changes(alone=False),
+    "changes on one": changes(alone=True),
     "clips": spikes(asks=False),
     "clips, one rank asked": spikes(asks=True),
     **{case.__name__: case for case in (lower_rates, stops, skips, too_many_skips_end_all, goes_back)},

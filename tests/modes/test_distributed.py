@@ -10,6 +10,7 @@ import torch
 from gradwatch.callbacks import GradWatch
 from tests.modes import (
     alone_cases,
+    change_cases,
     ddp_cases,
     expert_cases,
     flat_cases,
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 DDP, LIGHTNING = list(ddp_cases.CASES), list(lightning_cases.CASES)
 ALONE = list(alone_cases.CASES)
+CHANGES = list(change_cases.CASES)
 STATISTICS = list(statistic_cases.CASES)
 TWO, FOUR = list(sharded_cases.TWO), list(sharded_cases.FOUR)
 PIPELINE_TWO, PIPELINE_FOUR = list(pipeline_cases.TWO), list(pipeline_cases.FOUR)
@@ -113,6 +115,12 @@ def test_statistics_of_ones_own(name: str, outcomes) -> None:
 @pytest.mark.parametrize("name", ALONE)
 def test_a_failure_on_one_rank_alone(name: str, outcomes) -> None:
     _, found = outcomes("tests.modes.alone_cases", 2, tuple(ALONE))
+    assert not found[name], found[name]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_models_that_change_on_all_ranks_or_on_one(name: str, outcomes) -> None:
+    _, found = outcomes("tests.modes.change_cases", 2, tuple(CHANGES))
     assert not found[name], found[name]
 
 

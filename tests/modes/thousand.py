@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gradwatch.stats import Exchange, GradientPieces, Row, Shards, exponent_histograms, measure_pieces
 from gradwatch.torchside import Piece, Whole
-from gradwatch.watch._ranks import NUM_SLOTS, combine, merged_extras, pack_extras
+from gradwatch.watch._ranks import NUM_SAID, NUM_SLOTS, combine, merged_extras, pack_extras
 
 RANKS = 1000
 SIZES = (3000, 1000, 5, 0, 40_000)
@@ -134,7 +134,7 @@ def main() -> None:
     assert int(failed) == RANKS - len(talking)
     assert merged_extras(["seconds"], extras.numpy(), RANKS)["seconds"] == (RANKS - 1) / 2
     # One SUM, one MAX: the common numbers, a number of each rank, and a row for each tensor.
-    common = 1 + 2 + 1 + (NUM_SLOTS + 2) + RANKS
+    common = 1 + 2 + 1 + (NUM_SLOTS + 2 + NUM_SAID) + RANKS
     assert [len(t) for t in made.sums] == [common + 515 * len(SIZES), len(SIZES)], [len(t) for t in made.sums]
     print(f"{RANKS} ranks, {len(SIZES)} tensors: {8 * len(made.sums[0])} and {8 * len(made.sums[1])} bytes each")
 
