@@ -127,8 +127,8 @@ class Run(NamedTuple):
     at_once: int
 
 
-def meshes(world: int) -> DeviceMesh:
-    return init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "pp"))
+def meshes(world: int, num_stages: int = 2) -> DeviceMesh:
+    return init_device_mesh("cpu", (world // num_stages, num_stages), mesh_dim_names=("dp", "pp"))
 
 
 def wrapped(part: nn.Module, form: Form, mesh: DeviceMesh) -> nn.Module:
@@ -141,8 +141,17 @@ def wrapped(part: nn.Module, form: Form, mesh: DeviceMesh) -> nn.Module:
     return DistributedDataParallel(part, process_group=mesh["dp"].get_group(), find_unused_parameters=True)
 
 
-def begin(form: Form, world: int, *, net: Callable[[], Deep] = Deep, optimizer: Any = sgd, loss: Any = None) -> Run:
-    mesh = meshes(world)
+def begin(
+    form: Form,
+    world: int,
+    *,
+    net: Callable[[], Deep] = Deep,
+    optimizer: Any = sgd,
+    loss: Any = None,
+    num_ranks: int = 2,
+) -> Run:
+    """Return a pipeline over so many ranks, as many times as there are ranks for it."""
+    mesh = meshes(world, num_ranks)
     pp = mesh["pp"]
     place, total = pp.get_local_rank(), pp.size() * form.num_stages
     stages, parts = [], []

@@ -1,4 +1,4 @@
-"""What a group of ranks runs to save an FSDP2 or FSDP1 training, and one of another size to go on with it."""
+"""What a group of ranks runs to save a training in pieces or stages, and one of another size to go on with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import StateDictType, fully_shard
 from gradwatch import Watch
 from gradwatch.rules import Exploding, NonFinite
 from gradwatch.treatments import ClipToLimit, SkipStep, ZClip
-from tests.modes import flat_cases
+from tests.modes import flat_cases, pipeline_cases
 from tests.modes.ranks import equal_on_all_ranks, main
 from tests.modes.reference import Net, batches, loss_of, same, sgd
 
@@ -28,7 +28,7 @@ STEPS, SAVED_AFTER = 44, 30
 NOT_FINITE, SPIKES = (1, 40), {28: 1e4, 36: 1e4}
 
 
-def watched(net: nn.Module, optimizer: torch.optim.Optimizer, treatments: Any = ()) -> Watch:
+def watched(net: Any, optimizer: Any, treatments: Any = ()) -> Watch:
     rules = [
         Exploding(then=[ClipToLimit()], keep_firing_for=3, cooldown=0),
         NonFinite(then=[SkipStep(max_consecutive=10)], keep_firing_for=3, cooldown=0, inhibit_for=0),
@@ -130,6 +130,76 @@ def resume_flat(rank: int, world: int, folder: Path) -> None:
         (folder / "seen.json").write_text(json.dumps(told(watch)))
 
 
+def begin_pipeline(world: int, num_stages: int, factor: list[float]) -> tuple[pipeline_cases.Run, Watch]:
+    """Return a pipeline of so many stages, as often as there are ranks for it."""
+    run = pipeline_cases.begin(
+        pipeline_cases.Form(),
+        world,
+        net=lambda: pipeline_cases.Deep().double(),
+        loss=lambda out, y: (out - y).square().mean() * factor[0],
+        num_ranks=num_stages,
+    )
+    return run, watched(run.schedule, run.optimizers, ZClip(warmup=20))
+
+
+def go_in_stages(run: pipeline_cases.Run, watch: Watch, factor: list[float], steps: Iterable[int]) -> None:
+    for step in steps:
+        pair = tuple(t.chunk(run.at_once)[run.number] for t in data()[step])
+        is_bad = step in NOT_FINITE and run.number == run.at_once - 1
+        factor[0] = SPIKES.get(step, 1.0) * (math.nan if is_bad else 1.0)
+        watch.step(loss=pipeline_cases.one_step(run, pair))
+        for optimizer in run.optimizers:
+            optimizer.zero_grad()
+
+
+def save_stages(rank: int, world: int, folder: Path) -> None:
+    """Train two stages, as often as there are ranks for it, and write what each rank has by its names."""
+    factor = [1.0]
+    run, watch = begin_pipeline(world, 2, factor)
+    go_in_stages(run, watch, factor, range(SAVED_AFTER))
+    equal_on_all_ranks(same(watch.history))
+    found = {name.removeprefix("module."): p for part in run.modules for name, p in part.named_parameters()}
+    states = {name: o.state[p]["momentum_buffer"] for name, p in found.items() for o in run.optimizers if p in o.state}
+    (folder / "saved").mkdir(exist_ok=True)
+    saved = {"model": {name: p.detach() for name, p in found.items()}, "optimizer": states, "watch": watch.state_dict()}
+    torch.save(saved, folder / "saved" / str(rank))
+    watch.close()
+
+
+def resume_stages(num_stages: int | None) -> Any:
+    """Go on in another number of stages; None: in the whole model, by one process."""
+
+    def case(rank: int, world: int, folder: Path) -> None:
+        saved = [torch.load(file) for file in sorted((folder / "saved").iterdir())]
+        factor = [1.0]
+        if num_stages is None:
+            net = pipeline_cases.Deep().double()
+            optimizer = sgd(net)
+            parts, optimizers, watch = [net], [optimizer], watched(net, optimizer, ZClip(warmup=20))
+        else:
+            run, watch = begin_pipeline(world, num_stages, factor)
+            parts, optimizers = list(run.modules), list(run.optimizers)
+        for part, optimizer in zip(parts, optimizers, strict=True):
+            for name, p in part.named_parameters():
+                (known, *_) = [s for s in saved if name.removeprefix("module.") in s["model"]]
+                p.data.copy_(known["model"][name.removeprefix("module.")])
+                optimizer.state[p]["momentum_buffer"] = known["optimizer"][name.removeprefix("module.")].clone()
+        watch.load_state_dict(saved[0]["watch"])
+        assert watch.num_steps == SAVED_AFTER
+        steps = range(SAVED_AFTER, STEPS)
+        if num_stages is None:
+            list(go(parts[0], watch, optimizers[0], steps, rank, world))
+        else:
+            go_in_stages(run, watch, factor, steps)
+        watch.close()
+        equal_on_all_ranks(same(watch.history))
+        equal_on_all_ranks([str(i) for i in watch.incidents])
+        if rank == 0:
+            (folder / "seen.json").write_text(json.dumps(told(watch)))
+
+    return case
+
+
 def told(watch: Watch) -> dict[str, Any]:
     """Return what must not depend on the number of ranks, nor on where the run was cut."""
     return {
@@ -154,7 +224,15 @@ def told(watch: Watch) -> dict[str, Any]:
     }
 
 
-CASES = {"save": save, "resume": resume, "save-flat": save_flat, "resume-flat": resume_flat}
+CASES = {
+    "save": save,
+    "resume": resume,
+    "save-flat": save_flat,
+    "resume-flat": resume_flat,
+    "save-stages": save_stages,
+    "resume-whole": resume_stages(None),
+    **{f"resume-in-{n}-stages": resume_stages(n) for n in (1, 2, 4)},
+}
 
 if __name__ == "__main__":
     main(CASES)

@@ -2,12 +2,16 @@
 
 import json
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from gradwatch.treatments import ZClip
+from tests.modes.pipeline_cases import Deep
 from tests.modes.ranks import run_group
 from tests.modes.reference import Net, sgd
 from tests.modes.resume_cases import NOT_FINITE, SAVED_AFTER, SPIKES, STEPS, go, told, watched
@@ -20,7 +24,8 @@ def saved(tmp_path_factory):
     @cache
     def by(world: int) -> Path:
         folder = tmp_path_factory.mktemp(f"saved-by-{world}")
-        wrong = run_group("tests.modes.resume_cases", world, folder, ["save", "save-flat"])
+        names = ["save", "save-flat"] + (["save-stages"] if world > 1 else [])
+        wrong = run_group("tests.modes.resume_cases", world, folder, names)
         assert not any(wrong.values()), wrong
         return folder
 
@@ -41,11 +46,9 @@ def resumed(saved, tmp_path_factory):
     return by
 
 
-@pytest.fixture(scope="module")
-def never_cut():
+def never_cut_of(net: nn.Module, make: Callable[[nn.Module], Any] = sgd):
     """One process in float64 over the whole batches, with norms by arithmetic of its own."""
-    net = Net().double()
-    optimizer = sgd(net)
+    optimizer = make(net)
     watch = watched(net, optimizer, ZClip(warmup=20))
     norms = [
         [float(p.grad.square().sum().sqrt()) for p in net.parameters()]
@@ -55,8 +58,18 @@ def never_cut():
     return told(watch), norms
 
 
-def near(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-6) or (math.isnan(a) and math.isnan(b))
+@pytest.fixture(scope="module")
+def never_cut():
+    return never_cut_of(Net().double())
+
+
+@pytest.fixture(scope="module")
+def deep_and_never_cut():
+    return never_cut_of(Deep().double())
+
+
+def near(a: float, b: float, rel: float) -> bool:
+    return math.isclose(a, b, rel_tol=rel) or (math.isnan(a) and math.isnan(b))
 
 
 @pytest.mark.parametrize("case", ["resume", "resume-flat"], ids=["fsdp2", "fsdp1"])
@@ -64,7 +77,32 @@ def near(a: float, b: float) -> bool:
 def test_fsdp_goes_on_with_another_number_of_ranks(before: int, after: int, case: str, resumed, never_cut) -> None:
     folder, wrong = resumed(before, after)
     assert not wrong[case], wrong[case]
-    seen = json.loads((folder / case / "seen.json").read_text())
+    goes_on_as(never_cut, folder / case)
+
+
+@pytest.mark.parametrize(
+    ("before", "case", "after"),
+    [
+        (4, "resume-whole", 1),
+        (2, "resume-in-1-stages", 1),
+        (4, "resume-in-2-stages", 2),
+        (2, "resume-in-2-stages", 4),
+        (4, "resume-in-4-stages", 4),
+    ],
+)
+def test_pipelines_go_on_in_another_number_of_stages(
+    before: int, case: str, after: int, saved, deep_and_never_cut, tmp_path
+) -> None:
+    (tmp_path / case).mkdir()
+    (tmp_path / case / "saved").symlink_to(saved(before) / "save-stages" / "saved")
+    wrong = run_group("tests.modes.resume_cases", after, tmp_path, [case])
+    assert not wrong[case], wrong[case]
+    goes_on_as(deep_and_never_cut, tmp_path / case)
+
+
+def goes_on_as(never_cut, folder: Path, *, rel: float = 1e-6) -> None:
+    """Assert that what was seen after the cut is what a training shows that was never cut."""
+    seen = json.loads((folder / "seen.json").read_text())
     wanted, norms = never_cut
 
     assert seen["num_steps"] == wanted["num_steps"] == STEPS
@@ -74,10 +112,10 @@ def test_fsdp_goes_on_with_another_number_of_ranks(before: int, after: int, case
     for got, want in zip(seen["steps"], wanted["steps"][SAVED_AFTER:], strict=True):
         assert (got["skipped"], got["treated"]) == (want["skipped"], [list(t) for t in want["treated"]])
         step = got["step"]
-        assert all(near(a, b) for a, b in zip(got["norms"][1:], norms[step], strict=True)), step
-        assert near(got["norms"][0], math.hypot(*norms[step])), step
+        assert all(near(a, b, rel) for a, b in zip(got["norms"][1:], norms[step], strict=True)), step
+        assert near(got["norms"][0], math.hypot(*norms[step]), rel), step
         for key in ("after", "limit", "loss"):
-            assert near(got[key], want[key]), (step, key, got[key], want[key])
+            assert near(got[key], want[key], rel), (step, key, got[key], want[key])
 
 
 def test_the_run_that_was_never_cut_has_incidents_on_both_sides_of_the_cut(never_cut) -> None:
