@@ -413,6 +413,7 @@ _SCALARS: tuple[tuple[str, str, str, str], ...] = (
     ("target_at_0", "Share of targets that are the input’s own token.", _SAMPLED, _NO_TOKENS),
     ("target_at_1", "Share of targets that are the next token.", _SAMPLED, _NO_TOKENS),
     ("target_at_2", "Share of targets that are the token after the next.", _SAMPLED, _NO_TOKENS),
+    ("target_in_inputs", "1 where targets stand in the inputs as they are.", _SAMPLED, "inputs hold no such rows"),
     ("target_mode", "The commonest of the batch’s targets.", _SAMPLED, "targets are no numbers, or are many"),
     ("target_mode_share", "Share of the targets that are just this number.", _SAMPLED, "as above"),
     ("target_tail", "Farthest target from the median, in median distances.", _SAMPLED, "half of the targets are alike"),

@@ -218,6 +218,18 @@ EXPLANATIONS = {
         "One side of the game has won",
         "Its loss is next to nothing, and the other network gets no gradient that it could learn from.",
     ),
+    "no_contest": Explanation(
+        "Generator and discriminator both win",
+        "What one gains the other must lose: a sign or a label is wrong, and they work for the same end.",
+    ),
+    "leaked_targets": Explanation(
+        "What is to be predicted stands in the inputs",
+        "The network need only copy it, and will have nothing to copy when it is used.",
+    ),
+    "wrong_objective": Explanation(
+        "The loss does not score the outputs as classes",
+        "It goes down, and the outputs tell the classes no better than a guess.",
+    ),
     "sees_future": Explanation(
         "The model sees what it is to predict",
         "Without a causal mask each place can copy the next token: the loss says nothing of what is learned.",

@@ -23,8 +23,8 @@ from ._kinds import kinds_of_index
 from ._learning import ConstantOutput, NotLearning
 from ._loss import BadInitialLoss, Diverging, LossSpike, Undertrained
 from ._non_finite import NonFinite
-from ._pairs import LossTerms, TargetsShifted, TooGood, WholeTargets
-from ._players import OneSided
+from ._pairs import LeakedTargets, LossTerms, TargetsShifted, TooGood, WholeTargets, WrongObjective
+from ._players import NoContest, OneSided
 from ._precision import UpdatesRoundedAway
 from ._restarted import Restarted
 from ._rule import RULE, Rule, as_rule
@@ -101,6 +101,9 @@ _CATALOGUE: tuple[type[Rule], ...] = (
     TargetScale,
     DropoutTooLarge,
     OneSided,
+    NoContest,
+    LeakedTargets,
+    WrongObjective,
     TooGood,
     AttentionLogitsGrowing,
     AttentionEntropyCollapse,
@@ -151,11 +154,13 @@ __all__ = [
     "GradientGrowth",
     "IdleExperts",
     "Judgement",
+    "LeakedTargets",
     "LearningRateGone",
     "LogitsDrift",
     "LossSpike",
     "LossTerms",
     "MistakenLoss",
+    "NoContest",
     "NonFinite",
     "NotLearning",
     "NotUpdating",
@@ -197,6 +202,7 @@ __all__ = [
     "WeightDecayTooLarge",
     "WeightsOverwritten",
     "WholeTargets",
+    "WrongObjective",
     "actions_of",
     "as_rule",
     "can_decide",

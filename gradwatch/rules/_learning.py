@@ -123,7 +123,9 @@ class NotLearning(Rule):
             said = self._against_guess(record, state, self.worse)
             if len(said):
                 return said, state
-        if len(guesses) >= (3 if ending else _RUNNING) and loss.seen >= self.after and (ending or self._level(record)):
+        # At its end a shorter run has shown as much as it ever will.
+        least, after = (3, self.worse_after) if ending else (_RUNNING, self.after)
+        if len(guesses) >= least and loss.seen >= after and (ending or self._level(record)):
             said = self._against_guess(record, state, self.guess)
             if len(said):
                 return said, state

@@ -322,7 +322,8 @@ def _has_class_targets(record: StepRecord) -> bool:
 
 
 class BadInitialLoss(Rule):
-    """Flags a first loss far above that of a uniform guess: more than `ratio` times ln k for k classes.
+    """Flags a first loss far above that of a uniform guess: more than `ratio` times ln k for k classes, or ln 2 where
+    it is a binary cross-entropy.
 
     Where it is the batch's size times that, it is a sum instead of a mean, and that is said. Of a loss of several terms
     the cross-entropy is compared, where outputs and targets are known.
@@ -340,8 +341,10 @@ class BadInitialLoss(Rule):
     )
 
     is_core = False
-    needs = frozenset({"loss", "expected_initial_loss", "cross_entropy", "batch_size", "output_units"})
-    awaits = frozenset({"expected_initial_loss"})
+    needs = frozenset(
+        {"loss", "expected_initial_loss", "cross_entropy", "binary_cross_entropy", "batch_size", "output_units"}
+    )
+    awaits = frozenset({"expected_initial_loss", "binary_cross_entropy"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -351,7 +354,7 @@ class BadInitialLoss(Rule):
         return {"done": False}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
-        expected = record.scalars.get("expected_initial_loss", math.nan)
+        expected = record.scalars.get("expected_initial_loss", _of_two(record))
         if state["done"]:
             return self.clear(record), state
         if not (math.isfinite(record.loss) and math.isfinite(expected)):
@@ -365,6 +368,12 @@ class BadInitialLoss(Rule):
 
     def pass_over(self, block: Block, state: State) -> Passed | None:
         return Passed(state, len(block)) if state["done"] else super().pass_over(block, state)
+
+
+def _of_two(record: StepRecord) -> float:
+    """Return what a guess between two has, where the loss is a binary cross-entropy; else nan."""
+    value = record.scalars.get("binary_cross_entropy", math.nan)
+    return math.log(2) if abs(record.loss - value) <= 0.01 * abs(value) else math.nan
 
 
 class Undertrained(Rule):

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from ..records import StepRecord
 from ._block import Block, Passed
+from ._company import COMPANY, has_company
 from ._findings import Findings
 from ._reductions import FORMULAS, reductions
 from ._rule import Rule, State
 from ._windows import Progress, progress, progress_over
 
-__all__ = ["LossTerms", "TargetsShifted", "TooGood", "WholeTargets"]
+__all__ = ["LeakedTargets", "LossTerms", "TargetsShifted", "TooGood", "WholeTargets", "WrongObjective"]
 
 _PLACES = {-1: "target_at_minus_1", 0: "target_at_0", 1: "target_at_1", 2: "target_at_2"}
 _ENTROPIES = ("cross_entropy", "cross_entropy_shifted")
@@ -188,6 +189,106 @@ class WholeTargets(Rule):
         values = low < 0 and high - low <= self.width and (low, high) != (-1.0, 1.0)
         text = f"every target is a whole number, from {low:g} to {high:g}"
         return self.whole(record, state["seen"] >= self.batches and values, high - low, self.width, text), state
+
+
+class LeakedTargets(Rule):
+    """Flags numbers to be predicted that stand in the inputs: as one of their columns, or as the end of a sequence.
+
+    Args:
+        batches: measured running in which all of them do.
+    """
+
+    batches: int = 3
+    severity: str = "critical"
+    advice: str = (
+        "What is to be predicted leaks into the inputs: a window that reaches into the future, or a column that holds "
+        "the label. Copying is all there is to learn, and it is not there when it counts: cut the window before the "
+        "forecast begins, drop the column."
+    )
+
+    is_core = False
+    needs = awaits = frozenset({"target_in_inputs"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("batches", self.batches >= 1, 1)
+
+    def init(self) -> State:
+        return {"running": 0}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        value = record.scalars.get("target_in_inputs", math.nan)
+        if math.isnan(value):
+            return self.unjudged(record, "inputs are no rows of numbers, or targets no numbers"), state
+        running = state["running"] + 1 if value > 0 else 0
+        text = "in {value:.0f} batches running every target stands in the inputs, at the same place"
+        return self.whole(record, running >= self.batches, float(running), 0.0, text), {"running": running}
+
+
+class WrongObjective(Rule):
+    """Flags a loss that goes down while outputs say no more of the classes that are their targets than a guess does.
+
+    Outputs have as many units as there are classes, the loss is not their cross-entropy, and has fallen below `fall` of
+    its first level, while the cross-entropy is above `guess` of the best constant's.
+
+    Args:
+        fall: share of the loss's first level.
+        guess: share of the best constant's cross-entropy.
+        batches: measured running that must agree.
+    """
+
+    fall: float = 0.3
+    guess: float = 0.93
+    batches: int = 4
+    advice: str = (
+        "The loss does not compare the outputs with the classes that they are scores of: a regression on the class's "
+        "number, a mean or sum over the wrong dimension, a loss of something else. Give `cross_entropy` the scores, "
+        "(samples, classes), and the class indices."
+    )
+
+    is_core = False
+    needs = frozenset({"loss", "cross_entropy", "baseline_loss", "num_classes", "output_units", "target_max", *COMPANY})
+    awaits = frozenset({"cross_entropy", "num_classes"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("fall", 0 < self.fall < 1, "0 and below 1", "above")
+        self._require("guess", 0 < self.guess <= 1, "0 and at most 1", "above")
+        self._require("batches", self.batches >= 1, 1)
+
+    def init(self) -> State:
+        return {"loss": Progress(), "running": 0, "largest": 0.0}
+
+    def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
+        loss = progress(Progress(*state["loss"]), record.loss, record.num_samples)
+        state = {**state, "loss": tuple(loss)}
+        value, level, classes, units, largest = (
+            record.scalars.get(name, math.nan)
+            for name in ("cross_entropy", "baseline_loss", "num_classes", "output_units", "target_max")
+        )
+        if not (level > _LEAST_LEVEL and value < math.inf and classes == units) or has_company(record):
+            return self.unjudged(record, "outputs are no scores of classes, or these are not known"), state
+        state = {**state, "largest": max(state["largest"], largest)}
+        follows = min(abs(record.loss - scale * value) for scale in reductions(record).values()) < 0.2 * record.loss
+        guessing = value > self.guess * level and not follows
+        state = {**state, "running": state["running"] + 1 if guessing else 0}
+        # Labels that leave the last units out may have nothing to do with them: embeddings, reconstructions.
+        fires = state["running"] >= self.batches and state["largest"] == classes - 1 and _has_fallen(loss, self.fall)
+        text = (
+            f"the loss has fallen to {loss.now / loss.start if loss.start else 0:.2g} of its first level, and the "
+            f"cross-entropy of outputs and classes is {{value:.4g}}, where a guess has {level:.4g}"
+        )
+        return self.whole(record, fires, value, self.guess * level, text), state
+
+    def pass_over(self, block: Block, state: State) -> Passed | None:
+        if block.has_any(self.awaits):
+            return None
+        loss = tuple(progress_over(Progress(*state["loss"]), block.losses, block.samples))
+        return Passed({**state, "loss": loss}, 0, "outputs and targets are not known")
+
+
+def _has_fallen(loss: Progress, share: float) -> bool:
+    return loss.seen >= 100 and 0 < loss.now < share * loss.start
 
 
 class LossTerms(Rule):

@@ -78,6 +78,8 @@ class Restarted(Rule):
         start, now = past.start, median(past.recent[-20:])
         learned = start - now
         jumped = learned > self.fall * abs(start) and value > now + self.back * learned
+        # Losses that scatter over half of what was learned go up there by themselves.
+        jumped = jumped and max(past.recent[-20:]) < now + 0.5 * self.back * learned
         if jumped and state["jump"] < 0:
             return {**state, "loss": tuple(loss), "jump": step, "from": now, "to": value}
         return {**state, "loss": tuple(loss)}

@@ -145,8 +145,8 @@ def _bounds(index: Index, out: tuple[float, float]) -> tuple[float, float]:
         return 0.0, 1.0
     if out[0] >= -1 and out[1] <= 1 and out[0] < -0.98 and out[1] > 0.98:
         return -1.0, 1.0
-    # Exactly zero, again and again, is the corner of a ReLU.
-    return (0.0, math.inf) if out[0] == 0 else (-math.inf, math.inf)
+    # Exactly zero, again and again, is the corner of a ReLU, unless nothing else ever comes out.
+    return (0.0, math.inf) if out[0] == 0 < out[1] else (-math.inf, math.inf)
 
 
 class TargetSemantics(Rule):
@@ -202,7 +202,7 @@ class _FirstBatches(Rule):
         bad, value, limit, text = self._look(record)
         if bad is None:
             return self.unjudged(record, "the batch was not given"), state
-        samples = state["samples"] + record.scalars.get("batch_size", 0.0)
+        samples = state["samples"] + _samples(record)
         state = {"seen": state["seen"] + 1, "bad": state["bad"] + bad, "samples": samples}
         # All so far, and three at least: one batch may be odd.
         fires = state["bad"] == state["seen"] >= min(3, self.batches)
@@ -220,6 +220,11 @@ class _FirstBatches(Rule):
 
     def _look(self, record: StepRecord) -> tuple[bool | None, float, float, str]:
         raise NotImplementedError
+
+
+def _samples(record: StepRecord) -> float:
+    """Return how many samples the batch held: where its inputs are tokens, no size of theirs is on record."""
+    return record.num_samples or record.scalars.get("batch_size", 0.0)
 
 
 class UnnormalisedInput(_FirstBatches):
@@ -306,7 +311,7 @@ class ConstantLabels(_FirstBatches):
         low, high = scalars.get("target_min", math.nan), scalars.get("target_max", math.nan)
         if scalars.get("targets_of_loss", 0.0) > 0:
             return None, math.nan, 0.0, ""
-        if not (math.isfinite(low) and math.isfinite(high)) or scalars.get("batch_size", 0.0) < 8:
+        if not (math.isfinite(low) and math.isfinite(high)) or _samples(record) < 8:
             return None, math.nan, 0.0, ""
         of_classes = scalars.get("target_is_integer", 0.0) > 0 or _has_one_label(record)
         constant = entropy < 1e-9 if of_classes and math.isfinite(entropy) else low == high

@@ -138,6 +138,12 @@ _NO_BETTER = 0.05
 """Share of its first level by which a loss has fallen that is no better."""
 
 
+def _left_by_a_clip(record: StepRecord) -> float:
+    """Return which share of the gradient is left after treatment, or a clip of the trainer's."""
+    applied, norm = record.global_norm_applied, record.global_norm
+    return applied / norm if applied is not None and 0 < applied < norm < math.inf else 1.0
+
+
 class UpdateTooSmall(_UpdateRatio):
     """Flags weights that each step changes by less than `ratio` of their norm, while the loss does not improve.
 
@@ -185,9 +191,9 @@ class UpdateTooSmall(_UpdateRatio):
     @staticmethod
     def _because(record: StepRecord, state: State) -> str:
         """Return what a clip or the learning rate has to do with it, as a phrase."""
-        lr, norm, applied = record.lr, record.global_norm, record.global_norm_applied
-        if applied is not None and applied < 0.01 * norm:
-            return f", because gradients are clipped from a norm of {norm:.2g} to {applied:.2g}"
+        lr, norm, left = record.lr, record.global_norm, _left_by_a_clip(record)
+        if left < 0.01:
+            return f", because gradients are clipped from a norm of {norm:.2g} to {left * norm:.2g}"
         if not (math.isfinite(lr) and state["lr"]):
             return ""
         first, highest = state["lr"]
@@ -228,7 +234,7 @@ class NotUpdating(Rule):
     )
 
     is_core = False
-    needs = frozenset({"update_norm", "update_lost", "num_trainable"})
+    needs = frozenset({"update_norm", "update_lost", "num_trainable", "global_norm_applied"})
     low_is_worse = True
 
     def init(self) -> State:
@@ -267,10 +273,11 @@ class NotUpdating(Rule):
         moved = moved | (measured & (updates != 0))
         grads = record.columns.get("grad_norm")
         has_grad = measured if grads is None else (grads > 0) & record.measured("grad_norm")
-        # A gradient so small that float32 rounds its update away has vanished; that is another rule's business.
+        # A gradient so small that float32 rounds its update away has vanished, or was clipped to next to nothing; that
+        # is another rule's business.
         norms = record.columns.get("param_norm")
         if grads is not None and norms is not None and math.isfinite(record.lr):
-            has_grad &= ~(grads * record.lr < 1e-6 * norms)
+            has_grad &= ~(grads * _left_by_a_clip(record) * record.lr < 1e-6 * norms)
         # In 16 bits usual updates are rounded away, too: `updates_rounded_away` tells of these.
         has_grad &= ~record.measured("update_lost")
         still = select(record.index, self.paths) & measured & has_grad & ~moved & record.accounted

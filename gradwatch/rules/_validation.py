@@ -136,6 +136,7 @@ class ValNotLearning(_Evaluations):
       has fallen: what the model is given there is of another scale;
     * inputs of validation, where they are known, are of another scale than those of training (three deviations away, or
       a deviation three times as large or as small), and its loss is above the training loss by a third: at two running.
+      Where they are ten deviations away, or ten times as wide, whatever the loss: some models bear it.
 
     Args:
         evaluations: running.
@@ -186,7 +187,7 @@ class ValNotLearning(_Evaluations):
             # What was learned before the first evaluation counts, too.
             limits.append(max(unmoved, loss.now + 0.3 * abs(loss.now), loss.start - 0.4 * abs(loss.start)))
         if _differ(state):
-            limits.append(loss.now + 0.3 * abs(loss.now))
+            limits.append(-math.inf if _differ(state, _FAR_APART) else loss.now + 0.3 * abs(loss.now))
         if fall > 0.08:
             limits.append(max(unmoved, loss.start - 0.05 * abs(loss.start)))
         return min(limits)
@@ -241,12 +242,16 @@ def _sizes(record: StepRecord, names: tuple[str, str]) -> tuple[float, ...]:
     return found if all(map(math.isfinite, found)) else ()
 
 
-def _differ(state: State) -> bool:
+_APART, _FAR_APART = 3.0, 10.0
+"""Deviations between two means, or times one deviation goes into the other."""
+
+
+def _differ(state: State, times: float = _APART) -> bool:
     """Return whether inputs of validation are of another scale than those of training."""
     if not (state["inputs"] and state["val_inputs"]):
         return False
     (mean, std), (val_mean, val_std) = state["inputs"], state["val_inputs"]
-    return abs(val_mean - mean) > 3 * std or not std / 3 <= val_std <= 3 * std
+    return abs(val_mean - mean) > times * std or not std / times <= val_std <= times * std
 
 
 class TrainEvalMismatch(_Evaluations):

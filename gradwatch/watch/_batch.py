@@ -144,6 +144,8 @@ def batch_scalars(
             # Rows of several lengths have no shape, and are no matrix.
             ways = (_target_range, _target_kind, _target_row_sums, _classes, _target_whole, repeats, tail)
             numbers.ask("the targets", ways[:1] if target.is_nested else ways, target, prediction)
+            if x is not None and not (x.is_nested or target.is_nested):
+                numbers.ask("inputs and targets", (_stand_in_inputs,), x, target)
             tokens = _first(inputs, lambda t: _is_integer(t) and t.numel() > 1) if x is None else None
             if tokens is not None:
                 numbers.ask("inputs and targets", (_shifts,), tokens, target)
@@ -267,6 +269,32 @@ def _shifts(tokens: Tensor, target: Tensor) -> Scalars:
 
 
 SHIFTS = {-1: "target_at_minus_1", 0: "target_at_0", 1: "target_at_1", 2: "target_at_2"}
+
+
+def _stand_in_inputs(x: Tensor, target: Tensor) -> Scalars:
+    """Whether numbers to be predicted stand in the inputs as they are: as a column, or at the end of a sequence.
+
+    Inputs are (samples, columns) or (samples, time, channels). What makes up more than half of them is to be
+    reconstructed, and stands there by right; so does what lies further back in a sequence and is to be remembered.
+    """
+    if target.layout != torch.strided or x.layout != torch.strided or x.ndim not in (2, 3):
+        return {}
+    n, is_sequence = len(x), x.ndim == 3
+    if not target.is_floating_point() or target.ndim == 0 or len(target) != n or n < LEAST_ROWS:
+        return {}
+    y = (target[..., 0] if target.ndim == 3 else target).reshape(n, -1)
+    places = x.shape[1]
+    if not 0 < y.shape[1] <= places // 2 or (not is_sequence and y.shape[1] > 1) or x.numel() > MOST_COMPARED:
+        return {}
+    y = y.to(x.dtype)
+    there = x[:, places - y.shape[1] :] == y[:, :, None] if is_sequence else (x == y)[:, None]
+    varied = y.amax() > y.amin()
+    return {"target_in_inputs": (there.all(dim=0).all(dim=0).any() & varied).to(wide_dtype(x.device))}
+
+
+LEAST_ROWS = 8
+MOST_COMPARED = 2**20
+"""Elements of inputs above which they are not searched."""
 
 
 def _broadcasts(a: Prediction, b: Tensor) -> bool:

@@ -196,11 +196,27 @@ def attention(*names: str) -> list[StepRecord]:
     return [make_record(s, index, loss=STUCK, grad_norm=sizes) for s in range(200)]
 
 
-def game(own: float, others: float) -> list[StepRecord]:
+UNMOVED = {"update_norm": norms(0, 0, 0), "param_norm": norms(1, 1, 1), "grad_norm": norms(1, 1, 1), "global_norm": 1.7}
+PLAYERS = make_index(("netG.0.weight", "netD.0.weight"), ())
+
+
+def game(own: float, others: float, index: Any = None) -> list[StepRecord]:
     """A critic's losses, and beside each its opponent's last one."""
-    return steady(
-        300, optimizer=1, loss=lambda s: 1.4 if s < 5 else own, others_loss=lambda s: 0.7 if s < 5 else others
-    )
+    given = {"loss": lambda s: 1.4 if s < 5 else own, "others_loss": lambda s: 0.7 if s < 5 else others}
+    return steady(300, optimizer=1, index=index, **given)
+
+
+def classes(cross_entropy: Any, loss: Any = lambda s: 0.99**s, largest: int = 2) -> list[StepRecord]:
+    """A loss that falls, and the cross-entropy of three classes that it is not."""
+    known = {"num_classes": 3, "output_units": 3, "target_max": largest, "baseline_loss": 1.09}
+    return steady(300, loss=loss, cross_entropy=every(20, cross_entropy), **known)
+
+
+def ended(num: int, share: float) -> list[StepRecord]:
+    """A run that ends after so many steps, its loss at this share of a guess's."""
+    level = lambda s: 0.693 * (share if s > 20 else 1.0) * (1 + 0.02 * (-1) ** s)  # noqa: E731
+    known = {"cross_entropy": every(20, level), "baseline_loss": every(20, 0.693)}
+    return steady(num, loss=level, end_of_run=lambda s: 1.0 if s == num - 1 else None, **known)
 
 
 STUCK, GOOD = 2.3, falling
@@ -267,6 +283,8 @@ CASES = [
     case("not_updating", lambda: steady(120, update_norm=every(50, norms(0, 1, 1)), grad_norm=HEALTHY_NORMS), True, "zero"),
     case("not_updating", lambda: steady(220, update_norm=lambda s: norms(float(s < 9), 1, 1), grad_norm=HEALTHY_NORMS), False, "moved-once"),
     case("not_updating", lambda: steady(60, update_norm=norms(0, 0, 0), grad_norm=HEALTHY_NORMS, lr=0.0), False, "lr-zero"),
+    case("not_updating", lambda: steady(60, **UNMOVED, lr=0.1, global_norm_applied=1e-6), False, "clipped-to-next-to-nothing"),
+    case("not_updating", lambda: steady(60, **UNMOVED, lr=0.1, global_norm_applied=1.0), True, "clipped-as-usual"),
     case("not_updating", lambda: steady(60, update_norm=norms(0, 0, 0), grad_norm=norms(0, 0, 0)), False, "no-gradient"),
     case("not_updating", lambda: [make_record(s, make_index(in_optimizer=[True, False, True])) for s in range(25)], True, "left-out"),
     case("not_updating", lambda: [make_record(s, make_index(trainable=[False] * 3, in_optimizer=[True] * 3), num_trainable=0) for s in range(25)], True, "nothing"),
@@ -525,6 +543,25 @@ CASES = [
     case("one_sided", lambda: game(0.4, 6.0), False, "the-critic-is-better"),
     case("one_sided", lambda: game(0.004, 0.5), False, "both-are-content"),
     case("one_sided", lambda: game(-4.0, 6.0), False, "no-level"),
+    case("no_contest", lambda: game(0.004, 0.004, PLAYERS), True, "both-win"),
+    case("no_contest", lambda: game(0.004, 0.004), False, "two-networks-that-do-not-play"),
+    case("no_contest", lambda: game(0.004, 0.5, PLAYERS), False, "one-is-content"),
+    case("no_contest", lambda: game(-4.0, -4.0, PLAYERS), False, "both-without-a-level"),
+    case("leaked_targets", lambda: steady(40, target_in_inputs=every(8, 1.0)), True, "in-every-batch"),
+    case("leaked_targets", lambda: steady(40, target_in_inputs=every(8, lambda s: float(s % 16 == 0))), False, "in-some"),
+    case("wrong_objective", lambda: classes(lambda s: 1.1), True, "a-regression-on-class-numbers"),
+    case("wrong_objective", lambda: classes(lambda s: 1.1 * 0.99**s), False, "shares-of-classes-by-squared-error"),
+    case("wrong_objective", lambda: classes(lambda s: 1.1, largest=1), False, "as-many-units-by-chance"),
+    case("wrong_objective", lambda: classes(lambda s: 1.1, loss=lambda s: 1.0 - 0.001 * s), False, "has-hardly-fallen"),
+    case("bad_initial_loss", lambda: steady(3, loss=40.0, binary_cross_entropy=40.0), True, "of-two"),
+    case("bad_initial_loss", lambda: steady(3, loss=0.8, binary_cross_entropy=0.8), False, "ln-2"),
+    case("bad_initial_loss", lambda: steady(3, loss=40.0, binary_cross_entropy=7.0), False, "no-cross-entropy-of-two"),
+    case("restarted", lambda: steady(300, loss=lambda s: (4 - 0.02 * min(s % 205, 100)) * (1 + s % 2), param_norm=every(50, lambda s: norms(*[1 + 0.01 * (s % 205)] * 3))), False, "losses-that-scatter-as-far"),
+    case("val_not_learning", lambda: validated(21.0, 119.0, 0.55), True, "inputs-of-another-scale-by-far"),
+    case("constant_labels", lambda: steady(12, loss=0.5, target_min=0, target_max=0, target_is_integer=1, target_entropy=0.0, num_samples=32), True, "of-tokens"),
+    case("output_range", lambda: steady(8, output_min=0.0, output_max=0.0, target_min=-3, target_max=3), False, "nothing-but-zeros"),
+    case("not_learning", lambda: ended(250, 0.97), True, "a-short-run-at-a-guess"),
+    case("not_learning", lambda: ended(250, 0.8), False, "a-short-run-that-learned"),
     case("blown_up", lambda: steady(30, loss=lambda s: 0.7 if s == 0 else 9.0, batch_size=32, optimizer=0), False, "the-opponent-learns"),
     case("blown_up", lambda: steady(30, loss=lambda s: 2.3 if s == 0 else 100.0 * 0.9**s, batch_size=32, update_ratio=norms(0.01, 0.01, 0.9)), False, "unknown-targets-and-one-large-step"),
     case("attention_logits_growing", lambda: attends(lambda k: 20.0 * 1.3**k), True, "grows"),
