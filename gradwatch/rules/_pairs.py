@@ -284,7 +284,7 @@ class WrongObjective(Rule):
         if block.has_any(self.awaits):
             return None
         loss = tuple(progress_over(Progress(*state["loss"]), block.losses, block.samples))
-        return Passed({**state, "loss": loss}, 0, "outputs and targets are not known")
+        return Passed({**state, "loss": loss}, 0, "outputs are no scores of classes, or these are not known")
 
 
 def _has_fallen(loss: Progress, share: float) -> bool:

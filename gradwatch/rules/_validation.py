@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import ClassVar
 
 from ..records import StepRecord
@@ -121,10 +122,17 @@ def _is_score(name: str, value: float) -> bool:
     return name.startswith("val_") and 0 < value <= 1 and not any(word in name.lower() for word in words)
 
 
+_GOOD = re.compile(
+    r"(^|_)(acc(uracy)?|top_?\d|f_?1|iou|miou|jaccard|dice|auc|auroc|ap|map|precision|recall|r2|score|metric)(_|$)",
+    re.I,
+)
+"""Names of validation scores of which more is better."""
+
+
 class ValNotLearning(_Evaluations):
     """Flags a validation loss that stays where it began, or where a constant would be, while the training loss falls.
 
-    Any of five, at `evaluations` running:
+    Any of six, at `evaluations` running:
 
     * validation loss at least 97 % of its first value and 60 % of the first training loss, which itself has fallen by
       more than a fifth and lies a third lower;
@@ -134,6 +142,8 @@ class ValNotLearning(_Evaluations):
       entropy of the classes), while the training loss is below it, by 10 % of a variance or 2 % of an entropy;
     * validation loss never below `far` times what the untrained model had on training data, while the training loss
       has fallen: what the model is given there is of another scale;
+    * a validation score (`val_acc`, `val_f1`, `val_iou`, `val_metric` and their like) below half of its best, while the
+      training loss has fallen by more than a fifth;
     * inputs of validation, where they are known, are of another scale than those of training (three deviations away, or
       a deviation three times as large or as small), and its loss is above the training loss by a third: at two running.
       Where they are ten deviations away, or ten times as wide, whatever the loss: some models bear it.
@@ -155,7 +165,7 @@ class ValNotLearning(_Evaluations):
 
     def init(self) -> State:
         sums = dict.fromkeys(_LEVELS, (0, 0.0, 0.0, 0.0))
-        return {**super().init(), **sums, "inputs": (), "val_inputs": (), "guesses": 0}
+        return {**super().init(), **sums, "inputs": (), "val_inputs": (), "guesses": 0, "score": 0.0, "falls": 0}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         sums = {name: _added(record, name, state[name]) for name in _LEVELS}
@@ -165,10 +175,15 @@ class ValNotLearning(_Evaluations):
         if math.isfinite(value):
             guess = min((_level(sums, name) for name in _LEVELS), default=math.inf)
             seen["guesses"] = state["guesses"] + 1 if value > guess else 0
+            score = max((v for k, v in record.scalars.items() if _GOOD.search(k) and _is_score(k, v)), default=0.0)
+            seen["score"] = max(score, state.get("score", 0.0))
+            seen["falls"] = state.get("falls", 0) + 1 if 0 < score < 0.5 * seen["score"] else 0
         findings, after = super().judge(record, {**state, **seen})
         return findings, {**seen, **after}
 
     def _also(self, loss: Progress, state: State) -> bool:
+        if state["falls"] >= self.evaluations and loss.now < loss.start - 0.2 * abs(loss.start):
+            return True
         # No better than a guess for as long, and training is just getting below it.
         learned = any(_constant(loss, state, name) < math.inf for name in _LEVELS)
         return learned and state["guesses"] >= self.evaluations
@@ -205,6 +220,8 @@ class ValNotLearning(_Evaluations):
                 f"{text}; validation inputs have mean {val_mean:.3g} and deviation {val_std:.3g}, training inputs "
                 f"{mean:.3g} and {std:.3g}: they are prepared differently"
             )
+        if state["falls"] >= self.evaluations:
+            text = f"{text}, its score below half of its best ({state['score']:.3g})"
         if not best > self.far * loss.start > 0:
             return text
         return f"{text}; {best / loss.start:.0f} times what the untrained model had: inputs of another scale"

@@ -212,6 +212,15 @@ def classes(cross_entropy: Any, loss: Any = lambda s: 0.99**s, largest: int = 2)
     return steady(300, loss=loss, cross_entropy=every(20, cross_entropy), **known)
 
 
+def scored(*scores: float) -> list[StepRecord]:
+    """A training loss that falls, and a validation loss that follows, with these scores beside it."""
+    loss = lambda s: 0.2 + 0.8 * 0.99**s  # noqa: E731
+    given = {"val_loss": every(50, lambda s: 1.1 * loss(s) if s else None)}
+    return steady(
+        50 * len(scores) + 10, loss=loss, val_iou=every(50, lambda s: scores[s // 50 - 1] if s else None), **given
+    )
+
+
 def ended(num: int, share: float) -> list[StepRecord]:
     """A run that ends after so many steps, its loss at this share of a guess's."""
     level = lambda s: 0.693 * (share if s > 20 else 1.0) * (1 + 0.02 * (-1) ** s)  # noqa: E731
@@ -557,6 +566,8 @@ CASES = [
     case("bad_initial_loss", lambda: steady(3, loss=0.8, binary_cross_entropy=0.8), False, "ln-2"),
     case("bad_initial_loss", lambda: steady(3, loss=40.0, binary_cross_entropy=7.0), False, "no-cross-entropy-of-two"),
     case("restarted", lambda: steady(300, loss=lambda s: (4 - 0.02 * min(s % 205, 100)) * (1 + s % 2), param_norm=every(50, lambda s: norms(*[1 + 0.01 * (s % 205)] * 3))), False, "losses-that-scatter-as-far"),
+    case("val_not_learning", lambda: scored(0.63, 0.2, 0.1, 0.2, 0.15, 0.2, 0.2), True, "a-score-that-is-lost"),
+    case("val_not_learning", lambda: scored(0.63, 0.2, 0.1, 0.5, 0.15, 0.2, 0.2), False, "a-score-that-comes-back"),
     case("val_not_learning", lambda: validated(21.0, 119.0, 0.55), True, "inputs-of-another-scale-by-far"),
     case("constant_labels", lambda: steady(12, loss=0.5, target_min=0, target_max=0, target_is_integer=1, target_entropy=0.0, num_samples=32), True, "of-tokens"),
     case("output_range", lambda: steady(8, output_min=0.0, output_max=0.0, target_min=-3, target_max=3), False, "nothing-but-zeros"),
