@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..records import select_paths
-from ..torchside import home, identity, moved, owned, why_unreadable
+from ..torchside import Lent, home, identity, moved, owned, why_unreadable
 from ._measure import GradientMeasures, GradientPieces, measure_gradients, measure_pieces
 from ._norms import Row, global_norm, host_norms, tensor_norms
 from ._scaling import scale_
@@ -253,7 +252,7 @@ class Gradients:
         self,
         known: tuple[NDArray[np.float64], float] | None = None,
         tensors: list[Tensor] | None = None,
-        numels: array[int] | None = None,
+        lent: Lent | None = None,
     ) -> tuple[NDArray[np.float64], float, list[Tensor]] | None:
         """Return norms and the norm of all as numbers, and what was measured; `norms` gives them from then on.
 
@@ -263,7 +262,7 @@ class Gradients:
         Args:
             known: both, as they are in `.grad`, where somebody has measured them so.
             tensors: what `tensors` gives, where somebody has just asked.
-            numels: of the parameters, where that is known.
+            lent: what `lend_at_once` gives for these, likewise.
         """
         shared, scale = self._shared, self._shared.grad_scale
         if (
@@ -274,7 +273,7 @@ class Gradients:
             return None
         if tensors is None:
             tensors = self.tensors
-        found = host_norms(tensors, numels) if known is None else known
+        found = host_norms(tensors, lent) if known is None else known
         if found is None:
             return None
         norms, whole = found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..torchside import home, is_host, lend_at_once, moved, wide_dtype
+from ..torchside import Lent, home, is_host, lend_at_once, moved, wide_dtype
 from ._native import native_at_hand
 from ._shards import Shards, alike, put_together
 
@@ -156,7 +155,7 @@ def norms_apart(pieces: Sequence[Tensor]) -> Row:
     return Row(local_norms(pieces))
 
 
-def host_norms(pieces: Sequence[Tensor], numels: array[int] | None = None) -> tuple[NDArray[np.float64], float] | None:
+def host_norms(pieces: Sequence[Tensor], lent: Lent | None = None) -> tuple[NDArray[np.float64], float] | None:
     """Return `local_norms` of tensors on the host, and the norm of all, by one call of a compiled kernel; None where it
     can't have them.
 
@@ -164,12 +163,12 @@ def host_norms(pieces: Sequence[Tensor], numels: array[int] | None = None) -> tu
 
     Args:
         pieces: the tensors.
-        numels: how many elements each should have, where that is known.
+        lent: what `lend_at_once` gives for these now, where somebody has asked.
     """
     dtype = pieces[0].dtype if pieces else None
     if dtype is None or dtype not in _NATIVE:
         return None
-    if (lent := lend_at_once(pieces, dtype=dtype, numels=numels)) is None:
+    if lent is None and (lent := lend_at_once(pieces, dtype=dtype)) is None:
         return None
     work = sum(lent[1]) + 256 * len(pieces)
     if work >= _WORTH_NATIVE and torch.get_num_threads() > 1:

@@ -251,7 +251,7 @@ class UpdateMeter:
             need[piece.device] = offsets[-1] + -(-shape.numel() * piece.element_size() // _ALIGN) * _ALIGN
         for device, size in need.items():
             if device not in self._arenas or self._arenas[device].numel() < size:
-                self._arenas[device] = torch.empty(size, dtype=torch.uint8, device=device)
+                self._arenas[device] = _block(size, device)
         self._cut = [
             self._arenas[piece.device][at : at + shape.numel() * piece.element_size()].view(piece.dtype).view(shape)
             for at, piece, shape in zip(offsets, pieces, shapes, strict=True)
@@ -268,9 +268,18 @@ class UpdateMeter:
         size = sum(map(Tensor.numel, pieces)) * first.element_size()
         held = self._arenas.get(first.device)
         if held is None or held.numel() < size:
-            self._arenas[first.device] = held = torch.empty(size, dtype=torch.uint8, device=first.device)
+            self._arenas[first.device] = held = _block(size, first.device)
         self._cut = list(_cut_apart(held[:size].view(first.dtype), pieces))
         return self._cut
+
+
+def _block(size: int, device: torch.device) -> Tensor:
+    """Return bytes that nobody has written to."""
+    if is_host(device):
+        # Memory that comes fresh at every step is paged in as it is written to, which takes longer than the copy. numpy
+        # asks the system for large pages.
+        return torch.from_numpy(np.empty(size, np.uint8))
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _copy_(copies: list[Tensor], sources: list[Tensor]) -> None:

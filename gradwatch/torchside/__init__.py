@@ -29,11 +29,23 @@ from ._graph import LossForm, loss_form, loss_pair, unmasked_attention
 from ._inert import OwnedHook, WeakHook, weakly
 from ._leaves import children, find, map_tensors, pick, storage, tensors_of, walk
 from ._members import member
-from ._memory import Loan, can_lend, can_lend_all, identities, identity, lend, lend_at_once, storage_identity
+from ._memory import (
+    Lender,
+    Lent,
+    Loan,
+    can_lend,
+    can_lend_all,
+    identities,
+    identity,
+    lend,
+    lend_at_once,
+    storage_identity,
+)
 from ._modes import CallMode, past_override
 from ._paths import WRAPPER_PARTS, clean_path
 from ._peers import are_several, world_size
 from ._pieces import Piece, StandIn, Whole, largest_piece, local_of, real_of, shape_of, whole_of
+from ._same_kind import SameKind
 from ._samples import Samples, unlike
 from ._stages import Away, Pipeline, pipeline_of
 from ._standins import Owned, masters, parameters_of
@@ -51,6 +63,8 @@ __all__ = [
     "Away",
     "CallMode",
     "Kept",
+    "Lender",
+    "Lent",
     "Loan",
     "LossForm",
     "Mark",
@@ -58,6 +72,7 @@ __all__ = [
     "OwnedHook",
     "Piece",
     "Pipeline",
+    "SameKind",
     "Samples",
     "StandIn",
     "Values",

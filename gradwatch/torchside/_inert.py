@@ -125,13 +125,33 @@ class _Sweep:
                     hooks.pop(key, None)
 
 
+class _Numbers:
+    """Gives out numbers below 0, each once; a process that was forked off begins elsewhere."""
+
+    def __init__(self) -> None:
+        self._process, self._next, self._left = -1, 0, 0
+
+    def take(self) -> int:
+        """Return the next number. Asking the system for each takes longer than to register a hook."""
+        if not self._left or self._process != os.getpid():
+            self._process, self._left = os.getpid(), _AT_ONCE
+            self._next = -1 - (int.from_bytes(os.urandom(8), "little") >> 2)
+        self._left -= 1
+        self._next -= 1
+        return self._next
+
+
+_AT_ONCE = 1 << 16
+_numbers = _Numbers()
+
+
 def _number_apart(handle: Any, *, first: bool) -> None:
     """Give a hook a number that torch gives to nobody.
 
     Beside the hooks a module notes by number which of them take keyword arguments. Numbers begin at 0 in every process:
     in one that loads the saved model, another's hook would get the number, and arguments that it does not take.
     """
-    number = -1 - (int.from_bytes(os.urandom(8), "little") >> 2)
+    number = _numbers.take()
     for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref):
         hooks = reference()
         if hooks is not None and handle.id in hooks:

@@ -13,8 +13,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UnreadableError
+from ._same_kind import SameKind
 
-__all__ = ["Loan", "can_lend", "can_lend_all", "identities", "identity", "lend", "lend_at_once", "storage_identity"]
+__all__ = [
+    "Lender",
+    "Lent",
+    "Loan",
+    "can_lend",
+    "can_lend_all",
+    "identities",
+    "identity",
+    "lend",
+    "lend_at_once",
+    "storage_identity",
+]
+
+Lent = tuple["array[int]", "array[int]"]
+"""Addresses and numbers of elements."""
 
 _CPU = torch.device("cpu")
 _FEW = 4
@@ -35,7 +50,7 @@ class Loan:
 
     __slots__ = ("_owners", "addresses", "numels")
 
-    def __init__(self, owners: Sequence[Tensor], lent: tuple[array[int], array[int]] | None = None) -> None:
+    def __init__(self, owners: Sequence[Tensor], lent: Lent | None = None) -> None:
         # Copies that were made for the loan live as long as it does.
         self._owners = owners
         if lent is not None:
@@ -95,9 +110,58 @@ def lend(tensors: Sequence[Tensor], *, dtype: torch.dtype, device: torch.device,
     return Loan(owners)
 
 
-def lend_at_once(
-    tensors: Sequence[Tensor], *, dtype: torch.dtype, numels: array[int] | None = None
-) -> tuple[array[int], array[int]] | None:
+class Lender:
+    """Lends the gradients of the same parameters step after step, as `lend_at_once` does.
+
+    At most steps they are what they were, though each is another tensor, and one call tells so; what is left to ask is
+    where they lie.
+
+    Args:
+        numels: how many elements each parameter has.
+    """
+
+    __slots__ = ("_kind", "_nbytes", "_numels", "_sizes")
+
+    def __init__(self, numels: array[int]) -> None:
+        self._numels, self._sizes, self._kind = numels, numels.tolist(), SameKind()
+        self._nbytes: list[int] = []
+
+    def lend(self, tensors: Sequence[Tensor]) -> Lent | None:
+        """Return addresses and numbers of elements; None where `lend_at_once` gives none.
+
+        Args:
+            tensors: one of each parameter.
+        """
+        if not tensors:
+            return None
+        is_known = self._kind.holds(tensors)
+        if is_known and (places := self._places(tensors)) is not None:
+            return places, self._numels
+        dtype = tensors[0].dtype
+        is_of_size = is_known or list(map(Tensor.numel, tensors)) == self._sizes
+        lent = lend_at_once(tensors, dtype=dtype, numels=self._numels if is_of_size else None)
+        if lent is not None and is_of_size and not is_known and self._kind.learn(tensors):
+            self._nbytes = [numel * dtype.itemsize for numel in self._sizes]
+        return lent
+
+    def _places(self, tensors: Sequence[Tensor]) -> array[int] | None:
+        """Return where they lie, of a kind that can be lent: all in one block, or each in one that it fills."""
+        try:
+            places = array("Q", list(map(Tensor.data_ptr, tensors)))
+            block = tensors[0].untyped_storage()
+            first, room = block.data_ptr(), block.nbytes()
+            if first <= places[-1] < first + room:
+                begins = np.frombuffer(places, np.uint64)
+                ends = begins + np.asarray(self._nbytes, np.uint64)
+                return places if first > 0 and first <= begins.min() and ends.max() <= first + room else None
+            if not all(map(eq, map(_NBYTES, map(Tensor.untyped_storage, tensors)), self._nbytes)):
+                return None
+        except RuntimeError:
+            return None
+        return None if 0 in places else places
+
+
+def lend_at_once(tensors: Sequence[Tensor], *, dtype: torch.dtype, numels: array[int] | None = None) -> Lent | None:
     """Return addresses and numbers of elements of tensors that lie in the host's memory, in a row each.
 
     Holds what `lend` holds, by a few calls that take all tensors each, where `lend` asks one after the other. None
@@ -136,7 +200,7 @@ def lend_at_once(
     return None if 0 in addresses else (addresses, numels)
 
 
-def _whole(tensors: Sequence[Tensor], dtype: torch.dtype, numels: array[int]) -> tuple[array[int], array[int]] | None:
+def _whole(tensors: Sequence[Tensor], dtype: torch.dtype, numels: array[int]) -> Lent | None:
     """Return addresses of tensors that are each all that lies in its memory; None where any is not.
 
     Each question costs a small tensor as much as its arithmetic: those that have no memory answer by an exception, and
@@ -193,7 +257,7 @@ def identity(tensor: Tensor) -> int:
 def identities(tensors: Sequence[Tensor]) -> array[int]:
     """Return `identity` of each; 0 of all where any can't be asked."""
     try:
-        return array("Q", map(Tensor.data_ptr, tensors))
+        return array("Q", list(map(Tensor.data_ptr, tensors)))
     except (RuntimeError, TypeError, ValueError, OverflowError):
         return array("Q", bytes(8 * len(tensors)))
 

@@ -34,13 +34,20 @@ def coverage(meter: ModelMeter) -> dict[str, Standing]:
 
     Parameters that an optimizer still holds and the model no more stand under `<optimizer>.` and their former path.
     """
-    watched = meter.watched
+    watched, account = meter.watched, meter.account
+    # Asked once: each answer goes over all paths.
+    measured, reasons = account.measured, account.reasons
     modules = _modules(meter)
     found: dict[str, Standing] = {}
     for _, path, p in watched.params:
-        found[path] = _standing(meter, path, p, modules)
+        if path in measured:
+            found[path] = Standing(MEASURED)
+        elif path in reasons:
+            found[path] = Standing(UNSEEN, reasons[path])
+        else:
+            found[path] = _without_gradient(path, p, modules, reasons.get(""), has_begun=account.num_steps > 0)
     for _, path, p in watched.unheld:
-        why = meter.account.reasons.get(path)
+        why = reasons.get(path)
         if why is not None:
             found[path] = Standing(UNSEEN, why)
         elif p.requires_grad:
@@ -56,17 +63,15 @@ def coverage(meter: ModelMeter) -> dict[str, Standing]:
     return found | modules | dict(_unregistered(meter.model))
 
 
-def _standing(meter: ModelMeter, path: str, p: nn.Parameter, modules: dict[str, Standing]) -> Standing:
-    account = meter.account
-    if path in account.measured:
-        return Standing(MEASURED)
-    if path in account.reasons:
-        return Standing(UNSEEN, account.reasons[path])
+def _without_gradient(
+    path: str, p: nn.Parameter, modules: dict[str, Standing], why_none: str | None, *, has_begun: bool
+) -> Standing:
+    """Return the standing of a parameter that had no gradient; `why_none`: why none had, None where some had."""
     if not p.requires_grad:
         return Standing(NO_GRADIENT, FROZEN)
-    if "" in account.reasons:
-        return Standing(NO_GRADIENT, account.reasons[""])
-    if not account.num_steps:
+    if why_none is not None:
+        return Standing(NO_GRADIENT, why_none)
+    if not has_begun:
         return Standing(UNSEEN, NO_STEP)
     owner = modules.get(path.rpartition(".")[0])
     is_idle = owner is not None and owner.reason.startswith("not called")

@@ -125,8 +125,8 @@ class Measuring:
             turn.seals = look.seals
             if not self.produced.is_to_compare(inputs.step):
                 known = look.on_host
-        numels = None if known is not None or turn.tensors is None else self.meter.watched.held_numels
-        found = grads.measure_on_host(known, turn.tensors, numels)
+        lent = None if known is not None or turn.tensors is None else self.meter.watched.lender.lend(turn.tensors)
+        found = grads.measure_on_host(known, turn.tensors, lent)
         if found is None:
             return None
         norms, global_norm, _ = found
@@ -143,7 +143,8 @@ class Measuring:
             numbers["loss"] = loss
         numbers["samples"] = inputs.num_samples or (0 if inputs.batch is None else num_samples(inputs.batch))
         scalars = self._plain_scalars(inputs)
-        scalars |= {name: float(value) for name, value in self._others.told(inputs.optimizer, loss).items()}
+        if others := self._others.told(inputs.optimizer, loss):
+            scalars |= {name: float(value) for name, value in others.items()}
         if self.fingerprints is not None and (known_again := self.fingerprints.take()) is not None:
             scalars["batch_fingerprint"] = float(known_again)
         now, last = perf_counter(), self._clock

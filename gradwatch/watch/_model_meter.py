@@ -292,11 +292,11 @@ class ModelMeter:
         if self.account.inside:
             return None
         tensors: list[Any] = list(map(_GRAD, self.watched.held))
-        if not all(map(is_not, tensors, repeat(None))):
-            return None
         # Of torch's own class all can be read but what is found out where that is measured.
-        is_usual = _USUAL.issuperset(map(type, tensors)) or not any(map(why_unreadable, tensors))
-        return tensors if is_usual else None
+        if _USUAL.issuperset(map(type, tensors)):
+            return tensors
+        is_there = all(map(is_not, tensors, repeat(None)))
+        return tensors if is_there and not any(map(why_unreadable, tensors)) else None
 
     def _staged_gradients(
         self, stages: Stages, optimizers: Sequence[Optimizer], grad_scale: float | Tensor

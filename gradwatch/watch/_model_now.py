@@ -14,7 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from ..torchside import clean_path
+from ..torchside import SameKind, clean_path
 
 __all__ = ["FLAGS", "PARTS", "ModelNow"]
 
@@ -27,6 +27,7 @@ _RARELY = 16
 """Looks after which it is asked whether modules have their attributes where they had them, and are of their class. Of
 lazy ones that is asked at every look."""
 _REQUIRES_GRAD = attrgetter("requires_grad")
+_PLAIN = frozenset({Tensor, nn.Parameter})
 
 
 class _Likeness(NamedTuple):
@@ -58,6 +59,7 @@ class ModelNow:
         self._known: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self.replaced: dict[str, int] = {}
         self._num_looks = 0
+        self._kind = SameKind()
         self._list()
         self._last = self._take()
 
@@ -76,6 +78,8 @@ class ModelNow:
         self._is_lazy = any(isinstance(p, UninitializedParameter) for p in self._params) or any(
             isinstance(m, LazyModuleMixin) for m in self._modules
         )
+        self._are_plain = _PLAIN.issuperset(map(type, self._params)) and len(self._sized) == len(self._params)
+        self._kind.forget()
         self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}
         self._known |= {id(p): (weakref.ref(p), clean_path(path)) for path, p in named}
 
@@ -104,12 +108,17 @@ class ModelNow:
         parts, last = self._parts(), self._last
         # By identity: tensors compare by their elements.
         same = len(parts) == len(last.parts) and all(map(is_, parts, last.parts))
-        same = same and list(map(Tensor.numel, self._sized)) == last.sizes
+        # While nothing is recorded nothing seems to require a gradient.
+        asks_kind = same and self._are_plain and torch.is_grad_enabled()
+        as_before = asks_kind and self._kind.holds(self._params)
+        same = same and (as_before or list(map(Tensor.numel, self._sized)) == last.sizes)
         if not same or (is_close and self._kinds() != last.kinds):
             self._list()
             self._last = self._take()
             return PARTS
-        trainable = list(map(_REQUIRES_GRAD, self._params))
+        trainable = last.trainable if as_before else list(map(_REQUIRES_GRAD, self._params))
+        if asks_kind and not as_before:
+            self._kind.learn(self._params)
         if trainable == last.trainable:
             return ""
         self._last = last._replace(trainable=trainable)

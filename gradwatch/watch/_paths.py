@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from ..errors import ConfigError, UnknownPathError
 from ..records import MODULE, PARAMETER, Index, select_paths
 from ..torchside import (
+    Lender,
     Pipeline,
     StandIn,
     ZeroPart,
@@ -168,8 +169,9 @@ class Watched:
         return np.asarray([position for position, _, _ in self.params], np.int64)
 
     @cached_property
-    def held_numels(self) -> array[int]:
-        return array("q", map(Tensor.numel, self.held))
+    def lender(self) -> Lender:
+        """Lends the gradients of `held`."""
+        return Lender(array("q", map(Tensor.numel, self.held)))
 
     def reordered(self, forward_order: Sequence[str]) -> Index:
         """Return the index with `depth` taken from the order in which modules were first called."""

@@ -193,9 +193,9 @@ class Produced:
     def _see(self) -> None:
         meter, self._age = self._meter, 0
         tensors, held = meter.all_gradients(), meter.watched.held
-        found = None if tensors is None else host_norms(tensors, meter.watched.held_numels)
-        if found is not None:
-            self._look = Look(held, Seals(held, tensors), None, found)
+        lent = None if tensors is None else meter.watched.lender.lend(tensors)
+        if tensors is not None and lent is not None and (found := host_norms(tensors, lent)) is not None:
+            self._look = Look(held, Seals(held, tensors, lent[0]), None, found)
             return
         with Aside():
             grads = meter.gradients(meter.optimizers, 1.0)

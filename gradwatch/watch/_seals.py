@@ -28,17 +28,25 @@ class Seals:
     Args:
         params: the parameters.
         grads: of those that have one, where somebody has just listed them.
+        places: `identities` of these, where somebody has just asked.
     """
 
     __slots__ = ("_ids", "_params", "_places", "_versions")
 
-    def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor] | None = None,
+        places: array[int] | None = None,
+    ) -> None:
         self._params = params
         if grads is None:
             grads = [g for g in map(_GRAD, params) if g is not None]
-        self._ids, self._places = array("Q", map(id, grads)), identities(grads)
+        # Lists of numbers are made and compared sooner than arrays of them.
+        self._ids = list(map(id, grads))
+        self._places = identities(grads) if places is None else places
         try:
-            self._versions = array("q", map(_VERSION, grads))
+            self._versions = list(map(_VERSION, grads))
         except RuntimeError:
             self._versions = _versions(grads)
 
@@ -49,10 +57,10 @@ class Seals:
 
     def are_broken_by(self, now: Sequence[Tensor]) -> bool:
         """Return what `broken` does, where these are the parameters' gradients now."""
-        if array("Q", map(id, now)) != self._ids:
+        if list(map(id, now)) != self._ids:
             return True
         try:
-            versions = array("q", map(_VERSION, now))
+            versions = list(map(_VERSION, now))
         except RuntimeError:
             versions = _versions(now)
         return versions != self._versions or identities(now) != self._places
@@ -69,9 +77,9 @@ class Seals:
         if -1 in versions or -1 in before:
             return None
         same = self._places[:FEW] == earlier._places[:FEW]
-        return same and versions == array("q", [version + times for version in before])
+        return same and versions == [version + times for version in before]
 
 
-def _versions(tensors: Sequence[Tensor]) -> array[int]:
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
     # An inference tensor has none.
-    return array("q", [-1 if t.is_inference() else t._version for t in tensors])
+    return [-1 if t.is_inference() else t._version for t in tensors]

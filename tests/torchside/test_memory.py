@@ -1,6 +1,8 @@
 """Addresses leave torch by one door, which gives dense memory or refuses."""
 
 import ast
+import weakref
+from array import array
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 import gradwatch
 from gradwatch.errors import UnreadableError
-from gradwatch.torchside import lend, owned, values, writable
+from gradwatch.torchside import Lender, SameKind, lend, lend_at_once, owned, values, writable
 
 CPU = torch.device("cpu")
 
@@ -126,3 +128,104 @@ def test_a_tensor_gives_way_to_a_copy_only_where_it_can_not_be_written(make, is_
     assert (mine is not tensor) is is_copied
     assert torch.equal(mine, tensor)
     assert mine.mul_(2).tolist() == (make().clone() * 2).tolist()
+
+
+def gradients() -> list[torch.Tensor]:
+    return [torch.randn(4, 4), torch.randn(16), torch.randn(2, 8), torch.randn(16), torch.randn(16)]
+
+
+def in_one_block() -> list[torch.Tensor]:
+    return list(torch.randn(80).split(16))
+
+
+ODD = {
+    "other-tensors": lambda g: g,
+    "shorter": lambda g: g[:8],
+    "double": lambda g: g.double(),
+    "expanded": lambda g: g.flatten()[:1].expand(16),
+    "every-other": lambda g: torch.randn(32)[::2],
+    "part-of-something-larger": lambda g: torch.randn(48)[16:32],
+    "negated": lambda g: torch._neg_view(g),
+    "zeros-without-memory": lambda g: torch._efficientzerotensor((16,)),
+    "empty": lambda g: g[:0],
+    "meta": lambda g: g.to("meta"),
+    "sparse": lambda g: g.to_sparse(),
+    "a-class-of-its-own": lambda g: g.as_subclass(type("Mine", (torch.Tensor,), {})),
+    "freed": lambda g: _resized(g.clone(), 0),
+    "cut-short": lambda g: _resized(g.clone(), 20),
+    "with-a-graph": lambda g: g.clone().requires_grad_() * 1,
+}
+
+
+def _resized(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    tensor.untyped_storage().resize_(size)
+    return tensor
+
+
+@pytest.mark.parametrize("which", [0, 3, 4])
+@pytest.mark.parametrize("make", [gradients, in_one_block])
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_gradients_that_are_known_again_are_lent_as_those_that_are_seen_first(make, odd, which: int) -> None:
+    lender = Lender(array("q", [16] * 5))
+    for change in (None, None, odd, odd, None, None, odd, None):
+        tensors = make()
+        if change is not None:
+            tensors[which] = change(tensors[which].flatten())
+        dtype = tensors[0].dtype
+        numels = array("q", map(torch.Tensor.numel, tensors))
+        assert lender.lend(tensors) == lend_at_once(tensors, dtype=dtype, numels=numels)
+
+
+def test_a_block_is_lent_only_where_all_lie_in_it() -> None:
+    lender = Lender(array("q", [16] * 5))
+    assert lender.lend(in_one_block()) is not None
+    tensors = in_one_block()
+    gone = torch.randn(32)[16:]
+    gone.untyped_storage().resize_(0)
+    for place in range(1, 5):
+        assert lender.lend([*tensors[:place], gone, *tensors[place + 1 :]]) is None
+
+
+ALTERED = {
+    "frozen": lambda p: p.requires_grad_(False),
+    "larger": lambda p: setattr(p, "data", torch.randn(5, 4)),
+    "half": lambda p: setattr(p, "data", p.data.half()),
+    "transposed": lambda p: setattr(p, "data", p.data.t()),
+}
+
+
+@pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
+def test_a_kind_is_known_again_until_something_of_it_is_another(alter) -> None:
+    params = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(6)]
+    kind = SameKind()
+    assert not kind.holds(params)
+    if not kind.learn(params):
+        pytest.skip("this torch has nothing to ask with")
+    assert kind.holds(params)
+    with torch.no_grad():
+        params[1].mul_(2)
+    assert kind.holds(params)
+    assert not kind.holds(params[:5])
+    alter(params[3])
+    assert not kind.holds(params)
+    assert kind.learn(params)
+    assert kind.holds(params)
+
+
+def test_a_kind_that_could_not_be_learnt_is_not_held_to_be_the_one_before() -> None:
+    params = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(6)]
+    kind = SameKind()
+    for step in range(40):
+        params[2].requires_grad_(step % 2 == 0)
+        assert not kind.holds(params)
+        kind.learn(params)
+
+
+def test_a_kind_keeps_no_tensor() -> None:
+    params = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(6)]
+    kind = SameKind()
+    kind.holds(params)
+    kind.learn(params)
+    gone = weakref.ref(params[0])
+    del params
+    assert gone() is None

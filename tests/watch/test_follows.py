@@ -193,6 +193,24 @@ def test_optimizers_that_take_turns_and_freeze_each_others_parameters_share_a_fe
         assert len({id(r.index) for r in watch.history}) == 2
 
 
+@pytest.mark.parametrize("is_recording", [True, False], ids=["recording", "no-grad"])
+def test_what_is_frozen_and_unfrozen_at_every_other_step_is_on_record_at_each(is_recording: bool) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Watch(model, optimizer, rules="observe") as watch:
+        for step in range(12):
+            is_trained = step % 2 == 0 or 4 < step < 8
+            model[2].requires_grad_(is_trained)
+            loss = model(torch.randn(4, 8)).square().mean()
+            loss.backward()
+            with torch.set_grad_enabled(is_recording):
+                record = watch.step(loss=loss).record
+            assert record is not None
+            places = record.index.positions
+            assert bool(record.index.trainable[places["2.weight"]]) is is_trained
+            optimizer.zero_grad()
+
+
 def test_what_is_replaced_and_still_held_is_said_and_never_judged() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -14,6 +14,7 @@ from gradwatch import Watch, load_rules
 from gradwatch.rules import Expression
 from gradwatch.runs import read_run, replay
 from gradwatch.treatments import ZClip
+from gradwatch.watch._account import Account
 
 Loop = Callable[[Watch, nn.Module, torch.optim.Optimizer, int], None]
 
@@ -248,3 +249,20 @@ def test_a_hook_of_the_programs_own_is_told_from_gradwatchs_while_that_is_there_
         assert account.is_taken(first)
         handle.remove()
         assert not account.is_taken(first)
+
+
+@pytest.mark.parametrize("depth", [2, 20])
+def test_the_account_of_all_paths_is_taken_once_however_many_there_are(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    asked = []
+    measured = Account.measured.fget
+    monkeypatch.setattr(Account, "measured", property(lambda self: asked.append(1) or measured(self)))
+    with Watch(model, optimizer, rules="observe") as watch:
+        loss = model(torch.randn(2, 4)).sum()
+        loss.backward()
+        watch.step(loss=loss)
+        assert set(watch.session.coverage().values()) == {("measured", "")}
+        assert len(asked) == 1
