@@ -27,7 +27,8 @@ _BACKENDS = ("tensor", "full")
 
 
 class ModuleTap:
-    """Watches outputs, inputs and grad_outputs of modules while it is armed; there is nothing of it on them else.
+    """Watches outputs, inputs and grad_outputs of modules while it is armed; there is nothing of it on them else, but
+    while it rests.
 
     Between `arm` and `take` all calls of a module, over all micro-batches, add up. A forward that activation
     checkpointing repeats counts once. Nothing is read back from the device, nothing is changed: training with a tap of
@@ -103,6 +104,7 @@ class ModuleTap:
         self._windows = UnitWindows()
         self._preflight = Preflight(len(self.paths)) if backend == "full" else None
         self._handles: list[Any] = []
+        self._probes: list[Any] = []
         self._leaf_handles: list[Any] = []
         self._entered: set[int] = set()
         self._failures: dict[int, str] = {}
@@ -120,12 +122,19 @@ class ModuleTap:
             return
         self.period += 1
         self._depth = 0
+        if self._handles and all(map(_hangs, self._handles)):  # since `rest`
+            for probe in self._probes:
+                probe.period = self.period
+            self.armed = True
+            return
+        _remove(self._handles)
         handles: list[Any] = []
+        self._probes = []
         try:
             for module, row in self._hooked.items():
                 self._register(row, module, handles)
             for module in self._bystanders if self.on_output is not None else ():
-                enter, leave = PreForwardProbe(self, BYSTANDER), ForwardProbe(self, BYSTANDER)
+                enter, leave = self._probe(PreForwardProbe, BYSTANDER), self._probe(ForwardProbe, BYSTANDER)
                 handles.append(enter.hang(module.register_forward_pre_hook, with_kwargs=True))
                 handles.append(leave.hang(module.register_forward_hook, with_kwargs=True))
         except BaseException:
@@ -134,22 +143,39 @@ class ModuleTap:
         self._handles = handles
         self.armed = True
 
+    def _probe(self, kind: Callable[[ModuleTap, int], Any], row: int) -> Any:
+        self._probes.append(probe := kind(self, row))
+        return probe
+
     def _register(self, row: int, module: nn.Module, handles: list[Any]) -> None:
         if row not in self._entered or self._needs_verdict(row) or self.on_output is not None:
-            handles.append(PreForwardProbe(self, row).hang(module.register_forward_pre_hook, with_kwargs=True))
-        handles.append(ForwardProbe(self, row).hang(module.register_forward_hook, with_kwargs=True))
+            enter = self._probe(PreForwardProbe, row)
+            handles.append(enter.hang(module.register_forward_pre_hook, with_kwargs=True))
+        handles.append(self._probe(ForwardProbe, row).hang(module.register_forward_hook, with_kwargs=True))
         if self._has_full_hook(row):
             handles.extend(register_full_hook(module, BackwardProbe(self, row)))
 
+    def rest(self) -> None:
+        """Stop listening until `arm`, which follows soon: hooks on modules stay where they are, and do nothing. To hang
+        them anew at every step takes longer than to ask them."""
+        if self._preflight is not None:
+            self.disarm()  # which hooks come next depends on the verdicts
+            return
+        self._fall_silent()
+
     def disarm(self) -> None:
         """Take every hook off, and silence those that graphs still hold. What was gathered stays for `take`."""
+        self._fall_silent()
+        _remove(self._handles)
+        self._probes = []
+        if self._preflight is not None:
+            self._preflight.conclude()
+
+    def _fall_silent(self) -> None:
         self.armed = False
         for memo in (self._moments, self._extents, self._counts):
             memo.clear()
-        _remove(self._handles)
         _remove(self._leaf_handles)
-        if self._preflight is not None:
-            self._preflight.conclude()
 
     def close(self) -> None:
         """Disarm for ever and forget everything gathered."""
@@ -341,6 +367,12 @@ def _local(tensor: Any) -> Tensor:
 
 def _numel(tensor: Tensor) -> int:
     return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def _hangs(handle: Any) -> bool:
+    """Return whether a hook is still where it was put: others may have cleared the module's hooks."""
+    hooks = handle.hooks_dict_ref()
+    return hooks is not None and handle.id in hooks
 
 
 def _remove(handles: list[Any]) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UnreadableError
-from ..torchside import are_several, can_lend, can_lend_all, lend, lend_at_once, world_size
+from ..torchside import are_several, can_lend, can_lend_all, lend, lend_at_once, lend_one, world_size
 from ._library import NoLibraryError, is_compiled, library
 from ._reference import agrees, reference
 
@@ -72,14 +72,13 @@ class Native:
         self._moments_of.restype = None
 
     def moments_of(self, piece: Tensor) -> tuple[float, float, float, float, float]:
-        """Return `moments` of a single tensor with less ado.
+        """Return `moments` of a single tensor with less ado: one that `native_for` was given.
 
         Raises:
             UnreadableError: it has no memory of its own.
         """
         out = _Five()
-        loan = lend((piece,), dtype=_readable_type(piece), device=_CPU)
-        self._moments_of(_TYPES[piece.dtype], int(loan.addresses[0]), int(loan.numels[0]), out)
+        self._moments_of(_TYPES[piece.dtype], *lend_one(piece), out)
         row = (out[0], out[1], out[2], out[3], out[4])
         if self._is_due("moments_of"):
             row = tuple(self._checked("moments", np.array([row]), (piece,), ())[0].tolist())

@@ -39,6 +39,7 @@ from ._memory import (
     identity,
     lend,
     lend_at_once,
+    lend_one,
     storage_identity,
 )
 from ._modes import CallMode, past_override
@@ -119,6 +120,7 @@ __all__ = [
     "largest_piece",
     "lend",
     "lend_at_once",
+    "lend_one",
     "local_of",
     "local_piece",
     "loss_form",

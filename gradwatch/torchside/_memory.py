@@ -25,6 +25,7 @@ __all__ = [
     "identity",
     "lend",
     "lend_at_once",
+    "lend_one",
     "storage_identity",
 ]
 
@@ -159,6 +160,15 @@ class Lender:
         except RuntimeError:
             return None
         return None if 0 in places else places
+
+
+def lend_one(tensor: Tensor) -> tuple[int, int]:
+    """Return address and number of elements of one tensor that `can_lend`, which is to be kept.
+
+    Raises:
+        UnreadableError: it has no memory of its own.
+    """
+    return _address(tensor), tensor.numel()
 
 
 def lend_at_once(tensors: Sequence[Tensor], *, dtype: torch.dtype, numels: array[int] | None = None) -> Lent | None:

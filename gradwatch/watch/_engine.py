@@ -35,7 +35,7 @@ from ._measuring import Measuring
 from ._memory import memory_of, remember
 from ._model_meter import ModelMeter
 from ._noise_scale import NoiseScale, noise_sums
-from ._options import MeasureOptions
+from ._options import MeasureOptions, is_due
 from ._plan import ALERT_STEPS, Planner, reasons_to_wait
 from ._produced import Produced
 from ._proofs import Proofs
@@ -165,7 +165,7 @@ class Engine:
         self.is_replaying = False
         self.autopsy: Autopsy | None = None
         self.alarmed: Alarmed = {}
-        self.produced = Produced(self.meter, self.guard, weakly(self._is_due))
+        self.produced = Produced(self.meter, self.guard, weakly(self._is_due), weakly(self._counts, False))
         self._measuring = Measuring(self.meter, self.guard, self.own, self.produced, treats=self.treats)
         self.recomputation = self._measuring.recomputation
         self._update_ratios = UpdateRatios(self.meter, self.guard)
@@ -341,6 +341,10 @@ class Engine:
     def _is_due(self) -> bool:
         """Whether the step that has begun is measured."""
         return max(self._begun, 0) % self.options.every == 0
+
+    def _counts(self) -> bool:
+        """Whether histograms are due at the step that has begun, for all that is known before its backward."""
+        return is_due(max(self._begun, 0), self.options.histograms_every)
 
     def _run(self, turn: Turn) -> StepOutcome:
         inputs, meter = turn.inputs, self.meter

@@ -439,7 +439,7 @@ class Measuring:
         look, has_details = self.produced.take(grads), turn.plan.histograms and len(grads) > 0
         seen.is_sealed = look is not None and not _is_unscaled(turn.inputs, grads) and look.holds(grads.params)
         if look is not None and seen.is_sealed and not self.produced.is_to_compare(turn.step):
-            seen.pieces = grads.pieces(histograms=True, known=look.norms) if has_details else look.pieces(grads)
+            seen.pieces = look.pieces(grads, histograms=has_details)
         else:
             seen.pieces, seen.before = grads.pieces(histograms=has_details), look
 

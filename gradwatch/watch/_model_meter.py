@@ -192,7 +192,7 @@ class ModelMeter:
             self.tap.arm()
 
     def disarm(self) -> None:
-        if self.tap is not None and self.tap.armed:
+        if self.tap is not None:
             self.tap.disarm()
 
     @property
@@ -206,7 +206,10 @@ class ModelMeter:
             is_alone: there is no other rank, which would have to add to it.
         """
         stats = None if self.tap is None else self.tap.take(apart=is_alone and self.watched.stages is None)
-        self.disarm()
+        if self.tap is not None and self.options.activations_every == 1:
+            self.tap.rest()
+        else:
+            self.disarm()
         if not self._ordered and self.tap is not None and self.tap.forward_order:
             self.watched.reordered(self.tap.forward_order)
             self._ordered = True
@@ -371,8 +374,10 @@ class ModelMeter:
             return np.zeros(0, np.int64), {}
         self._updates_step = -1
         stats = self._updates.after()
-        # Not kept for the next time: forward and backward, where memory is short, come before it.
-        self._updates.release()
+        # Not kept for the next time: forward and backward, where memory is short, come before it. On the host it is not,
+        # and to get it anew at every step takes longer than the copies.
+        if self.options.updates_every != 1 or not is_host(self.device):
+            self._updates.release()
         positions = self._update_positions[np.asarray(stats.positions, np.int64)]
         if stats.both is not None:
             return positions, {"both_norms": stats.both}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..records import Floats
-from ..stats import GradientPieces, Gradients, Row, Shards, host_norms
+from ..stats import GradientPieces, Gradients, Row, Shards, host_norms, measure_pieces
 from ..torchside import Aside, OwnedHook, StandIn, are_modes_on, graph_task_id, sent, untraced, weakly
 from ._between import Between
 from ._guard import Guard
@@ -27,6 +27,7 @@ __all__ = ["CADENCE", "Look", "Produced", "look_at"]
 _PART = "norms before a clip of the program's own"
 # The way in which DDP and FSDP learn that a backward is over.
 _call_at_end: Callable[[Callable[[], Any]], None] = torch.autograd.Variable._execution_engine.queue_callback
+_IS_CPU = attrgetter("is_cpu")
 _WINDOWS = 8
 CADENCE = 16
 """Records from one measurement to the next where nothing tells that gradients were changed."""
@@ -41,12 +42,14 @@ class Look:
         seals: of these gradients.
         row: norms of each, still multiplied by a loss scale; None where the host has found them by one call.
         on_host: then, with the norm of all.
+        counted: with details and histograms; None where they are not due.
     """
 
     params: Sequence[Tensor]
     seals: Seals
     row: Row | None = None
     on_host: tuple[Floats, float] | None = None
+    counted: GradientPieces | None = None
 
     def holds(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None = None) -> bool:
         """Whether the gradients of these parameters are the very ones, untouched.
@@ -60,9 +63,13 @@ class Look:
             return False
         return not (self.seals.broken if tensors is None else self.seals.are_broken_by(tensors))
 
-    def pieces(self, grads: Gradients) -> GradientPieces:
+    def pieces(self, grads: Gradients, *, histograms: bool = False) -> GradientPieces:
         """Return what measuring them anew would."""
-        return GradientPieces(Shards(grads.tensors), None, None, self.norms)
+        if not histograms:
+            return GradientPieces(Shards(grads.tensors), None, None, self.norms)
+        if self.counted is None:
+            return grads.pieces(histograms=True, known=self.norms)
+        return replace(self.counted, shards=Shards(grads.tensors))
 
     @property
     def norms(self) -> Row:
@@ -103,6 +110,20 @@ def _seen(grads: Gradients) -> Look | None:
 
 
 @calm_numpy
+def _counted(params: Sequence[nn.Parameter], tensors: list[Tensor]) -> Look | None:
+    """Return what is to be seen of gradients on the host with details and histograms, by one read; None where some lie
+    elsewhere, or in pieces."""
+    if not all(map(_IS_CPU, tensors)):
+        return None
+    with Aside():
+        pieces = measure_pieces(tensors, histograms=True, of=params)
+    if pieces.shards.groups or pieces.shards.unstored:
+        return None
+    # Not the pieces themselves: they would keep the gradients.
+    return Look(params, Seals(params, tensors), pieces.row, None, replace(pieces, shards=Shards([])))
+
+
+@calm_numpy
 def _seen_elsewhere(grads: Gradients) -> Look | None:
     if not len(grads) or _is_capturing(grads.device):
         return None
@@ -123,8 +144,10 @@ class Produced:
         task: torch's number of the backward that runs; -1 where none was heard of.
     """
 
-    def __init__(self, meter: ModelMeter, guard: Guard, is_due: Callable[[], bool]) -> None:
-        self._meter, self._guard, self._is_due = meter, guard, is_due
+    def __init__(
+        self, meter: ModelMeter, guard: Guard, is_due: Callable[[], bool], counts: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._meter, self._guard, self._is_due, self._counts_now = meter, guard, is_due, counts
         self._handles: list[Any] = []
         self._of: Watched | None = None
         self._hears_all = False
@@ -193,6 +216,9 @@ class Produced:
     def _see(self) -> None:
         meter, self._age = self._meter, 0
         tensors, held = meter.all_gradients(), meter.watched.held
+        if tensors is not None and self._counts_now() and (counted := _counted(held, tensors)) is not None:
+            self._look = counted
+            return
         lent = None if tensors is None else meter.watched.lender.lend(tensors)
         if tensors is not None and lent is not None and (found := host_norms(tensors, lent)) is not None:
             self._look = Look(held, Seals(held, tensors, lent[0]), None, found)
