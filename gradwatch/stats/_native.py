@@ -252,10 +252,13 @@ _little = _Little()
 
 
 def native_for(piece: Tensor, *, worth: int) -> Native | None:
-    """Return what `native([piece], worth=worth)` does, sooner."""
-    if piece.numel() + 256 < worth or piece.dtype not in _TYPES or not piece.is_cpu or not can_lend(piece):
+    """Return what `native([piece], worth=worth)` does, sooner; for less work the kernels that are at hand for it."""
+    if piece.dtype not in _TYPES or not piece.is_cpu or not can_lend(piece) or world_size() > 1:
         return None
-    return None if world_size() > 1 else _load()
+    if piece.numel() + 256 >= worth:
+        return _load()
+    kernels = _little.kernels
+    return None if kernels is None or kernels.fault else kernels
 
 
 def _load() -> Native | None:

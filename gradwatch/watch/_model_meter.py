@@ -374,8 +374,8 @@ class ModelMeter:
             return np.zeros(0, np.int64), {}
         self._updates_step = -1
         stats = self._updates.after()
-        # Not kept for the next time: forward and backward, where memory is short, come before it. On the host it is not,
-        # and to get it anew at every step takes longer than the copies.
+        # Not kept for the next time: forward and backward, where memory is short, come before it. On the host it is
+        # not, and to get it anew at every step takes longer than the copies.
         if self.options.updates_every != 1 or not is_host(self.device):
             self._updates.release()
         positions = self._update_positions[np.asarray(stats.positions, np.int64)]
