@@ -343,8 +343,9 @@ class Engine:
         return max(self._begun, 0) % self.options.every == 0
 
     def _counts(self) -> bool:
-        """Whether histograms are due at the step that has begun, for all that is known before its backward."""
-        return is_due(max(self._begun, 0), self.options.histograms_every)
+        """Whether gradients are counted when backward is over: histograms are due, and this measurement will do."""
+        step = max(self._begun, 0)
+        return is_due(step, self.options.histograms_every) and not self.produced.is_to_compare(step)
 
     def _run(self, turn: Turn) -> StepOutcome:
         inputs, meter = turn.inputs, self.meter

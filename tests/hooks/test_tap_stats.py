@@ -353,3 +353,50 @@ def test_statistics_of_meta_modules_read_nothing_back() -> None:
     stats = tap.take()
     assert stats.sums.device.type == "meta"
     assert tap.coverage() == {}
+
+
+@pytest.mark.parametrize("backend", ["tensor", "full"])
+def test_a_tap_that_rests_sees_nothing_and_goes_on_as_one_that_is_armed_anew(backend: str) -> None:
+    def trained(stop: str) -> list[dict]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        outputs: list[torch.Tensor] = []
+        tap = ModuleTap(model, ["0", "1", "2"], backend=backend, on_output=lambda x: outputs.append(x.detach()))
+        found = []
+        for _ in range(4):
+            tap.arm()
+            loss = model(torch.randn(5, 3)).sum()
+            loss.backward(retain_graph=True)
+            found.append(columns_of(tap))
+            getattr(tap, stop)()
+            num_outputs = len(outputs)
+            model(torch.ones(2, 3)).sum().backward()
+            loss.backward()
+            assert tap.take() is None
+            assert len(outputs) == num_outputs
+            # The graph of a step that is over belongs to no later one.
+            tap.arm()
+            assert tap.take() is None
+            getattr(tap, stop)()
+        tap.close()
+        assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+        return found
+
+    assert trained("rest") == trained("disarm")
+
+
+def test_hooks_that_others_cleared_while_a_tap_rested_are_hung_again() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    tap = ModuleTap(model, ["0", "1"])
+    tap.arm()
+    model(torch.ones(3, 2))
+    tap.take()
+    tap.rest()
+    hung = list(model[0]._forward_hooks)
+    model[1]._forward_hooks.clear()
+    tap.arm()
+    model(torch.ones(3, 2))
+    assert set(columns_of(tap)["output_rms"]) == {"0", "1"}
+    assert len(model[0]._forward_hooks) == len(hung) == 1
+    tap.close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
