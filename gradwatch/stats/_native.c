@@ -122,26 +122,25 @@ MOMENTS(float, float, float, int32_t, 0x7f800000, 0x7fffffff)
 MOMENTS(half, uint16_t, float, int32_t, 0x7f800000, 0x7fffffff)
 MOMENTS(double, double, double, int64_t, 0x7ff0000000000000, 0x7fffffffffffffff)
 
-/* Squares of (old - new) and of old; a block of old is still in the first cache when it is read again. */
+/* Squares of (old - new) and of old, from one read of both. */
 #define MOVED(KIND, TYPE)                                                              \
     static void moved_##KIND(const TYPE *old, const TYPE *now, size_t n, double *out) { \
+        double by[STREAMS][LANES] = {{0}}, held[STREAMS][LANES] = {{0}};                \
+        size_t part = n / (STREAMS * LANES) * LANES, i = STREAMS * part;               \
         out[0] = out[1] = 0;                                                           \
-        for (size_t start = 0; start < n; start += 2048) {                             \
-            size_t size = n - start < 2048 ? n - start : 2048, i = 0;                  \
-            const TYPE *a = old + start, *b = now + start;                             \
-            double lanes[LANES] = {0};                                                 \
-            for (; i + LANES <= size; i += LANES)                                      \
+        for (size_t at = 0; at < part; at += LANES)                                    \
+            for (int s = 0; s < STREAMS; s++)                                          \
                 for (int j = 0; j < LANES; j++) {                                      \
-                    double by = (double)widen_##KIND(a + i + j) - widen_##KIND(b + i + j); \
-                    lanes[j] += by * by;                                               \
+                    double a = widen_##KIND(old + s * part + at + j);                  \
+                    double d = a - widen_##KIND(now + s * part + at + j);              \
+                    by[s][j] += d * d, held[s][j] += a * a;                            \
                 }                                                                      \
-            for (; i < size; i++) {                                                    \
-                double by = (double)widen_##KIND(a + i) - widen_##KIND(b + i);         \
-                lanes[0] += by * by;                                                   \
-            }                                                                          \
-            for (int j = 0; j < LANES; j++) out[0] += lanes[j];                        \
-            out[1] += squares_##KIND(a, size);                                         \
+        for (; i < n; i++) {                                                           \
+            double a = widen_##KIND(old + i), d = a - widen_##KIND(now + i);           \
+            out[0] += d * d, out[1] += a * a;                                          \
         }                                                                              \
+        for (int s = 0; s < STREAMS; s++)                                              \
+            for (int j = 0; j < LANES; j++) out[0] += by[s][j], out[1] += held[s][j];  \
     }
 MOVED(float, float)
 MOVED(half, uint16_t)

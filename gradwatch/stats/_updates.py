@@ -345,9 +345,9 @@ def _local(param: Any) -> Tensor:
 
 
 def _locals(params: Sequence[Tensor]) -> list[Tensor]:
-    """Return `_local` of each: where none is distributed, by one call."""
+    """Return `_local` of each, to be read where nothing is recorded: of plain ones these themselves."""
     if _PLAIN.issuperset(map(type, params)):
-        return list(map(Tensor.detach, params))
+        return list(params)
     return list(map(_local, params))
 
 
