@@ -35,7 +35,7 @@ from ._measuring import Measuring
 from ._memory import memory_of, remember
 from ._model_meter import ModelMeter
 from ._noise_scale import NoiseScale, noise_sums
-from ._options import MeasureOptions, is_due
+from ._options import MeasureOptions
 from ._plan import ALERT_STEPS, Planner, reasons_to_wait
 from ._produced import Produced
 from ._proofs import Proofs
@@ -165,7 +165,7 @@ class Engine:
         self.is_replaying = False
         self.autopsy: Autopsy | None = None
         self.alarmed: Alarmed = {}
-        self.produced = Produced(self.meter, self.guard, weakly(self._is_due), weakly(self._counts, False))
+        self.produced = Produced(self.meter, self.guard, weakly(self._is_due))
         self._measuring = Measuring(self.meter, self.guard, self.own, self.produced, treats=self.treats)
         self.recomputation = self._measuring.recomputation
         self._update_ratios = UpdateRatios(self.meter, self.guard)
@@ -214,7 +214,9 @@ class Engine:
     @timed
     def before_forward(self, step: int) -> None:
         """Say that the forward passes of a step begin. May be called once per micro-batch."""
-        if self.planner.at(step).modules and self.guard.ok("hooks on modules"):
+        plan = self.planner.at(step)
+        self.produced.counts = plan.histograms and not self.produced.is_to_compare(step)
+        if plan.modules and self.guard.ok("hooks on modules"):
             with self.guard("hooks on modules", self.meter.disarm):
                 self.meter.arm()
         if self.own is not None:
@@ -341,11 +343,6 @@ class Engine:
     def _is_due(self) -> bool:
         """Whether the step that has begun is measured."""
         return max(self._begun, 0) % self.options.every == 0
-
-    def _counts(self) -> bool:
-        """Whether gradients are counted when backward is over: histograms are due, and this measurement will do."""
-        step = max(self._begun, 0)
-        return is_due(step, self.options.histograms_every) and not self.produced.is_to_compare(step)
 
     def _run(self, turn: Turn) -> StepOutcome:
         inputs, meter = turn.inputs, self.meter

@@ -140,14 +140,15 @@ class Produced:
     step's measurement, and costs nothing more. Not for gradients in pieces, whose norms need all ranks.
 
     Attributes:
+        counts: details and histograms are due at this step, and this look is its measurement where nobody touches the
+            gradients.
         between: tells what was done in between.
         task: torch's number of the backward that runs; -1 where none was heard of.
     """
 
-    def __init__(
-        self, meter: ModelMeter, guard: Guard, is_due: Callable[[], bool], counts: Callable[[], bool] = lambda: False
-    ) -> None:
-        self._meter, self._guard, self._is_due, self._counts_now = meter, guard, is_due, counts
+    def __init__(self, meter: ModelMeter, guard: Guard, is_due: Callable[[], bool]) -> None:
+        self._meter, self._guard, self._is_due = meter, guard, is_due
+        self.counts = False
         self._handles: list[Any] = []
         self._of: Watched | None = None
         self._hears_all = False
@@ -216,7 +217,7 @@ class Produced:
     def _see(self) -> None:
         meter, self._age = self._meter, 0
         tensors, held = meter.all_gradients(), meter.watched.held
-        if tensors is not None and self._counts_now() and (counted := _counted(held, tensors)) is not None:
+        if tensors is not None and self.counts and (counted := _counted(held, tensors)) is not None:
             self._look = counted
             return
         lent = None if tensors is None else meter.watched.lender.lend(tensors)
@@ -257,7 +258,7 @@ class Produced:
 
     def stepped(self) -> None:
         """Say that an optimizer has stepped: backwards are counted from there."""
-        self._num_over, self._is_counted = 0, False
+        self._num_over, self._is_counted, self.counts = 0, False, False
 
     def settle(self) -> None:
         """Say that a step is over. Several optimizers may step, one by one, after one backward."""
