@@ -135,31 +135,32 @@ class Lender:
         """
         if not tensors:
             return None
-        is_known = self._kind.holds(tensors)
-        if is_known and (places := self._places(tensors)) is not None:
-            return places, self._numels
-        dtype = tensors[0].dtype
-        is_of_size = is_known or list(map(Tensor.numel, tensors)) == self._sizes
-        lent = lend_at_once(tensors, dtype=dtype, numels=self._numels if is_of_size else None)
-        if lent is not None and is_of_size and not is_known and self._kind.learn(tensors):
-            self._nbytes = [numel * dtype.itemsize for numel in self._sizes]
-        return lent
-
-    def _places(self, tensors: Sequence[Tensor]) -> array[int] | None:
-        """Return where they lie, of a kind that can be lent: all in one block, or each in one that it fills."""
+        if not self._kind.holds(tensors):
+            return self._lend_anew(tensors)
         try:
             places = array("Q", list(map(Tensor.data_ptr, tensors)))
             block = tensors[0].untyped_storage()
             first, room = block.data_ptr(), block.nbytes()
-            if first <= places[-1] < first + room:
+            if first <= places[-1] < first + room:  # all in one block,
                 begins = np.frombuffer(places, np.uint64)
                 ends = begins + np.asarray(self._nbytes, np.uint64)
-                return places if first > 0 and first <= begins.min() and ends.max() <= first + room else None
-            if not all(map(eq, map(_NBYTES, map(Tensor.untyped_storage, tensors)), self._nbytes)):
-                return None
+                has_room = bool(0 < first <= begins.min() and ends.max() <= first + room)
+            else:  # or each in one that it fills
+                has_room = 0 not in places and all(
+                    map(eq, map(_NBYTES, map(Tensor.untyped_storage, tensors)), self._nbytes)
+                )
         except RuntimeError:
             return None
-        return None if 0 in places else places
+        if has_room:
+            return places, self._numels
+        return lend_at_once(tensors, dtype=tensors[0].dtype, numels=self._numels)
+
+    def _lend_anew(self, tensors: Sequence[Tensor]) -> Lent | None:
+        dtype, is_of_size = tensors[0].dtype, list(map(Tensor.numel, tensors)) == self._sizes
+        lent = lend_at_once(tensors, dtype=dtype, numels=self._numels if is_of_size else None)
+        if lent is not None and is_of_size and self._kind.learn(tensors):
+            self._nbytes = [numel * dtype.itemsize for numel in self._sizes]
+        return lent
 
 
 def lend_one(tensor: Tensor) -> tuple[int, int]:
