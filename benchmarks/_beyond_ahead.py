@@ -208,6 +208,7 @@ def rows(seeds: int = 3) -> Iterator[tuple[str, str, str]]:
             "",
         )
     yield "ahead: false alarms in all healthy runs", f"{total} in {total_steps:,} steps", "1 in 10,000"
+    yield from _plasticity()
     yield from _costs()
     yield from _spectra()
 
@@ -220,6 +221,33 @@ def _false_alarms(task: str) -> tuple[Counter[str], int]:
         alarms.update(incident.name for incident in watch.incidents)
         steps += len(losses)
     return alarms, steps
+
+
+def _plasticity() -> Iterator[tuple[str, str, str]]:
+    """Yield when `dormant_units_growing` speaks, where a net learns new labels of the same points again and again."""
+    every = 300
+    for rate, asked in ((1e-2, "a finding"), (1e-3, "none")):
+        torch.manual_seed(0)
+        layers = nn.Linear(20, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+        model, x, y = nn.Sequential(*layers), torch.randn(512, 20), torch.zeros(512)
+        optimizer, left, dormant = torch.optim.Adam(model.parameters(), rate), [], []
+        with Watch(model, optimizer, rules=["ahead"], updates_every=None, histograms_every=None) as watch:
+            for step in range(8 * every):
+                if step % every == 0:
+                    y = torch.randint(0, 10, (512,))
+                chosen = torch.randint(0, 512, (64,))
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x[chosen]), y[chosen])
+                loss.backward()
+                watch.step(loss=loss)
+                if step % every == every - 1:
+                    left.append(loss.item())
+                    dormant.append(next(r for r in reversed(watch.history) if "dormant_fraction" in r.columns))
+        told = [i.first_step for i in watch.incidents if i.name == "dormant_units_growing"]
+        shares = ", ".join(f"{record['dormant_fraction', '3']:.2f}" for record in dormant)
+        losses = ", ".join(f"{value:.2g}" for value in left)
+        found = f"{f'step {told[0]}' if told else 'none'}; loss left {losses}; dormant {shares}"
+        yield f"ahead: new labels every {every} steps, Adam at {rate:g}: dormant_units_growing", found, asked
 
 
 def _costs() -> Iterator[tuple[str, str, str]]:

@@ -89,23 +89,23 @@ class StepsTooLong(Rule):
 
 
 class DormantUnitsGrowing(Rule):
-    """Flags activations of which ever more units are dormant, while the loss gets no better.
+    """Flags activations of which ever more units are dormant, while the loss is worse than it has been.
 
     Dormant are units whose mean magnitude over a batch is next to nothing beside that of the others. Their share is
-    above `many`, by more than `more` above the lowest that it had, and the loss is not better than it was then: a
-    network that learns may do without some of its units, one that has lost them learns nothing new.
+    above `many`, by more than `more` above the lowest that it had, and the loss is above its lowest level: a network
+    that learns may do without some of its units, one that has lost them learns what is new less well.
 
     Source: Sokar et al., "The Dormant Neuron Phenomenon in Deep Reinforcement Learning", ICML 2023, arXiv 2302.12902.
 
     Args:
         many: share of a module's units.
         more: by which it has grown.
-        better: share of the loss by which it must have fallen since, to be better.
+        worse: share of the lowest loss by which it is above that.
     """
 
     many: float = 0.3
     more: float = 0.2
-    better: float = 0.1
+    worse: float = 0.1
     for_steps: int = 2
     advice: str = (
         "Units go silent that do not come back: lower the learning rate, use leaky ReLU or layer normalisation, decay "
@@ -120,10 +120,10 @@ class DormantUnitsGrowing(Rule):
         super().__post_init__()
         self._require("many", 0 < self.many < 1, "0 and below 1", "above")
         self._require("more", self.more > 0, 0, "above")
-        self._require("better", 0 <= self.better < 1, "0 and below 1")
+        self._require("worse", self.worse >= 0, 0)
 
     def init(self) -> State:
-        return {"per_path": {}, "losses": ()}
+        return {"per_path": {}, "losses": (), "best": math.inf}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         if "dormant_fraction" not in record.columns:
@@ -132,18 +132,18 @@ class DormantUnitsGrowing(Rule):
         if not losses:
             return self.unjudged(record, "no loss is known"), state
         loss, shares = median(losses), record.columns["dormant_fraction"]
+        best = min(state["best"], loss)
         judged = select(record.index, self.paths, "module") & record.measured("dormant_fraction")
         judged &= np.array([kind in _ACTIVATIONS for kind in record.index.types])
-        lowest, before = (state["per_path"].get(name, np.full(len(shares), np.nan)) for name in ("lowest", "before"))
+        lowest = np.fmin(
+            state["per_path"].get("lowest", np.full(len(shares), np.nan)), np.where(judged, shares, np.nan)
+        )
         with np.errstate(invalid="ignore"):
-            is_lower = judged & ~(shares >= lowest)
-            lowest, before = np.where(is_lower, shares, lowest), np.where(is_lower, loss, before)
             true = judged & (shares > self.many) & (shares > lowest + self.more)
-            true &= loss > before - self.better * np.abs(before)
-        state = {"per_path": {"lowest": lowest, "before": before}, "losses": losses}
-        text = f"{{value:.0%}} of its units are dormant, limit {{limit:.0%}}; the loss is {loss:.3g}"
-        limits = np.maximum(self.many, lowest + self.more)
-        return self.over(record, true, judged, shares, limits, text), state
+        true &= loss > best + self.worse * abs(best)
+        state = {"per_path": {"lowest": lowest}, "losses": losses, "best": best}
+        text = f"{{value:.0%}} of its units are dormant, limit {{limit:.0%}}; the loss is {loss:.3g}, it was {best:.3g}"
+        return self.over(record, true, judged, shares, np.maximum(self.many, lowest + self.more), text), state
 
 
 class ResidualGrowing(Rule):

@@ -42,6 +42,10 @@ def falling(s: int) -> float:
     return 2.0 * 0.98**s + 0.05
 
 
+def rising(s: int) -> float:
+    return 2.3 + s / 1000
+
+
 def modules(*values: float) -> dict[str, float]:
     return dict(zip(MODULES, values, strict=False))
 
@@ -596,16 +600,17 @@ CASES = [
     case("steps_too_long", lambda: steady(25, loss=2.3, slope_after_step=0.2), False, "too-few"),
     case("steps_too_long", lambda: steady(80, loss=noise(), slope_after_step=0.2), False, "a-loss-without-a-level"),
     case("steps_too_long", lambda: steady(80, loss=lambda s: 2.3 if s < 40 else 1e-4, slope_after_step=lambda s: -0.2 if s < 40 else 1e-4), False, "next-to-no-loss-is-left"),
-    case("dormant_units_growing", lambda: dormant(lambda k: 0.06 * k), True, "ever-more"),
+    case("dormant_units_growing", lambda: dormant(lambda k: 0.06 * k, rising), True, "ever-more"),
     case("dormant_units_growing", lambda: dormant(lambda k: 0.06 * k, falling), False, "and-learns"),
-    case("dormant_units_growing", lambda: dormant(lambda k: 0.5), False, "from-the-start"),
-    case("dormant_units_growing", lambda: dormant(lambda k: 0.02 * k), False, "few"),
-    case("dormant_units_growing", lambda: dormant(lambda k: 0.06 * k, index=make_index((), MODULES)), False, "no-activation"),
+    case("dormant_units_growing", lambda: dormant(lambda k: 0.06 * k), False, "as-good-as-ever"),
+    case("dormant_units_growing", lambda: dormant(lambda k: 0.5, rising), False, "from-the-start"),
+    case("dormant_units_growing", lambda: dormant(lambda k: 0.02 * k, rising), False, "few"),
+    case("dormant_units_growing", lambda: dormant(lambda k: 0.06 * k, rising, index=make_index((), MODULES)), False, "no-activation"),
     case("residual_growing", lambda: stream(lambda k: 1.2**k, 2.3), False, "as-good-as-ever"),
     case("residual_growing", lambda: stream(lambda k: 1.2**k, lambda s: 2.3 if s < 300 else 2.4), True, "grows-for-nothing"),
     case("residual_growing", lambda: stream(lambda k: 1.2**k, falling), False, "grows-as-it-learns"),
-    case("residual_growing", lambda: stream(lambda k: 1.05**k, lambda s: 2.3 + s / 1000), False, "grows-a-little"),
-    case("residual_growing", lambda: stream(lambda k: 1.2**k, lambda s: 2.3 + s / 1000, make_index((), MODULES)), False, "no-blocks"),
+    case("residual_growing", lambda: stream(lambda k: 1.05**k, rising), False, "grows-a-little"),
+    case("residual_growing", lambda: stream(lambda k: 1.2**k, rising, make_index((), MODULES)), False, "no-blocks"),
     case("updates_rounded_away", lambda: steady(300, update_lost=every(50, norms(0.9, 0.8, 0.1))), True, "two-of-three"),
     case("updates_rounded_away", lambda: steady(300, update_lost=every(50, norms(0.9, 0.2, 0.1))), False, "one-of-three"),
     case("updates_rounded_away", lambda: steady(300, update_lost=lambda s: norms(1, 1, 1) if s == 50 else norms(0, 0, 0)), False, "once"),
