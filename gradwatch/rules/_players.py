@@ -108,6 +108,8 @@ class NoContest(Rule):
         losses = (record.loss, theirs) if first else (theirs, record.loss)
         own, others = (progress(Progress(*state[k]), v) for k, v in zip(("own", "others"), losses, strict=True))
         state = {"own": tuple(own), "others": tuple(others)}
+        if not first:
+            return self.unjudged(record, "told once, at the steps of the first of them"), state
         levels = _level(own), _level(others)
         if not all(map(math.isfinite, levels)):
             return self.unjudged(record, f"fewer than {TAIL} losses, or some that are not above zero"), state

@@ -205,9 +205,17 @@ PLAYERS = make_index(("netG.0.weight", "netD.0.weight"), ())
 
 
 def game(own: float, others: float, index: Any = None) -> list[StepRecord]:
-    """A critic's losses, and beside each its opponent's last one."""
-    given = {"loss": lambda s: 1.4 if s < 5 else own, "others_loss": lambda s: 0.7 if s < 5 else others}
-    return steady(300, optimizer=1, index=index, **given)
+    """Losses of a critic, and of its opponent where they are named; beside each the other's last one."""
+    turn = (lambda s: s % 2) if index else (lambda s: 1)
+    mine, theirs = (lambda s: 1.4 if s < 5 else own), (lambda s: 0.7 if s < 5 else others)
+    swapped = lambda s: turn(s) == 0  # noqa: E731
+    return steady(
+        300,
+        optimizer=turn,
+        index=index,
+        loss=lambda s: theirs(s) if swapped(s) else mine(s),
+        others_loss=lambda s: mine(s) if swapped(s) else theirs(s),
+    )
 
 
 def classes(cross_entropy: Any, loss: Any = lambda s: 0.99**s, largest: int = 2) -> list[StepRecord]:
