@@ -62,11 +62,14 @@ def extent(tensor: Tensor) -> Tensor:
     return torch.cat([found[:, :2].sum(dim=0) * times, found[:, 2:].amax(dim=0)])
 
 
-@torch.no_grad()
 def host_moments(tensor: Tensor) -> tuple[float, float, float, float, float]:
     """Return `moments` of a CPU tensor as plain numbers, where reading is free."""
-    if found := _lent_moments(tensor):
-        return found
+    # No operation of torch's: nothing to keep out of a graph, which costs as much as to measure a small tensor.
+    return _lent_moments(tensor) or _moments_elsewhere(tensor)
+
+
+@torch.no_grad()
+def _moments_elsewhere(tensor: Tensor) -> tuple[float, float, float, float, float]:
     piece, zeros = values(tensor)
     pieces, times = parts(piece)
     total = sumsq = nonfinite = most = 0.0
@@ -77,11 +80,15 @@ def host_moments(tensor: Tensor) -> tuple[float, float, float, float, float]:
     return total, sumsq, float(zeros), nonfinite, most
 
 
-@torch.no_grad()
 def host_extent(tensor: Tensor) -> tuple[float, float, float]:
     """Return `extent` of a CPU tensor as plain numbers."""
     if found := _lent_moments(tensor):
         return found[1], found[3], found[4]
+    return _extent_elsewhere(tensor)
+
+
+@torch.no_grad()
+def _extent_elsewhere(tensor: Tensor) -> tuple[float, float, float]:
     pieces, times = parts(values(tensor).piece)
     sumsq = nonfinite = most = 0.0
     for dense in pieces:
@@ -91,15 +98,18 @@ def host_extent(tensor: Tensor) -> tuple[float, float, float]:
     return sumsq, nonfinite, most
 
 
-@torch.no_grad()
 def num_nonfinite(tensor: Tensor) -> Tensor | float:
     """Return how many elements are inf or nan: a number for a CPU tensor, else a 0-dim tensor, unread."""
-    if not is_host(tensor.device):
-        pieces, times = parts(values(tensor).piece)
-        return torch.stack([(~torch.isfinite(piece)).sum() for piece in pieces]).sum() * times
-    if found := _lent_moments(tensor):
+    if is_host(tensor.device) and (found := _lent_moments(tensor)):
         return found[3]
+    return _nonfinite_elsewhere(tensor)
+
+
+@torch.no_grad()
+def _nonfinite_elsewhere(tensor: Tensor) -> Tensor | float:
     pieces, times = parts(values(tensor).piece)
+    if not is_host(tensor.device):
+        return torch.stack([(~torch.isfinite(piece)).sum() for piece in pieces]).sum() * times
     return float(sum(map(_host_nonfinite, pieces)) * times)
 
 

@@ -253,7 +253,7 @@ _little = _Little()
 
 def native_for(piece: Tensor, *, worth: int) -> Native | None:
     """Return what `native([piece], worth=worth)` does, sooner; for less work the kernels that are at hand for it."""
-    if piece.dtype not in _TYPES or not piece.is_cpu or not can_lend(piece) or world_size() > 1:
+    if piece.dtype not in _TYPES or not piece.is_cpu or not can_lend(piece) or (are_several() and world_size() > 1):
         return None
     if piece.numel() + 256 >= worth:
         return _load()

@@ -156,6 +156,8 @@ class Lender:
         return lend_at_once(tensors, dtype=tensors[0].dtype, numels=self._numels)
 
     def _lend_anew(self, tensors: Sequence[Tensor]) -> Lent | None:
+        if not tensors[0].is_cpu:
+            return None
         dtype, is_of_size = tensors[0].dtype, list(map(Tensor.numel, tensors)) == self._sizes
         lent = lend_at_once(tensors, dtype=dtype, numels=self._numels if is_of_size else None)
         if lent is not None and is_of_size and self._kind.learn(tensors):
