@@ -12,7 +12,7 @@ from ._gradients import Gradients
 from ._measure import GradientMeasures, GradientPieces, measure_gradients, measure_pieces
 from ._moments import MOMENTS, extent, host_extent, host_moments, moments, num_nonfinite
 from ._norms import Row, global_norm, host_norms, second_look, tensor_norms
-from ._shards import Shards, reduce_max_, reduce_sum_
+from ._shards import Shards, is_whole, reduce_max_, reduce_sum_
 from ._spread import row_spread
 from ._statistic import GIVEN, OF_CALLS, Statistic, View
 from ._tasks import cosines, gramian
@@ -47,6 +47,7 @@ __all__ = [
     "host_moments",
     "host_norms",
     "forget_layouts",
+    "is_whole",
     "kernel_backends",
     "kernel_faults",
     "measure_gradients",

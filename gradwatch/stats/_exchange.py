@@ -30,6 +30,8 @@ class Exchange:
     """
 
     def __init__(self, shards: Shards | None = None) -> None:
+        self._places: Mapping[int, int] = {}
+        self._num_places = 0
         self.groups: Mapping[str, tuple[Any, list[int]]] = {} if shards is None else shards.groups
         self.num_ranks = world_size()
         groups = [group for group, _ in self.groups.values()]
@@ -38,12 +40,24 @@ class Exchange:
         if shards is not None and len(groups) == 1 and not self.spans and shards.mesh_sizes == {self.num_ranks}:
             self.copies = self.num_ranks // dist.get_world_size(groups[0])
 
+    def whole_among(self, places: Mapping[int, int], num_places: int) -> None:
+        """Say which rows are of tensors that are whole on every rank, of which one rank alone may lack some.
+
+        Args:
+            places: row -> place in a table of all that there may be.
+            num_places: rows of that table, equal on all ranks.
+        """
+        self._places, self._num_places = places, num_places
+
     def sum_(self, common: Tensor, rows: Tensor | None = None) -> None:
         """Add up in place: `common` (m,) over all ranks, `rows` (n, k) over the ranks that hold other pieces.
 
         Rows of tensors that are whole on every rank become the mean over ranks where they travel along anyway, so that
         they are equal everywhere; else they stay.
         """
+        if self._num_places and rows is not None and self.groups:
+            self._sum_by_place(common, rows)
+            return
         plain = None if rows is None or not self.groups else self._whole_rows(rows)
         if plain is None:
             self._reduce_(common, rows, dist.ReduceOp.SUM)
@@ -54,6 +68,21 @@ class Exchange:
         common.copy_(flat[: len(common)])
         assert rows is not None
         rows.index_copy_(0, index, flat[len(common) :].view_as(packed))
+
+    def _sum_by_place(self, common: Tensor, rows: Tensor) -> None:
+        """Let rows of whole tensors travel in a table of one length, each with a 1 beside it where it is there."""
+        split = {p for _, positions in self.groups.values() for p in positions}
+        places = {row: place for row, place in self._places.items() if row not in split}
+        index = index_on(list(places), rows.device)
+        where = index_on(list(places.values()), rows.device)
+        mine = rows.index_select(0, index)
+        table = rows.new_zeros(self._num_places, rows.shape[1] + 1)
+        table.index_copy_(0, where, torch.cat([mine, torch.ones_like(mine[:, :1])], dim=1))
+        flat = torch.cat([common, table.reshape(-1)])
+        self._reduce_(flat, rows, dist.ReduceOp.SUM)
+        common.copy_(flat[: len(common)])
+        summed = flat[len(common) :].view_as(table).index_select(0, where)
+        rows.index_copy_(0, index, summed[:, :-1] / summed[:, -1:])
 
     def max_(self, common: Tensor, rows: Tensor | None = None) -> None:
         """Take maxima in place, as `sum_` takes sums. Rows of whole tensors stay as they are."""

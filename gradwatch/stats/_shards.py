@@ -31,6 +31,7 @@ __all__ = [
     "Shards",
     "alike",
     "index_on",
+    "is_whole",
     "put_together",
     "reduce_max_",
     "reduce_sum_",
@@ -154,6 +155,17 @@ class Shards:
             dist.all_reduce(packed, op=op, group=group)
             values.index_copy_(0, index, packed)
         return values
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Return whether all elements of a tensor lie on every rank that holds it."""
+    if isinstance(tensor, (Piece, StandIn)):
+        return whole_of(tensor) is None
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    if dtensor is None or not isinstance(tensor, dtensor.DTensor):
+        return True
+    sizes = tensor.device_mesh.shape
+    return all(size == 1 or not placement.is_shard() for size, placement in zip(sizes, tensor.placements, strict=True))
 
 
 def alike(pieces: Sequence[Tensor]) -> list[list[int]]:

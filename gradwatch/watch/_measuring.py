@@ -168,7 +168,7 @@ class Measuring:
         seen = self._look(turn, grads, extras)
         # From here on the vector is on its way, or the ranks that it would go to are gone.
         turn.has_exchanged = True
-        batch = self._combine(seen)
+        batch = self._combine(seen, grads)
         said = seen.layout
         if said is not None and self.accord.hear(turn.step, said, seen.sums["extras"], seen.sums["failed"]):
             grads = self._let_go(turn, seen)
@@ -306,7 +306,7 @@ class Measuring:
             seen.pieces = GradientPieces(
                 shards, rows, rows[:, :1].clone() if width > 1 else None, Row(rows[:, 0].clone())
             )
-        self._combine(seen)
+        self._combine(seen, grads)
 
     @property
     def _num_parts(self) -> int:
@@ -493,18 +493,21 @@ class Measuring:
             loss = seen.loss if isinstance(seen.loss, Tensor) else constant(seen.loss, device)
             seen.sums["loss"] = torch.stack([loss * num_losses, torch.full_like(loss, num_losses)])
 
-    def _combine(self, seen: _Seen) -> dict[str, Tensor | float]:
+    def _combine(self, seen: _Seen, grads: Gradients | None) -> dict[str, Tensor | float]:
         pieces = seen.pieces
         self.num_failed_treatments = self.num_unproven = 0
         held = (None, None) if pieces is None or not pieces.shards.groups else (pieces.rows, pieces.maxima)
         own = seen.own if pieces is not None and pieces.shards.groups else None
         rows, row_maxima = held if own is None else own.joined(*held)
+        exchange = Exchange(None if pieces is None else pieces.shards)
+        if exchange.groups and grads is not None:
+            exchange.whole_among(*self.meter.whole_places(grads.params))
         batch = combine(
             seen.sums,
             seen.maxima,
             seen.scalars,
             self.meter.device,
-            exchange=Exchange(None if pieces is None else pieces.shards),
+            exchange=exchange,
             rows=rows,
             row_maxima=row_maxima,
         )

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..hooks import ModuleTap, TapStats
 from ..records import Floats
-from ..stats import Gradients, UpdateMeter, forget_layouts, row_spread, second_look
+from ..stats import Gradients, UpdateMeter, forget_layouts, is_whole, row_spread, second_look
 from ..torchside import (
     Aside,
     Away,
@@ -81,6 +81,7 @@ class ModelMeter:
         self._loss: SeenLoss | None = None
         self.is_told = False
         self._why_apart = ""
+        self._whole: tuple[Watched, dict[int, int]] | None = None
         self._home: tuple[Watched, torch.device, torch.device] | None = None
         self._ordered = False
         self.sample_until, self.looks_again = -1, False
@@ -134,7 +135,7 @@ class ModelMeter:
         self.watched = watched(self.model, self.optimizers, paths, known=known, strict=False, why_apart=self._why_apart)
         self.model_now.note_replaced(self.watched.replaced, step)
         self._real_paths = {clean_path(p): p for p, _ in self.model.named_modules() if p}
-        self._updates = self._home = None
+        self._updates = self._home = self._whole = None
         self._ordered = False
         order = [] if self.tap is None else self.tap.forward_order
         if order:
@@ -311,6 +312,15 @@ class ModelMeter:
                 has = p.grad is not None and not self.account.is_used_up(p) and not why_unreadable(p.grad)
                 named.append((path, p if has else stages.blanks[id(p)]))
         return Gradients.collect(named, grad_scale=grad_scale)
+
+    def whole_places(self, params: Sequence[Tensor]) -> tuple[dict[int, int], int]:
+        """Return which of these parameters are whole on every rank, beside others in pieces: position -> place among all
+        such ones; and how many there are, whichever have a gradient at this step."""
+        if self._whole is None or self._whole[0] is not self.watched:
+            whole = [] if self.watched.stages is not None else [id(p) for p in self.watched.held if is_whole(p)]
+            self._whole = (self.watched, {key: place for place, key in enumerate(whole)})
+        known = self._whole[1]
+        return {i: known[id(p)] for i, p in enumerate(params) if id(p) in known}, len(known)
 
     def positions(self, params: Sequence[Tensor]) -> NDArray[np.int64]:
         """Return the parameters' places in the index."""

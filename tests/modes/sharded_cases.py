@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -238,6 +239,36 @@ def ignored(rank: int, world: int, folder: Path) -> None:
     assert {type(p.data) for p in net.parameters()} == {torch.Tensor, DTensor}
 
 
+def unused_on_one_rank(rank: int, world: int, folder: Path) -> None:
+    """A parameter that FSDP leaves alone, and that one rank alone does not use: the others' norms are right, and the
+    vectors of all ranks are as long as ever."""
+    net = Net(idle=True)
+    twin = copy.deepcopy(net).double()
+    for layer in net.body:
+        fully_shard(layer)
+    fully_shard(net, ignored_params=set(net.idle.parameters()))
+    optimizer = sgd(net)
+    with Watch(net, optimizer, rules="observe", on_error="raise", **EVERYTHING) as watch:
+        for step, (pair,) in enumerate(batches(world)):
+            x, y = mine(pair, rank)
+            loss = loss_of(net, (x, y))
+            if step % 2 == 0 or rank == 0:
+                loss = loss + net.idle(torch.ones(1, 16)).square().mean()
+            loss.backward()
+            watch.step(loss=loss)
+            optimizer.zero_grad()
+    loss_of(twin, tuple(t.double() for t in batches(world)[0][0])).backward()
+    first = watch.history[0]
+    for name, p in twin.named_parameters():
+        if not name.startswith("idle"):
+            assert math.isclose(first["grad_norm", name], float(p.grad.norm()), rel_tol=1e-5), name
+    for record in watch.history:
+        known = record.measured("grad_norm")[record.index.position("idle.weight")]
+        assert known == (record.step % 2 == 0 or rank == 0)
+    shared = [n for n, _ in twin.named_parameters() if not n.startswith("idle")]
+    equal_on_all_ranks([[r["grad_norm", n] for n in shared] for r in watch.history])
+
+
 class Parallel(Module):
     """Distributed in `configure_model`, as Lightning asks."""
 
@@ -280,6 +311,7 @@ TWO = {
     **{f"{m}-neutral": neutral(m) for m in ("fsdp", "tp")},
     **{f"{m}-collectives": collectives(m) for m in ("fsdp", "tp")},
     "fsdp-ignored-parameters": ignored,
+    "fsdp-ignored-parameter-unused-on-one-rank": unused_on_one_rank,
     "lightning-fsdp": lightning(2, 1),
     "lightning-fsdp-nan-on-one-rank": lightning(2, 1, treated=True),
     "lightning-tp": lightning(1, 2),
