@@ -3,9 +3,15 @@
 Two launches however many tensors there are: their addresses go to the device in one asynchronous copy, every program
 scans one chunk of one tensor, and a second kernel adds up the chunks of each tensor in a fixed order, so that the same
 gradients give the same bits on every rank. Imported on first use only: Triton comes with the CUDA builds of torch.
+
+Most cards do one float64 operation in the time of 32 or 64 float32 ones: there gradients of up to 32 bits are added up
+in float32 within a lane of a chunk (16 values), and in float64 from there on. What is lost in an addition is kept and
+added to the next (W. Kahan, "Further remarks on reducing truncation errors", CACM 1965). Squares leave float32 where
+values do not: large, middling and small ones are added up apart, each scaled by a power of two (J. L. Blue, "A portable
+Fortran program to find the Euclidean norm of a vector", TOMS 1978).
 """
 
-# ruff: noqa: ANN001, ANN202, PLR0124, PLR0913, PLR0917, SIM108
+# ruff: noqa: ANN001, ANN202, PLR0124, PLR0913, PLR0915, PLR0917, SIM108, SIM300
 # Kernels are Python in form only: Triton compiles them, and reads no other annotation than constexpr.
 
 from __future__ import annotations
@@ -26,12 +32,36 @@ __all__ = ["scan"]
 _BLOCK = 1024
 _STEPS = 16
 _CHUNK = _BLOCK * _STEPS
+_FAST_FLOAT64 = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)})
+"""Compute capabilities: P100, V100, A100, H100 and B200."""
 _TYPES = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float64: tl.float64,
 }
+
+
+# Squares of what lies between, and sums of sixteen of them, are far from both ends of float32, and so are those of the
+# others once they are scaled.
+_HIGH, _LOW = tl.constexpr(2.0**50), tl.constexpr(2.0**-50)
+_DOWN, _UP = tl.constexpr(2.0**-78), tl.constexpr(2.0**100)
+_OF_DOWN, _OF_UP = tl.constexpr(2.0**78), tl.constexpr(2.0**-100)
+
+
+@triton.jit
+def _add(total, lost, values):  # type: ignore[no-untyped-def]
+    """Add to lanes, with what was lost before; return the sum and what is lost now."""
+    due = values - lost
+    now = total + due
+    lost = (now - total) - due
+    # Beyond the largest number nothing is lost: the difference would be none.
+    return now, tl.where(tl.abs(now) == float("inf"), 0.0, lost)
+
+
+@triton.jit
+def _in_float64(total, lost):  # type: ignore[no-untyped-def]
+    return total.to(tl.float64) - lost.to(tl.float64)
 
 
 @triton.jit
@@ -43,6 +73,7 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
     partials,
     counts,
     TYPE: tl.constexpr,
+    WIDE: tl.constexpr,
     SINGLE: tl.constexpr,
     ALIGNED: tl.constexpr,
     HISTOGRAM: tl.constexpr,
@@ -61,9 +92,12 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
         pointer = tl.multiple_of(pointer, 16)
     start = tl.multiple_of(start, BLOCK)
     lanes = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
-    square = tl.zeros([BLOCK], tl.float64)
-    most = tl.zeros([BLOCK], tl.float64)
+    nothing = tl.zeros([BLOCK], WIDE)
+    # Of values and of their squares, each with what was lost: middling, large and small ones.
+    total, square, total_lost, square_lost = nothing, nothing, nothing, nothing
+    large, large_square, large_lost, large_square_lost = nothing, nothing, nothing, nothing
+    small, small_square, small_lost, small_square_lost = nothing, nothing, nothing, nothing
+    most = nothing
     zeros = tl.zeros([BLOCK], tl.int32)
     bad = tl.zeros([BLOCK], tl.int32)
     table = tl.zeros([512], tl.int32)
@@ -71,23 +105,45 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
         offsets = start + step * BLOCK + lanes
         inside = offsets < numel
         values = tl.load(pointer + offsets, mask=inside, other=0.0)
-        wide = values.to(tl.float64)
+        wide = values.to(WIDE)
         magnitude = tl.abs(wide)
         is_nan = wide != wide
-        total += wide
-        square += wide * wide
+        if WIDE == tl.float64:
+            total += wide
+            square += wide * wide
+        elif TYPE == tl.float16:
+            total, total_lost = _add(total, total_lost, wide)
+            square, square_lost = _add(square, square_lost, wide * wide)
+        else:
+            is_large = magnitude >= _HIGH
+            is_small = magnitude < _LOW
+            middling = tl.where(is_large | is_small, 0.0, wide)
+            total, total_lost = _add(total, total_lost, middling)
+            square, square_lost = _add(square, square_lost, middling * middling)
+            scaled = tl.where(is_large, wide * _DOWN, 0.0)
+            large, large_lost = _add(large, large_lost, scaled)
+            large_square, large_square_lost = _add(large_square, large_square_lost, scaled * scaled)
+            scaled = tl.where(is_small, wide * _UP, 0.0)
+            small, small_lost = _add(small, small_lost, scaled)
+            small_square, small_square_lost = _add(small_square, small_square_lost, scaled * scaled)
         most = tl.maximum(most, tl.where(is_nan, 0.0, magnitude))
         zeros += ((wide == 0.0) & inside).to(tl.int32)
         bad += (is_nan | (magnitude == float("inf"))).to(tl.int32)
         if HISTOGRAM:
             codes = (values.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0x1FF
             table += tl.histogram(codes, 512)
+    sums = _in_float64(total, total_lost)
+    squares = _in_float64(square, square_lost)
+    if (WIDE == tl.float32) and (TYPE != tl.float16):
+        sums += _in_float64(large, large_lost) * _OF_DOWN + _in_float64(small, small_lost) * _OF_UP
+        squares += _in_float64(large_square, large_square_lost) * (_OF_DOWN * _OF_DOWN)
+        squares += _in_float64(small_square, small_square_lost) * (_OF_UP * _OF_UP)
     row = partials + program * 5
-    tl.store(row, tl.sum(total, axis=0))
-    tl.store(row + 1, tl.sum(square, axis=0))
+    tl.store(row, tl.sum(sums, axis=0))
+    tl.store(row + 1, tl.sum(squares, axis=0))
     tl.store(row + 2, tl.sum(zeros, axis=0).to(tl.float64))
     tl.store(row + 3, tl.sum(bad, axis=0).to(tl.float64))
-    tl.store(row + 4, tl.max(most, axis=0))
+    tl.store(row + 4, tl.max(most, axis=0).to(tl.float64))
     if HISTOGRAM:
         bins = tl.arange(0, 512)
         # Lanes beyond the end were read as 0.
@@ -157,6 +213,7 @@ def scan(pieces: Sequence[Tensor], *, histograms: bool) -> tuple[Tensor, Tensor 
     addresses = loan.addresses.tolist()
     single = len(pieces) == 1 and can_lend(pieces[0])
     pointers = pieces[0].view(-1) if single else _sent(torch.tensor(addresses, dtype=torch.int64), device)
+    wide = tl.float64 if dtype == torch.float64 or _adds_in_float64(device) else tl.float32
     with _on(device):
         if layout.num_chunks:
             _scan_kernel[(layout.num_chunks,)](
@@ -167,15 +224,23 @@ def scan(pieces: Sequence[Tensor], *, histograms: bool) -> tuple[Tensor, Tensor 
                 partials,
                 partials if counts is None else counts,
                 TYPE=_TYPES[dtype],
+                WIDE=wide,
                 SINGLE=single,
                 ALIGNED=all(address % 16 == 0 for address in addresses),
                 HISTOGRAM=histograms,
                 BLOCK=_BLOCK,
                 STEPS=_STEPS,
-                num_warps=4,
+                num_warps=4 if wide == tl.float64 else 8,
             )
         _finish_kernel[(len(pieces),)](partials, layout.firsts, out, BLOCK=256, num_warps=4)
     return out, counts
+
+
+@lru_cache(maxsize=64)
+def _adds_in_float64(device: torch.device) -> bool:
+    """Return whether float64 is but twice the price of float32: there reading is what takes the time, and fewer numbers
+    to keep let more of it go on at once."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in _FAST_FLOAT64
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -314,8 +314,8 @@ class ModelMeter:
         return Gradients.collect(named, grad_scale=grad_scale)
 
     def whole_places(self, params: Sequence[Tensor]) -> tuple[dict[int, int], int]:
-        """Return which of these parameters are whole on every rank, beside others in pieces: position -> place among all
-        such ones; and how many there are, whichever have a gradient at this step."""
+        """Return which of these parameters are whole on every rank, beside others in pieces: position -> place among
+        all such ones; and how many there are, whichever have a gradient at this step."""
         if self._whole is None or self._whole[0] is not self.watched:
             whole = [] if self.watched.stages is not None else [id(p) for p in self.watched.held if is_whole(p)]
             self._whole = (self.watched, {key: place for place, key in enumerate(whole)})
