@@ -207,7 +207,7 @@ def rows() -> Iterator[tuple[str, str, str]]:
     _hush()
     for world in (2, 4):
         for kind, (found, named, count) in _group(world, "bits").items():
-            asked = "found and named" if kind != "gradient" or world > 2 else "found"
+            asked = "found and named" if kind != "gradient" or world > 2 else "found; named but for the last bits"
             yield (
                 f"silent: a bit flipped in a {kind}, {world} ranks",
                 f"found {found}/{count}, rank named {named}/{count}",
