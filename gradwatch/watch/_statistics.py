@@ -334,9 +334,13 @@ class OwnStatistics:
             kept = [_kept(name, p, optimizers) for p in params]
             return [None if t is None else Shards([t.detach()]).locals[0] for t in kept]
 
+        groups: list[Mapping[str, Any]] = []
+
         def options(name: str) -> Sequence[Any]:
-            groups = {id(p): group for o in optimizers for group in o.param_groups for p in group["params"]}
-            return [groups.get(id(real_of(p)), {}).get(name) for p in params]
+            if not groups and params:
+                owners = {id(p): group for o in optimizers for group in o.param_groups for p in group["params"]}
+                groups.extend(owners.get(id(real_of(p)), {}) for p in params)
+            return [group.get(name) for group in groups]
 
         tensors: dict[str, Any] = {"gradients": gradients, "parameters": lambda: _locals(params)}
         return View(
