@@ -93,11 +93,12 @@ class Shards:
             self.locals = [self._dense(position, tensor) for position, tensor in enumerate(tensors)]
             return
         self.locals = []
+        cuts: dict[Any, Sequence[Any]] = {}
         for position, tensor in enumerate(tensors):
             if isinstance(tensor, (Piece, StandIn)):
                 piece = self._note_piece(position, tensor)
             else:
-                piece = self._note(position, tensor, dtensor) if isinstance(tensor, split) else tensor
+                piece = self._note(position, tensor, dtensor, cuts) if isinstance(tensor, split) else tensor
             self.locals.append(self._dense(position, piece))
 
     def _note_piece(self, position: int, tensor: Tensor) -> Tensor:
@@ -125,16 +126,22 @@ class Shards:
             counts[position, 0] += zeros
         return counts
 
-    def _note(self, position: int, tensor: Any, dtensor: Any) -> Tensor:
-        if any(placement.is_partial() for placement in tensor.placements):
-            whole = [dtensor.Replicate() if p.is_partial() else p for p in tensor.placements]
-            tensor = tensor.redistribute(placements=whole)
-        self.mesh_sizes.add(tensor.device_mesh.size())
-        for dim, placement in enumerate(tensor.placements):
-            # Not `is_shard()`: that is False for the _StridedShard of FSDP2 on top of tensor parallel.
-            if not placement.is_replicate() and tensor.device_mesh.size(dim) > 1:
-                group = tensor.device_mesh.get_group(dim)
-                self.groups.setdefault(group.group_name, (group, []))[1].append(position)
+    def _note(self, position: int, tensor: Any, dtensor: Any, cuts: dict[Any, Sequence[Any]]) -> Tensor:
+        """Note what a DTensor is split over, and return its piece.
+
+        Args:
+            cuts: groups of the meshes and placements that have been seen: asking for them takes longer than all else.
+        """
+        mesh, placements = tensor.device_mesh, tensor.placements
+        groups = cuts.get((id(mesh), placements))
+        if groups is None:
+            if any(placement.is_partial() for placement in placements):
+                whole = [dtensor.Replicate() if p.is_partial() else p for p in placements]
+                return self._note(position, tensor.redistribute(placements=whole), dtensor, cuts)
+            groups = cuts[id(mesh), placements] = _groups_of(mesh, placements)
+            self.mesh_sizes.add(mesh.size())
+        for group, name in groups:
+            self.groups.setdefault(name, (group, []))[1].append(position)
         return tensor.to_local()
 
     def sum_(self, values: Tensor) -> Tensor:
@@ -157,6 +164,13 @@ class Shards:
         return values
 
 
+def _groups_of(mesh: Any, placements: Sequence[Any]) -> list[tuple[Any, str]]:
+    # Not `is_shard()`: that is False for the _StridedShard of FSDP2 on top of tensor parallel.
+    cut = [dim for dim, p in enumerate(placements) if not p.is_replicate() and mesh.size(dim) > 1]
+    groups = [mesh.get_group(dim) for dim in cut]
+    return [(group, group.group_name) for group in groups]
+
+
 def is_whole(tensor: Tensor) -> bool:
     """Return whether all elements of a tensor lie on every rank that holds it."""
     if isinstance(tensor, (Piece, StandIn)):
@@ -165,7 +179,7 @@ def is_whole(tensor: Tensor) -> bool:
     if dtensor is None or not isinstance(tensor, dtensor.DTensor):
         return True
     sizes = tensor.device_mesh.shape
-    return all(size == 1 or not placement.is_shard() for size, placement in zip(sizes, tensor.placements, strict=True))
+    return all(size == 1 or placement.is_replicate() for size, placement in zip(sizes, tensor.placements, strict=True))
 
 
 def alike(pieces: Sequence[Tensor]) -> list[list[int]]:
