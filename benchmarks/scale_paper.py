@@ -111,6 +111,12 @@ def run(layers: int, steps: int, folder: Path) -> Kept:
     return Kept(tensors, statistics.median(added), statistics.median(columns), found[0], found[1])
 
 
+def _places(count: int) -> Iterator[str]:
+    for _ in range(count):
+        with tempfile.TemporaryDirectory() as place:
+            yield place
+
+
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
@@ -123,8 +129,9 @@ def alone(steps: int) -> dict[str, Line]:
         with tempfile.TemporaryDirectory() as short, tempfile.TemporaryDirectory() as long:
             # The difference of two runs: the steps at the beginning, where more is measured, fall out.
             one, two = run(layers, 20, Path(short)), run(layers, 20 + steps, Path(long))
+        again = [run(layers, 20 + steps, Path(place)).milliseconds for place in _places(4)]
         counts.append(two.tensors)
-        found["ms"].append(two.milliseconds)
+        found["ms"].append(statistics.median([two.milliseconds, *again]))
         found["record"].append(two.record_bytes)
         found["disk"].append((two.files - one.files) / steps)
         found["board"].append((two.board - one.board) / steps)
@@ -209,10 +216,10 @@ def together() -> Exchanged:
     with ranks(few) as sent:
         for layers in counts:
             for name, options in ways.items():
-                found, milliseconds = sharded_step(layers, few, sent, **options)
-                sizes[name].append(found - (sizes["norms"][-1] if name != "norms" else 0))
+                again = [sharded_step(layers, few, sent, **options) for _ in range(5 if name == "norms" else 1)]
+                sizes[name].append(again[0][0] - (sizes["norms"][-1] if name != "norms" else 0))
                 if name == "norms":
-                    spent.append(milliseconds)
+                    spent.append(statistics.median(milliseconds for _, milliseconds in again))
     with ranks(many) as sent:
         more, _ = sharded_step(counts[0], many, sent)
     lines = {name: line(counts, found) for name, found in sizes.items()}
