@@ -209,6 +209,7 @@ def rows(seeds: int = 3) -> Iterator[tuple[str, str, str]]:
         )
     yield "ahead: false alarms in all healthy runs", f"{total} in {total_steps:,} steps", "1 in 10,000"
     yield from _plasticity()
+    yield from _residual()
     yield from _costs()
     yield from _spectra()
 
@@ -248,6 +249,46 @@ def _plasticity() -> Iterator[tuple[str, str, str]]:
         losses = ", ".join(f"{value:.2g}" for value in left)
         found = f"{f'step {told[0]}' if told else 'none'}; loss left {losses}; dormant {shares}"
         yield f"ahead: new labels every {every} steps, Adam at {rate:g}: dormant_units_growing", found, asked
+
+
+class _Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(x)))
+
+
+def _residual() -> Iterator[tuple[str, str, str]]:
+    """Yield when `residual_growing` speaks on the ramp, and when the loss is a tenth above its level."""
+    for ramp in (True, False):
+        found = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            blocks = [_Branch() for _ in range(6)]
+            model = nn.Sequential(nn.Linear(16, 32), nn.Sequential(*blocks), nn.LayerNorm(32), nn.Linear(32, 10))
+            other = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10))
+            optimizer, losses = torch.optim.Adam(model.parameters(), 1e-3), []
+            with Watch(model, optimizer, rules=["ahead"], activations_every=10, updates_every=None) as watch:
+                for step in range(800):
+                    if ramp and step >= BEGINS:
+                        optimizer.param_groups[0]["lr"] = 1e-3 * 2 ** ((step - BEGINS) / DOUBLES_IN)
+                    x = torch.randn(64, 16)
+                    with torch.no_grad():
+                        y = (3 * other(x)).softmax(1).multinomial(1)[:, 0]
+                    optimizer.zero_grad()
+                    loss = F.cross_entropy(model(x), y)
+                    loss.backward()
+                    watch.step(loss=loss)
+                    losses.append(loss.item())
+            smooth = [np.median(losses[max(0, i - 10) : i + 1]) for i in range(len(losses))]
+            below = np.flatnonzero(np.array(smooth) <= 1.1 * np.median(losses[BEGINS - 100 : BEGINS]))
+            worse = int(below[-1]) + 1
+            told = [i.first_step for i in watch.incidents if i.name == "residual_growing"]
+            found.append(f"{told[0] if told else 'none'}" + (f" (loss up at {worse})" if worse < len(losses) else ""))
+        what = "ramp" if ramp else "healthy"
+        yield f"ahead: six residual blocks, {what}: residual_growing at step", "; ".join(found), ""
 
 
 def _costs() -> Iterator[tuple[str, str, str]]:
