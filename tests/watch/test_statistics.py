@@ -382,3 +382,20 @@ def test_a_run_folder_says_what_columns_of_ones_own_mean(tmp_path):
     Watch(model, torch.optim.SGD(model.parameters(), 0.1), statistics=[Squares()], run_dir=tmp_path).close()
     columns = json.loads((tmp_path / "meta.json").read_text())["options"]["columns"]
     assert {"squares": "Sum of squares of each gradient."}.items() <= {c["name"]: c["meaning"] for c in columns}.items()
+
+
+def test_a_statistic_of_outputs_goes_on_where_a_layer_comes_in_mid_run() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Watch(model, optimizer, statistics=[Outputs()], rules="observe", on_error="raise") as watch:
+        for step in range(5):
+            if step == 2:  # heard of at the end of the step: what other modules gave in it belongs to no row
+                model.append(more := nn.Linear(list(model.parameters())[-1].shape[0], 3))
+                optimizer.add_param_group({"params": list(more.parameters())})
+            loss = model(torch.ones(2, next(model.parameters()).shape[1])).square().mean()
+            loss.backward()
+            watch.step(loss=loss)
+            optimizer.zero_grad()
+    name = Outputs.name
+    assert [name in r.columns for r in watch.history] == [True, True, False, True, True]
+    assert watch.history[-1].measured(name).sum() == watch.history[0].measured(name).sum() + 1
