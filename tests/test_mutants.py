@@ -4,12 +4,15 @@ import importlib.util
 import json
 import sys
 import textwrap
+import time
 import types
 from pathlib import Path
 
 import pytest
 
+from tools.mutants.__main__ import todo
 from tools.mutants._changes import Mutant, mutants_of, named_mutant
+from tools.mutants._forked import forked, some_cases
 from tools.mutants._map import TestMap as LineMap
 from tools.mutants._patch import Live, UnpatchableError, rebind
 from tools.mutants._pick import pick
@@ -197,3 +200,35 @@ def test_the_command_fails_on_a_survivor_without_a_reason_and_below_the_least_sc
     reasons = [{"file": "f.py", "function": "f", "change": m.change, "reason": "the same"} for m in mutants[killed:]]
     (tmp_path / "reasons").write_text(json.dumps(reasons if reason else []))
     assert Results(tmp_path / "results", tmp_path / "reasons").tell(mutants) == code
+
+
+def test_of_many_cases_some_are_run_spread_over_all() -> None:
+    items = [types.SimpleNamespace(nodeid=f"t::many[{i}]") for i in range(300)]
+    items.insert(7, types.SimpleNamespace(nodeid="t::one"))
+    kept = [item.nodeid for item in some_cases(items, 3)]
+    assert kept == ["t::many[0]", "t::one", "t::many[100]", "t::many[200]"]
+    assert some_cases(items, 300) == some_cases(items, 3, ["many"]) == items
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [("", ["a", "b", "c"]), ("resume", ["c"]), ("survivors", ["c", "b"]), ("tell", [])],
+)
+def test_a_run_goes_on_where_the_last_one_stopped(tmp_path: Path, option: str, expected: list[str]) -> None:
+    mutants = [Mutant("f.py", "f", change, "deleted", 1, "") for change in "abc"]
+    found = [{"key": m.key, "killed": m.change == "a", "why": "t"} for m in mutants[:2]]
+    (tmp_path / "results").write_text("\n".join(map(json.dumps, found)))
+    (tmp_path / "reasons").write_text("")
+    results = Results(tmp_path / "results", tmp_path / "reasons")
+    assert [m.change for m in todo(mutants, results, option)] == expected
+
+
+@pytest.mark.parametrize("work", ["sleeps", "spins"])
+def test_what_takes_no_time_of_a_processor_or_too_much_hangs(work: str) -> None:
+    def forever() -> None:
+        while True:
+            if work == "sleeps":
+                time.sleep(0.05)
+
+    assert forked(forever, limit=0.5) == "hung"
+    assert forked(lambda: 7, limit=60.0) == 7

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradwatch import Watch
-from gradwatch.watch._fingerprints import ENTRIES, sample_of
+from gradwatch.watch._fingerprints import ENTRIES, Fingerprints, sample_of
 
 from .training import network
 
@@ -97,6 +97,22 @@ def test_an_evaluation_between_two_steps_is_no_batch() -> None:
 )
 def test_what_has_no_elements_to_look_at_is_left_out(tensor: torch.Tensor) -> None:
     assert sample_of(tensor) is None
+
+
+def test_a_batch_with_a_part_that_has_no_elements_is_known_by_the_rest() -> None:
+    class Net(nn.Linear):
+        def forward(self, extra: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    model = Net(2, 1)
+    found = Fingerprints(model, lambda: torch.device("cpu"), lambda: True)
+    taken = []
+    for x in (torch.ones(1, 2), torch.ones(1, 2), torch.zeros(1, 2)):
+        model(torch.zeros(0), x)
+        taken.append(found.take())
+    found.close()
+    assert not found.failure
+    assert taken[0] == taken[1] != taken[2]
 
 
 @pytest.mark.parametrize(

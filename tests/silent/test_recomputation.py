@@ -76,6 +76,23 @@ def test_healthy_steps_come_out_the_same_and_nothing_of_the_run_changes(parts: i
     assert all(not p._post_accumulate_grad_hooks for p in on.session.model.parameters())
 
 
+def test_a_model_that_gives_its_loss_beside_other_outputs_comes_out_the_same() -> None:
+    class WithLoss(nn.Linear):
+        def forward(self, x, y):
+            logits = super().forward(x)
+            return {"logits": logits, "loss": F.cross_entropy(logits, y)}
+
+    model = WithLoss(6, 3)
+    with watched(model) as watch:
+        for step in range(6):
+            model(*batch(step))["loss"].backward()
+            watch.step()
+            watch.optimizers[0].zero_grad()
+    told = {r.step: r.scalars["recompute_differs"] for r in watch.history if "recompute_differs" in r.scalars}
+    assert told == {0: 0, 1: 0, 2: 0, 4: 0}
+    assert all(watch.history[step]["recompute_elements", "weight"] == 0 for step in told)
+
+
 class Forgetful(nn.Module):
     """Its output depends on how often it was called: nothing that is run again can be the same."""
 

@@ -72,6 +72,14 @@ def test_every_block_size_gives_what_the_whole_does(kind, is_causal, scale, grou
     assert bound is None or bool((bound.double() >= peaks * (1 - 1e-6)).all())
 
 
+def test_the_bound_is_the_longest_query_times_the_longest_key():
+    q, k = torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 2, 4)
+    q[0, 0, 0], q[0, 1, 0] = torch.tensor([1.0, 1, 1, 1]), torch.tensor([3.0, 0, 4, 0])
+    k[0, 0, 0], k[0, 0, 1] = torch.tensor([2.0, 2, 2, 2]), torch.tensor([1.0, 0, 0, 0])
+    bound = attention_bound(Attended(q, k, None, False, 1.0))
+    assert bound.tolist() == pytest.approx([2 * 4, 5 * 4])
+
+
 def test_scores_that_are_there_are_taken_as_they_are():
     torch.manual_seed(0)
     q, k = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 9, 8)

@@ -51,6 +51,24 @@ def test_weights_of_one_shape_spread_as_each_alone(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(row_spread(weights), each, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("weight", "spread"),
+    [
+        pytest.param([[2.0]], 0.0, id="a-single-weight"),
+        pytest.param([[1.0, -2.0]], 0.0, id="a-single-row"),
+        pytest.param([[1.0, -2.0], [1.0, -2.0]], 0.0, id="units-never-told-apart"),
+        pytest.param([[1.0, -2.0], [1.0, -1.0]], 0.5, id="half-of-the-largest"),
+        pytest.param([[1.0, -2.0], [1.0, 2.0]], 2.0, id="opposite"),
+        pytest.param([[0.0, 0.0], [0.0, 0.0]], 0.0, id="zeros"),
+        pytest.param([1.0, 2.0], float("nan"), id="no-rows"),
+        pytest.param([[], []], float("nan"), id="empty"),
+    ],
+)
+def test_the_spread_of_rows_is_the_widest_column_over_the_largest_weight(weight: list, spread: float) -> None:
+    found = row_spread([torch.tensor(weight)])
+    torch.testing.assert_close(found, torch.tensor([spread], dtype=torch.float64), equal_nan=True)
+
+
 @pytest.mark.parametrize("room", [1 << 19, 30])
 @pytest.mark.parametrize("dtype", KINDS[:3])
 def test_small_tensors_counted_one_by_one_are_counted_bit_for_bit_as_each_alone(

@@ -189,6 +189,22 @@ def test_below_the_limit_nothing_changes_at_all() -> None:
     assert not watch.history[0].treatments[0].applied
 
 
+def test_no_factor_helps_an_infinite_logit_so_its_head_stays_as_it_is() -> None:
+    model, x = model_of("separate"), torch.randn(2, LENGTH, WIDTH)
+    with Watch(model, torch.optim.SGD(model.parameters(), 0.0), rules="observe", treatments=[QKClip(0.01)]) as watch:
+        model(x)
+        with torch.no_grad():
+            for projection in (model[1].q_proj, model[1].k_proj):
+                projection.weight[0] *= 1e25  # of the first head; the product of both is beyond float32
+        old = copy.deepcopy(model.state_dict())
+        model(x)
+        model[2].weight.sum().backward()
+        watch.step()
+    report, new = watch.history[0].treatments[0], model.state_dict()
+    assert (report.values["max_logit"], report.values["heads"]) == (math.inf, HEADS - 1)
+    assert torch.equal(new["1.q_proj.weight"][:D], old["1.q_proj.weight"][:D])
+
+
 def test_micro_batches_count_together() -> None:
     model = model_of("fused")
     large, small = torch.randn(2, LENGTH, WIDTH) * 6, torch.randn(2, LENGTH, WIDTH)

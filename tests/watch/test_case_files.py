@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from gradwatch import RememberedBatches, Watch
 from gradwatch.errors import ConfigError
 from gradwatch.records import CaseFile, Histogram
 from gradwatch.runs import read_run
-from gradwatch.stats import exponent_histograms
+from gradwatch.stats import Gradients, exponent_histograms
+from gradwatch.watch._alarmed import Alarmed, note_histograms
 from gradwatch.watch._batches import NUM_STEPS, Batches
 from gradwatch.watch._case_files import MAX_BATCHES, MAX_CASES
 from gradwatch.watch._loaders import samples_of
+from gradwatch.watch._prediction import Forward
 
 SIZE = 16
 SPIKE = 60
@@ -66,6 +69,30 @@ def test_a_case_tells_the_samples_and_the_numbers_around_its_step() -> None:
     for layer in case.layers:
         assert layer.at == records[SPIKE]["grad_norm", layer.path]
     assert case.complete
+
+
+def test_histograms_at_an_alarm_are_of_gradients_that_lie_on_the_host_alone() -> None:
+    def alarmed_by(device: str, grad_scale: float = 1.0) -> dict:
+        # A meta tensor has no data: whoever reads it fails.
+        p = nn.Parameter(torch.ones(3, device=device))
+        p.grad = torch.ones(3, device=device)
+        incident = SimpleNamespace(worst_path="w", first_path="w", paths=("w",))
+        alarmed: Alarmed = {}
+        note_histograms(alarmed, [incident], 5, Gradients.collect([("w", p)], grad_scale=grad_scale))
+        return alarmed
+
+    assert list(alarmed_by("cpu")[5]) == ["w"]
+    assert not alarmed_by("meta")
+    assert not alarmed_by("cpu", grad_scale=8.0)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_step_that_showed_no_batch_takes_no_room_among_those_that_did(keeps: bool) -> None:
+    batches = Batches(keeps=keeps, limit_bytes=1 << 20)
+    assert batches.wants(batch_of(0))
+    assert batches.wants(torch.ones(2)) is keeps  # tells no samples, but may be saved
+    assert not batches.wants(None)
+    assert not batches.wants(Forward())  # what the trainer's own door has kept of a forward pass: no batch
 
 
 def test_the_alarm_s_bar_and_the_clip_s_limit_are_two_numbers() -> None:

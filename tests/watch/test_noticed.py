@@ -1,12 +1,14 @@
 """Faults are noticed, named, and only where there are any."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from gradwatch import Watch
+from gradwatch.watch._judge import Judge
 
 
 def problem(depth: int = 3, width: int = 32, act: type[nn.Module] = nn.Tanh):
@@ -113,6 +115,8 @@ def test_a_gradient_that_turns_bad_in_backward_alone_is_named_by_where_it_comes_
     # What goes into the module's backward is finite; what comes out is the gradient of the output before it.
     assert (incident.details["phase"], incident.details["born_in"]) == ("backward", "1")
     assert watch.session.engine.autopsy.modules[-1]["output_is_finite"]
+    # The case shows the way there, module by module.
+    assert [row["path"] for row in incident.case.modules] == ["0", "1", "2", "3", "4", ""]
 
 
 def test_an_autopsy_changes_no_bit_of_the_run() -> None:
@@ -151,7 +155,8 @@ def test_a_parameter_missing_from_the_optimizer_is_not_updating() -> None:
     assert set(incident.paths) == {"2.weight", "2.bias"}
 
 
-def test_gradients_that_are_never_reset_are_noticed_and_others_are_not() -> None:
+@pytest.mark.parametrize("tells", [True, False], ids=["loss-told", "loss-not-told"])
+def test_gradients_that_are_never_reset_are_noticed_and_others_are_not(tells: bool) -> None:
     for resets in (True, False):
         model, x, y = problem()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
@@ -161,9 +166,9 @@ def test_gradients_that_are_never_reset_are_noticed_and_others_are_not() -> None
                     optimizer.zero_grad()
                 loss = (model(x) - y).square().mean()
                 loss.backward()
-                watch.step(loss=loss)
+                watch.step(loss=loss if tells else None)
         assert ("grad_not_reset" in {i.rule for i in watch.incidents}) == (not resets)
-        assert watch.history[-1].scalars["grads_kept"] == float(not resets)
+        assert {record.scalars["grads_kept"] for record in watch.history[1:]} == {float(not resets)}
 
 
 def test_incidents_are_told_once_when_they_open_and_once_when_they_are_over() -> None:
@@ -172,3 +177,10 @@ def test_incidents_are_told_once_when_they_open_and_once_when_they_are_over() ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     fit(model, x, y, optimizer, 260, spike=200, rules="autoclip", on_incident=told.append)
     assert [(i.rule, i.resolved) for i in told] == [("exploding", False), ("exploding", True)]
+
+
+@pytest.mark.parametrize("troubled", [(), (False, False), (False, True)], ids=str)
+def test_a_run_is_troubled_where_the_rules_of_any_of_its_optimizers_are(troubled: tuple[bool, ...]) -> None:
+    judge = Judge.__new__(Judge)
+    judge._engines = {i: SimpleNamespace(is_troubled=one) for i, one in enumerate(troubled)}
+    assert judge.is_troubled() is any(troubled)

@@ -415,8 +415,27 @@ def test_settings_are_told_where_a_group_of_parameters_has_no_memory_yet() -> No
     with Watch(model, optimizer, rules="observe", updates_every=1, on_error="raise") as watch:
         for _ in range(3):
             model(torch.randn(5, 4)).square().mean().backward()
+            # As the step finds them.
+            moments = [s["exp_avg_sq"].clone() for s in optimizer.state.values()]
             watch.step()
             optimizer.zero_grad()
     last = watch.history[-1].scalars
-    assert last["num_second_moments"] == sum(p.numel() for p in model[1].parameters())
+    assert last["num_second_moments"] == sum(v.numel() for v in moments)
+    assert last["second_moments"] == pytest.approx(sum(float(v.sum()) for v in moments))
     assert last["epsilon"] == pytest.approx(1e-3)
+
+
+def test_of_weights_too_large_to_copy_the_update_is_an_estimate_whose_error_is_on_record() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Watch(model, optimizer, rules="observe", updates_every=1, memory_limit_mb=0.2, on_error="raise") as watch:
+        old = model[0].weight.detach().clone()
+        model(torch.randn(16, 300)).square().mean().backward()
+        watch.step()
+        true = float((model[0].weight.detach() - old).double().norm())
+    record = watch.history[0]
+    error = record.scalars["update_error"]
+    assert 0 < error < 0.5
+    assert abs(record["update_norm", "0.weight"] / true - 1) <= 5 * error
+    assert record["update_norm", "0.weight"] != pytest.approx(true, rel=1e-9)  # not all elements were looked at

@@ -4,6 +4,7 @@ a plain one."""
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from gradwatch import Watch
 from gradwatch.errors import GradwatchWarning
 from gradwatch.treatments import ClipByGlobalNorm, SkipStep
+from gradwatch.watch._deepspeed import BeforeStep
 
 
 def net() -> nn.Sequential:
@@ -191,3 +193,27 @@ def test_a_step_of_copies_that_is_skipped_moves_neither_them_nor_the_model() -> 
         assert outcome.skip
         after = [*model.parameters(), *optimizer.param_groups[0]["params"]]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_losses_that_an_engine_scales_are_heard_unscaled_until_its_step() -> None:
+    class Zero:
+        def __init__(self) -> None:
+            self.steps = 0
+
+        def scale_if_loss(self, value: Tensor) -> Tensor:
+            return value * 8
+
+        def step(self) -> None:
+            self.steps += 1
+
+    heard: list[list[float]] = []
+    zero = Zero()
+    before = BeforeStep(SimpleNamespace(optimizer=zero), lambda: heard.append([float(x) for x in before.losses]))
+    for losses in ([1.0, 2.0], [3.0]):
+        for value in losses:
+            assert float(zero.scale_if_loss(torch.tensor(value))) == 8 * value
+        zero.step()
+    before.close()
+    assert heard == [[1.0, 2.0], [3.0]]
+    zero.step()
+    assert (zero.steps, len(heard), "step" in vars(zero)) == (3, 2, False)

@@ -11,6 +11,8 @@ from torch import nn
 
 from gradwatch import Watch
 from gradwatch.callbacks._say import fitted, say_beside, say_ending
+from gradwatch.notebook import LiveCell
+from gradwatch.watch._settings import _live
 
 PROGRAM = """
 import sys, torch
@@ -74,6 +76,23 @@ def test_the_cost_is_said_of_a_step_and_never_as_a_share_alone() -> None:
 
 def test_of_a_few_steps_no_cost_is_said() -> None:
     assert "gradwatch itself" not in train(5, layers=2).summary()
+
+
+def test_of_many_parameters_that_were_not_seen_five_are_named_and_the_rest_counted() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(8)))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=1e-3)
+    with Watch(model, optimizer, on_error="raise") as watch:
+        model(torch.ones(2, 2)).square().mean().backward()
+        watch.step()
+    text = " ".join(watch.summary().split())
+    assert f"in no optimizer: {', '.join(f'{i}.weight' for i in range(1, 6))} and 2 more" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [(True, LiveCell().seconds), (0.25, 0.25), (False, 0.0), (None, 0.0)], ids=str
+)
+def test_a_live_cell_is_drawn_as_often_as_was_asked_for(given: bool | float | None, seconds: float) -> None:
+    assert _live(given) == seconds
 
 
 def test_nothing_is_printed_between_a_program_and_its_pipe() -> None:

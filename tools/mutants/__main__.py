@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,18 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "mutants"
 SUITES = [
     f"tests/{name}"
-    for name in ("stats", "watch", "treatments", "late", "surgery", "rules", "sinks", "modes", "callbacks")
+    for name in (
+        *("watch", "treatments", "stats", "rules", "silent", "ahead", "attention", "precision", "samples", "torchside"),
+        *("late", "surgery", "sinks", "modes", "callbacks"),
+    )
 ]
 """Where the tests that matter lie: the others look at doors, pages and programs."""
+
+WHICH = {
+    "survivors": "judge those that survived last time once more",
+    "resume": "judge those alone that no run has judged yet",
+    "tell": "judge none: print what the last runs found",
+}
 
 
 def main() -> int:
@@ -35,10 +46,13 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=150, help="changes drawn at random, besides the named ones")
     parser.add_argument("--only", default="*", metavar="FILE[:LINE]", help="glob: judge these changes alone")
     parser.add_argument("--named", action="store_true", help="judge the named changes alone")
-    parser.add_argument("--survivors", action="store_true", help="judge those that survived last time once more")
+    for which, text in WHICH.items():
+        parser.add_argument(f"--{which}", dest="which", action="store_const", const=which, default="", help=text)
     parser.add_argument("--fresh", action="store_true", help="draw the map of tests anew")
     parser.add_argument("--suites", nargs="+", default=SUITES, metavar="FOLDER", help="where the tests lie")
+    parser.add_argument("--cases", type=int, default=20, help="of a test with more cases than this, run so many")
     parser.add_argument("--near", action="store_true", help="leave out the slow tests of processes of their own")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that judge at once, each in a copy of its own")
     parser.add_argument("--seconds", type=float, default=10.0, help="processor time that one change may survive")
     parser.add_argument("--list", action="store_true", help="list the changes and judge none")
     options = parser.parse_args()
@@ -46,17 +60,32 @@ def main() -> int:
     results = Results(KEPT / "results.jsonl", Path(__file__).with_name("survivors.yaml"))
     mutants = pick(ROOT, 0 if options.named else options.count)
     mutants = [m for m in mutants if any(fnmatch.fnmatch(at, options.only) for at in (m.file, f"{m.file}:{m.line}"))]
-    # Those that nobody has judged yet come first.
-    todo = sorted(filter(results.survived, mutants), key=results.is_known) if options.survivors else mutants
+    chosen = todo(mutants, results, options.which)
     if options.list:
-        print(*(f"{m.file}:{m.line} {m.function}\n    {m.change}" for m in todo), sep="\n")
+        print(*(f"{m.file}:{m.line} {m.function}\n    {m.change}" for m in chosen), sep="\n")
         return 0
     if options.fresh:
         (KEPT / "map").unlink(missing_ok=True)
-    results.forget(todo)
-    far = {} if options.near else FAR
-    _judge(todo, options.suites, seconds=options.seconds, far=far)
+    if chosen:
+        results.forget(chosen)
+        far = {} if options.near else FAR
+        parts = [chosen] if options.jobs == 1 else [[], *(chosen[i :: options.jobs] for i in range(options.jobs))]
+        judge = partial(_judge, suites=options.suites, seconds=options.seconds, far=far, cases=options.cases)
+        judge(parts[0])  # where there are several, it draws the map for them
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(judge, parts[1:]))
     return results.tell(mutants)
+
+
+def todo(mutants: list[Mutant], results: Results, which: str) -> list[Mutant]:
+    """Return those that are to be judged: all, or what `--resume`, `--survivors` or `--tell` leave of them."""
+    if which == "tell":
+        return []
+    if which == "resume":
+        return [m for m in mutants if not results.is_known(m)]
+    if which == "survivors":  # those that nobody has judged yet come first
+        return sorted(filter(results.survived, mutants), key=results.is_known)
+    return mutants
 
 
 def _judge(mutants: list[Mutant], suites: list[str], **options: Any) -> None:

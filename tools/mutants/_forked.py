@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-__all__ = ["Run", "Runner", "forked"]
+__all__ = ["Run", "Runner", "forked", "some_cases"]
 
 T = TypeVar("T")
 
@@ -28,6 +28,25 @@ class Run:
     failed: str = ""
     passed: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+def some_cases(items: Sequence[pytest.Item], most: int, whole: Sequence[str] = ()) -> list[pytest.Item]:
+    """Return the tests, of each function no more than so many cases: evenly spread over them, the same every time.
+
+    Args:
+        items: all tests.
+        most: cases of one function.
+        whole: how functions begin of which all cases are wanted.
+    """
+    functions: dict[str, list[str]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item.nodeid)
+    kept: set[str] = set()
+    for function, cases in functions.items():
+        is_whole = function.rpartition("::")[2].startswith(tuple(whole))
+        num = len(cases) if is_whole else min(most, len(cases))
+        kept.update(cases[i * len(cases) // num] for i in range(num))
+    return [item for item in items if item.nodeid in kept]
 
 
 class Runner:
@@ -84,17 +103,22 @@ def _bring_the_device_here() -> None:
 
 
 def forked(work: Callable[[], T], *, limit: float) -> T | str:
-    """Do work in a fork of this process and return its answer; or "died", or "hung", as a text."""
+    """Do work in a fork of this process and return its answer; or "died", or "hung", as a text.
+
+    It hangs where it takes more than so many seconds of a processor, or none for as long: on a machine that others use
+    too, it may last much longer.
+    """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer")
         sys.stdout.flush()
         child = os.fork()
         if not child:
             _in_child(work, answer)
-        end = time.monotonic() + limit
-        hung = False
+        spent, since, hung = 0.0, time.monotonic(), False
         while not os.waitpid(child, os.WNOHANG)[0]:
-            if hung := time.monotonic() > end:
+            before, spent = spent, _processor_time(child)
+            since = time.monotonic() if spent > before else since
+            if hung := spent > limit or time.monotonic() - since > limit:
                 _end(child)
                 os.waitpid(child, 0)
                 break
@@ -104,6 +128,15 @@ def forked(work: Callable[[], T], *, limit: float) -> T | str:
             return "hung" if hung else "died"
         found: T = pickle.loads(answer.read_bytes())
         return found
+
+
+def _processor_time(process: int) -> float:
+    """Return the seconds of a processor that a process took; 0 where nothing tells them: the clock decides then."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _in_child(work: Callable[[], Any], answer: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from ._changes import Mutant
-from ._forked import Run, Runner, forked
+from ._forked import Run, Runner, forked, some_cases
 from ._map import TestMap, draw
 from ._patch import Live, UnpatchableError, rebind
 
@@ -44,6 +44,7 @@ class Job:
         map_path: where the map of tests is kept.
         results_path: where results go, a line each.
         seconds: of a processor, for which one change may go on surviving.
+        cases: of one test function, the most that may run: of 300 alike most find what the first find.
         far: of files that no test runs within one process, those that do: tried where nothing else notices.
     """
 
@@ -54,6 +55,7 @@ class Job:
     map_path: Path
     results_path: Path
     seconds: float = 10.0
+    cases: int = 20
     far: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
@@ -67,7 +69,8 @@ class Judging:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        self.runner = Runner(session.items)
+        laws = [name for mutant in self.job.mutants for name in mutant.tests if name.startswith("test_")]
+        self.runner = Runner(some_cases(session.items, self.job.cases, laws))
         session.config.pluginmanager.register(self.runner)
         self.live = Live(str(self.job.root))
         gc.collect()
@@ -252,7 +255,8 @@ class Judging:
 
 def main() -> int:
     job: Job = pickle.loads(Path(sys.argv[1]).read_bytes())
-    plain = ["-q", "-s", "-p", "no:xdist", "-p", "no:cacheprovider", "--no-header", "--no-summary"]
+    unused = [f"-pno:{plugin}" for plugin in ("xdist", "hypothesispytest", "cacheprovider")]
+    plain = ["-q", "-s", *unused, "--no-header", "--no-summary"]
     return int(pytest.main([*plain, *job.suites], plugins=[Judging(job)]))
 
 

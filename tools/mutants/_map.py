@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import os
 import pickle
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,9 @@ class TestMap:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pickle.dumps((self.sources, self.lines, self.seconds, self.drawn_of)))
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(pickle.dumps((self.sources, self.lines, self.seconds, self.drawn_of)))
+        part.replace(path)
 
     def moved_to(self, sources: dict[str, str]) -> None:
         """Carry the lines over to newer sources: what moved to another file is known there too."""
