@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["as_typed", "file_name", "printable", "shown"]
+__all__ = ["as_bytes", "as_typed", "file_name", "printable", "shown"]
 
 NAME_LENGTH = 48
 """Characters of a name that a file name keeps: four bytes each at most, and file systems take 255."""
@@ -34,6 +34,11 @@ def printable(text: object, *, keep: str = "\n") -> str:
     if words.isprintable():
         return words
     return "".join(c if c.isprintable() or c in keep else "?" for c in words)
+
+
+def as_bytes(text: str) -> bytes:
+    """Return text to be hashed: names may hold halves of surrogate pairs, which no UTF-8 has."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def as_typed(path: str) -> str:

@@ -280,6 +280,7 @@ class Statistic(Protocol):
         needs: what `sums` and `maxima` are shown.
         every: measured at one optimizer step in this many.
         num_sums, num_maxima: numbers per row; the layout of what travels over ranks.
+        whole: says nothing of a tensor of which a rank holds a piece.
     """
 
     name: str
@@ -287,6 +288,7 @@ class Statistic(Protocol):
     every: int
     num_sums: int
     num_maxima: int
+    whole: bool
 
     def columns(self) -> Sequence[Column]:
         """Return what it puts on record."""

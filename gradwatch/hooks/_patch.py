@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._text import as_bytes
 from ..errors import ConfigError
 from ._functions import Intervention
 from ._points import PAIR_PORTS, READ_AT, Point
@@ -232,7 +233,7 @@ class _Noise(_Partial):
 
 def _stable_hash(text: str) -> int:
     number = 1469598103934665603  # FNV-1a, 64 bit
-    for byte in text.encode():
+    for byte in as_bytes(text):
         number = ((number ^ byte) * 1099511628211) & 0xFFFFFFFFFFFFFFFF
     return number >> 1
 

@@ -52,7 +52,7 @@ def check_statistic(statistic: Statistic) -> None:
     whole = _run(statistic, _made())
     says = any(numbers is not None for numbers in whole)
     _law(says, f"{statistic.name} says something within {_STEPS} steps")
-    if not getattr(statistic, "whole", False):
+    if not statistic.whole:
         _merges(statistic, whole)
     _hides_nothing(statistic)
     _finishes(statistic, whole)

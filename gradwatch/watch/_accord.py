@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._text import as_bytes
 from ..torchside import is_host, wide_dtype
 from ._guard import Guard
 from ._model_meter import ModelMeter
@@ -75,7 +76,7 @@ def layout_of(watched: Watched, device: torch.device, *, has_batches: bool) -> L
     text = "\n".join([f"{path} {shape} {path in apart}" for path, shape in rows])
     # Its square, summed over ranks, must be exact.
     most = 0xFFFFF if wide_dtype(device) is torch.float64 else 0xFF
-    check = zlib.crc32(f"{text}\n{parts}".encode()) % (most - 1) + 2
+    check = zlib.crc32(as_bytes(f"{text}\n{parts}")) % (most - 1) + 2
     return Layout(check, len(index.paths) - len(watched.modules), *parts)
 
 

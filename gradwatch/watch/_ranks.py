@@ -17,6 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._text import as_bytes
 from ..stats import Exchange
 from ..torchside import are_several, moved, sent, wide_dtype, world_size
 
@@ -83,7 +84,7 @@ def rank_and_size() -> tuple[int, int]:
 def say_the_same(text: str, device: torch.device) -> bool:
     """Return whether all ranks say the same, by one SUM of two numbers, for which the host waits."""
     wide = wide_dtype(device)
-    check = float(zlib.crc32(text.encode()) & (0xFFFFF if wide is torch.float64 else 0xFF))
+    check = float(zlib.crc32(as_bytes(text)) & (0xFFFFF if wide is torch.float64 else 0xFF))
     both = torch.tensor([check, check**2], dtype=wide, device=device)
     dist.all_reduce(both)
     total, squares = both.tolist()
@@ -158,7 +159,7 @@ def pack_extras(extras: Mapping[str, float], device: torch.device, said: Sequenc
     names = sorted(extras)[:NUM_SLOTS]
     wide = wide_dtype(device)
     # Its square, summed over ranks, must be exact.
-    check = zlib.crc32("\n".join(names).encode()) & (0xFFFFF if wide is torch.float64 else 0xFF)
+    check = zlib.crc32(as_bytes("\n".join(names))) & (0xFFFFF if wide is torch.float64 else 0xFF)
     values = [float(check), float(check) ** 2, *(float(extras[n]) for n in names)]
     packed = torch.zeros(NUM_SLOTS + 2 + NUM_SAID, dtype=torch.float64)
     packed[: len(values)] = torch.tensor(values, dtype=torch.float64)

@@ -295,7 +295,7 @@ class OwnStatistics:
                 with self.guard(part_of(statistic)):
                     view = self._view(statistic, step, grads, shards, optimizers, number)
                     sums, maxima = _asked(statistic, view, len(grads))
-                    if sums is not None and getattr(statistic, "whole", False):
+                    if sums is not None and statistic.whole:
                         sums = _where_whole(sums, grads.params, shards)
                     if sums is not None:
                         rows.sums[:, first_sum : first_sum + statistic.num_sums] = sums

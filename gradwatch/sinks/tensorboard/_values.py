@@ -20,7 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import (
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 
-from ..._text import printable
+from ..._text import as_bytes, printable
 from ...records import Bools, Floats, Histogram
 from .._plain import dumps
 
@@ -48,7 +48,7 @@ def clean_tag(tag: str) -> str:
     clean = printable(tag, keep="")
     if clean == tag and len(tag) <= MAX_TAG:
         return tag
-    digest = hashlib.sha256(tag.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    digest = hashlib.sha256(as_bytes(tag)).hexdigest()[:8]
     return f"{clean[:MAX_TAG]}-{digest}"
 
 
