@@ -16,7 +16,7 @@ from ._loss import remember, remember_over
 from ._reductions import reductions
 from ._rule import Rule, State
 from ._selection import select
-from ._updates import usual_update
+from ._updates import clipped_to_nothing, usual_update
 from ._windows import HEAD, Progress, median
 
 __all__ = ["ConstantOutput", "NotLearning"]
@@ -84,7 +84,7 @@ class NotLearning(Rule):
     )
 
     needs = frozenset(
-        {"loss", "baseline_loss", "update_ratio", *VALUES, *FINE_TUNING, *COMPANY}
+        {"loss", "baseline_loss", "update_ratio", "global_norm_applied", *VALUES, *FINE_TUNING, *COMPANY}
         | {n for level in _LEVELS for n in level if n}
     )
 
@@ -204,6 +204,8 @@ class NotLearning(Rule):
         update, frozen = state["update"], _frozen_share(record.index)
         if frozen > _MOSTLY:
             return f"; {frozen:.0%} of the model is frozen: check `requires_grad`"
+        if clipped := clipped_to_nothing(record):
+            return f"; {clipped}"
         if update > 0.03:
             return f"; each update is {update:.2g} of the weights: lower the learning rate ({record.lr:.2g})"
         if update < 1e-4:

@@ -12,7 +12,7 @@ from ._company import COMPANY, has_company
 from ._findings import Findings
 from ._rule import Rule, State
 from ._selection import select
-from ._updates import is_effective
+from ._updates import clipped_to_nothing, is_effective
 from ._windows import Progress, progress, progress_over
 
 __all__ = [
@@ -148,7 +148,9 @@ class WeightDecayTooLarge(_Stuck):
     )
 
     is_core = False
-    needs = frozenset({"loss", "weight_decay", "decay_is_decoupled", "param_norm", "update_norm", "grad_norm"})
+    needs = frozenset(
+        {"loss", "weight_decay", "decay_is_decoupled", "param_norm", "update_norm", "grad_norm", "global_norm_applied"}
+    )
     awaits = frozenset({"weight_decay"})
 
     def __post_init__(self) -> None:
@@ -185,6 +187,8 @@ class WeightDecayTooLarge(_Stuck):
         value = float(np.median(pull[chosen] / against[chosen]))
         what = "of an update is decay" if beside else "times the gradient is the pull of the decay"
         text = f"weight decay {decay:g}: {{value:.2g}} {what}, and weights are {left:.0%} of what they were"
+        if clipped := clipped_to_nothing(record):
+            text += f", because {clipped}"
         return value, self.ratio, text
 
 

@@ -13,7 +13,7 @@ from ._rule import Rule, State
 from ._selection import select
 from ._windows import Progress, progress, progress_over
 
-__all__ = ["NotUpdating", "UpdateTooLarge", "UpdateTooSmall", "is_effective", "usual_update"]
+__all__ = ["NotUpdating", "UpdateTooLarge", "UpdateTooSmall", "clipped_to_nothing", "is_effective", "usual_update"]
 
 
 def is_effective(record: StepRecord) -> bool:
@@ -144,6 +144,13 @@ def _left_by_a_clip(record: StepRecord) -> float:
     return applied / norm if applied is not None and 0 < applied < norm < math.inf else 1.0
 
 
+def clipped_to_nothing(record: StepRecord) -> str:
+    """Return that a clip leaves next to nothing of the gradient, as a phrase; "" where it does not."""
+    left = _left_by_a_clip(record)
+    norm = record.global_norm
+    return f"gradients are clipped from a norm of {norm:.2g} to {left * norm:.2g}" if left < 0.01 else ""
+
+
 class UpdateTooSmall(_UpdateRatio):
     """Flags weights that each step changes by less than `ratio` of their norm, while the loss does not improve.
 
@@ -191,9 +198,9 @@ class UpdateTooSmall(_UpdateRatio):
     @staticmethod
     def _because(record: StepRecord, state: State) -> str:
         """Return what a clip or the learning rate has to do with it, as a phrase."""
-        lr, norm, left = record.lr, record.global_norm, _left_by_a_clip(record)
-        if left < 0.01:
-            return f", because gradients are clipped from a norm of {norm:.2g} to {left * norm:.2g}"
+        lr = record.lr
+        if clipped := clipped_to_nothing(record):
+            return f", because {clipped}"
         if not (math.isfinite(lr) and state["lr"]):
             return ""
         first, highest = state["lr"]

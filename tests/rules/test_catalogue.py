@@ -723,6 +723,15 @@ def test_updates_that_are_too_small_for_a_clip_say_so() -> None:
     records = steady(300, loss=STUCK, lr=0.1, update_ratio=every(50, norms(1e-7, 1e-7, 1e-7)), **clipped)
     (incident,) = run(RULES["update_too_small"](), records)
     assert "because gradients are clipped from a norm of 1.3 to 1e-05" in incident.message
+    (stuck,) = run(RULES["not_learning"](), steady(320, loss=STUCK, lr=0.1, **clipped))
+    assert "gradients are clipped from a norm of 1.3 to 1e-05" in stuck.message
+    size = every(50, lambda s: norms(*[0.99**s] * 3))
+    decays = {"weight_decay": 0.01, "param_norm": size, "update_norm": every(50, norms(1, 1, 1))}
+    (decayed, *_) = run(
+        RULES["weight_decay_too_large"](),
+        steady(320, loss=STUCK, lr=0.1, grad_norm=norms(1e-4, 1e-4, 1e-4), **decays, **clipped),
+    )
+    assert "because gradients are clipped from a norm of 1.3 to 1e-05" in decayed.message
 
 
 def test_exploding_names_the_layers_that_left_their_level_the_last_one_first() -> None:
