@@ -384,10 +384,8 @@ class ModelMeter:
             return np.zeros(0, np.int64), {}
         self._updates_step = -1
         stats = self._updates.after()
-        # Not kept for the next time: forward and backward, where memory is short, come before it. On the host it is
-        # not, and to get it anew at every step takes longer than the copies.
-        if self.options.updates_every != 1 or not is_host(self.device):
-            self._updates.release()
+        # Not kept for the next time: forward and backward, where memory is short, come before it.
+        self._updates.release()
         positions = self._update_positions[np.asarray(stats.positions, np.int64)]
         if stats.both is not None:
             return positions, {"both_norms": stats.both}
