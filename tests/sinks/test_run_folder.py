@@ -371,12 +371,14 @@ FULL = textwrap.dedent("""
 def test_disk_that_stays_full_is_told_and_what_was_written_stays_readable(tmp_path):
     done = run_child(tmp_path, program=FULL)
     lines = done.stdout.splitlines()
-    (first,) = [line for line in lines if "recording stopped at step" in line]
+    # Where a block is done before the next one is tried, the limit on a file's size lets writing go on for a while.
+    stopped = [line for line in lines if "recording stopped at step" in line and "it went on at" not in line]
+    went_on = [line for line in lines if "it went on at" in line]
     (last,) = [line for line in lines if " failed: " in line]
-    assert first.startswith("GradwatchWarning")
-    assert "file too large. The training goes on; records are held in memory" in first
+    assert stopped[0].startswith("GradwatchWarning")
+    assert all("file too large. The training goes on; records are held in memory" in line for line in stopped)
     assert "failed: file too large;" in last
-    assert all(" takes its time while " in line for line in lines if line not in (first, last))
+    assert all(" takes its time while " in line for line in lines if line not in (*stopped, *went_on, last))
     run = read_run(tmp_path)
     with pytest.warns(GradwatchWarning, match=r"recording stopped after step \d+: file too large; \d+ records missing"):
         steps = run.steps().tolist()

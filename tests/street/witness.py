@@ -6,6 +6,7 @@ import gc
 import hashlib
 import random
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -153,7 +154,15 @@ def alive() -> dict[str, int]:
                 storages[storage.data_ptr()] = storage.nbytes()
             except (RuntimeError, NotImplementedError):
                 continue  # sparse and quantised ones show in the count
-    return {"tensors": count, "bytes": sum(storages.values()), "threads": threading.active_count()}
+    return {"tensors": count, "bytes": sum(storages.values()), "threads": _threads()}
+
+
+def _threads() -> int:
+    """Return how many threads stay: those of a loader that was let go of take a moment to end."""
+    until = time.monotonic() + 2
+    while threading.active_count() > 1 and time.monotonic() < until:
+        time.sleep(0.02)
+    return threading.active_count()
 
 
 def hooks_left(kept: list[Any]) -> dict[str, int]:
