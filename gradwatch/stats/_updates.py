@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -103,6 +105,7 @@ class UpdateMeter:
         self._copies: list[Tensor] | None = []
         self._cut: list[Tensor] = []
         self._arenas: dict[torch.device, Tensor] = {}
+        self._pages: mmap.mmap | None = None
         self.in_pieces = pipeline_of(self._params) is not None or any(map(_is_split, self._params))
         needs = list(map(_bytes, self._params))
         self.left_out, shared = _too_large(needs, list(map(_least, self._params)), memory_limit_bytes)
@@ -226,11 +229,20 @@ class UpdateMeter:
         """Forget the copies: the step did not happen. The memory is kept for the next ones."""
         self._chosen, self._copies = None, []
 
-    def release(self) -> None:
-        """Give the memory back."""
+    def release(self, *, soon_again: bool = False) -> None:
+        """Give the memory back.
+
+        Args:
+            soon_again: the next step needs as much: the host's pages are lent to the system, which takes them where
+                memory is short, and else they are there without being paged in anew.
+        """
         self.discard()
         self._arenas.clear()
         self._cut = []
+        if self._pages is not None and soon_again:
+            self._pages.madvise(mmap.MADV_FREE)
+        else:
+            self._pages = None
 
     def _room_for(self, pieces: list[Tensor]) -> list[Tensor]:
         """Return tensors like the pieces, cut from one block of memory per device that is kept between calls; of those
@@ -251,12 +263,22 @@ class UpdateMeter:
             need[piece.device] = offsets[-1] + -(-shape.numel() * piece.element_size() // _ALIGN) * _ALIGN
         for device, size in need.items():
             if device not in self._arenas or self._arenas[device].numel() < size:
-                self._arenas[device] = _block(size, device)
+                self._arenas[device] = self._block(size, device)
         self._cut = [
             self._arenas[piece.device][at : at + shape.numel() * piece.element_size()].view(piece.dtype).view(shape)
             for at, piece, shape in zip(offsets, pieces, shapes, strict=True)
         ]
         return self._cut
+
+    def _block(self, size: int, device: torch.device) -> Tensor:
+        """Return bytes that nobody has written to."""
+        if not is_host(device):
+            return torch.empty(size, dtype=torch.uint8, device=device)
+        if self._pages is None or len(self._pages) < size:
+            self._pages = _pages_of(size)
+        if self._pages is None:
+            return torch.from_numpy(np.empty(size, np.uint8))
+        return torch.from_numpy(np.frombuffer(self._pages, np.uint8, size))
 
     def _cut_at_once(self, pieces: list[Tensor]) -> list[Tensor] | None:
         """Return what `_room_for` does on the host, where one call cuts all; None where they are not alike."""
@@ -268,18 +290,27 @@ class UpdateMeter:
         size = sum(map(Tensor.numel, pieces)) * first.element_size()
         held = self._arenas.get(first.device)
         if held is None or held.numel() < size:
-            self._arenas[first.device] = held = _block(size, first.device)
+            self._arenas[first.device] = held = self._block(size, first.device)
         self._cut = list(_cut_apart(held[:size].view(first.dtype), pieces))
         return self._cut
 
 
-def _block(size: int, device: torch.device) -> Tensor:
-    """Return bytes that nobody has written to."""
-    if is_host(device):
-        # Memory that comes fresh at every step is paged in as it is written to, which takes longer than the copy. numpy
-        # asks the system for large pages.
-        return torch.from_numpy(np.empty(size, np.uint8))
-    return torch.empty(size, dtype=torch.uint8, device=device)
+_WORTH_PAGES = 2**20
+"""Bytes from which on memory that is paged in anew costs more than what is done with it."""
+
+
+def _pages_of(size: int) -> mmap.mmap | None:
+    """Return private memory that can be lent to the system between steps; None where that can't be."""
+    if size < _WORTH_PAGES or not hasattr(mmap, "MADV_FREE"):
+        return None
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_FREE)  # whether this system can
+    except (OSError, ValueError):
+        return None
+    with suppress(OSError, AttributeError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def _copy_(copies: list[Tensor], sources: list[Tensor]) -> None:

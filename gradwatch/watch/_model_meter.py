@@ -385,7 +385,7 @@ class ModelMeter:
         self._updates_step = -1
         stats = self._updates.after()
         # Not kept for the next time: forward and backward, where memory is short, come before it.
-        self._updates.release()
+        self._updates.release(soon_again=self.options.updates_every == 1)
         positions = self._update_positions[np.asarray(stats.positions, np.int64)]
         if stats.both is not None:
             return positions, {"both_norms": stats.both}
@@ -417,6 +417,8 @@ class ModelMeter:
 
     def close(self) -> None:
         self.disarm()
+        if self._updates is not None:
+            self._updates.release()
         if self.tap is not None:
             self.tap.close()
         if self.local is not None:

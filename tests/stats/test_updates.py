@@ -1,5 +1,7 @@
 """Updates of any optimizer, within a bound on memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -169,3 +171,25 @@ def test_norms_beyond_the_range_of_squares_are_measured(size: float) -> None:
     stats = meter.after()
     torch.testing.assert_close(stats.update_norms.item(), 2 * size, rtol=1e-6, atol=0)
     torch.testing.assert_close(stats.param_norms.item(), 2 * size, rtol=1e-6, atol=0)
+
+
+def lent_to_the_system() -> int:
+    """Bytes of this process that the system may take back when memory is short."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("LazyFree:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux what pages are lent")
+def test_between_steps_that_all_need_them_the_pages_of_copies_are_lent_to_the_system() -> None:
+    param = nn.Parameter(torch.ones(2**20))
+    meter = UpdateMeter([param], 2**24)
+    for step in range(1, 4):
+        meter.before()
+        with torch.no_grad():
+            param += 1
+        assert meter.after().update_norms.tolist() == [2**10], step
+        meter.release(soon_again=True)
+        assert meter.held_bytes == 0
+        assert lent_to_the_system() >= 2**21
+    meter.release()
+    assert lent_to_the_system() < 2**21
