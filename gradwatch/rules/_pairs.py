@@ -229,7 +229,8 @@ class WrongObjective(Rule):
     """Flags a loss that goes down while outputs say no more of the classes that are their targets than a guess does.
 
     Outputs have as many units as there are classes, the loss is not their cross-entropy, and has fallen below `fall` of
-    its first level, while the cross-entropy is above `guess` of the best constant's.
+    its first level, while the cross-entropy is above `guess` of the best constant's. Outputs between -1 and 1 are not
+    judged: of cosines and the like a loss takes multiples, which alone are scores.
 
     Args:
         fall: share of the loss's first level.
@@ -247,7 +248,10 @@ class WrongObjective(Rule):
     )
 
     is_core = False
-    needs = frozenset({"loss", "cross_entropy", "baseline_loss", "num_classes", "output_units", "target_max", *COMPANY})
+    needs = frozenset(
+        {"loss", "cross_entropy", "baseline_loss", "num_classes", "output_units", "output_min", "output_max"}
+        | {"target_max", *COMPANY}
+    )
     awaits = frozenset({"cross_entropy", "num_classes"})
 
     def __post_init__(self) -> None:
@@ -266,7 +270,9 @@ class WrongObjective(Rule):
             record.scalars.get(name, math.nan)
             for name in ("cross_entropy", "baseline_loss", "num_classes", "output_units", "target_max")
         )
-        if not (level > _LEAST_LEVEL and value < math.inf and classes == units) or has_company(record):
+        ends = (record.scalars.get(f"output_{end}", math.nan) for end in ("min", "max"))
+        are_scores = classes == units and any(abs(end) > 1 for end in ends)
+        if not (level > _LEAST_LEVEL and value < math.inf and are_scores) or has_company(record):
             return self.unjudged(record, "outputs are no scores of classes, or these are not known"), state
         state = {**state, "largest": max(state["largest"], largest)}
         follows = min(abs(record.loss - scale * value) for scale in reductions(record).values()) < 0.2 * record.loss

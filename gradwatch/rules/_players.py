@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from weakref import WeakKeyDictionary
 
 from ..records import Index, StepRecord
 from ._findings import Findings
@@ -14,7 +15,25 @@ from ._windows import TAIL, Progress, progress
 __all__ = ["NoContest", "OneSided"]
 
 
-class OneSided(Rule):
+class _OfTwo(Rule):
+    """Judges the losses of two optimizers that step in turns, against their first levels."""
+
+    share: float = 0.03
+
+    is_core = False
+    needs = frozenset({"loss", "optimizer", "others_loss"})
+    awaits = frozenset({"others_loss"})
+    low_is_worse = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("share", 0 < self.share < 1, "0 and below 1", "above")
+
+    def init(self) -> State:
+        return {"own": Progress(), "others": Progress()}
+
+
+class OneSided(_OfTwo):
     """Flags an adversarial training that one side has won: the loss of one optimizer is next to nothing, and that of
     another far above where it began.
 
@@ -36,18 +55,9 @@ class OneSided(Rule):
         "its steps, or raise the generator's; add noise, label smoothing or a gradient penalty."
     )
 
-    is_core = False
-    needs = frozenset({"loss", "optimizer", "others_loss"})
-    awaits = frozenset({"others_loss"})
-    low_is_worse = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("share", 0 < self.share < 1, "0 and below 1", "above")
         self._require("ratio", self.ratio > 1, 1, "above")
-
-    def init(self) -> State:
-        return {"own": Progress(), "others": Progress()}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         theirs = record.scalars.get("others_loss", math.nan)
@@ -68,7 +78,7 @@ class OneSided(Rule):
         return self.whole(record, won, mine, self.share, text), state
 
 
-class NoContest(Rule):
+class NoContest(_OfTwo):
     """Flags a generator and a discriminator that both win: the losses of two optimizers in turns are next to nothing.
 
     What one of them gains the other loses, unless a sign or a label is wrong. The networks are known by their names
@@ -87,18 +97,6 @@ class NoContest(Rule):
         "to tell real samples (label 1) from generated ones (label 0), and the generator's loss asks it for label 1 of "
         "the latter."
     )
-
-    is_core = False
-    needs = frozenset({"loss", "optimizer", "others_loss"})
-    awaits = frozenset({"others_loss"})
-    low_is_worse = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("share", 0 < self.share < 1, "0 and below 1", "above")
-
-    def init(self) -> State:
-        return {"own": Progress(), "others": Progress()}
 
     def judge(self, record: StepRecord, state: State) -> tuple[Findings, State]:
         theirs = record.scalars.get("others_loss", math.nan)
@@ -123,9 +121,14 @@ _DISCRIMINATOR = re.compile(
 )
 
 
+_KNOWN: WeakKeyDictionary[Index, bool] = WeakKeyDictionary()
+
+
 def _are_players(index: Index) -> bool:
-    parts = {part for path in index.paths for part in path.split(".")}
-    return _is_any(_GENERATOR, parts) and _is_any(_DISCRIMINATOR, parts)
+    if index not in _KNOWN:
+        parts = {part for path in index.paths for part in path.split(".")}
+        _KNOWN[index] = _is_any(_GENERATOR, parts) and _is_any(_DISCRIMINATOR, parts)
+    return _KNOWN[index]
 
 
 def _is_any(name: re.Pattern[str], parts: Iterable[str]) -> bool:

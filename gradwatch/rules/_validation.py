@@ -146,7 +146,7 @@ class ValNotLearning(_Evaluations):
       training loss has fallen by more than a fifth;
     * inputs of validation, where they are known, are of another scale than those of training (three deviations away, or
       a deviation three times as large or as small), and its loss is above the training loss by a third: at two running.
-      Where they are ten deviations away, or ten times as wide, whatever the loss: some models bear it.
+      Where they are ten deviations away, or ten times as wide, any loss above it will do: some models bear much.
 
     Args:
         evaluations: running.
@@ -202,7 +202,7 @@ class ValNotLearning(_Evaluations):
             # What was learned before the first evaluation counts, too.
             limits.append(max(unmoved, loss.now + 0.3 * abs(loss.now), loss.start - 0.4 * abs(loss.start)))
         if _differ(state):
-            limits.append(-math.inf if _differ(state, _FAR_APART) else loss.now + 0.3 * abs(loss.now))
+            limits.append(loss.now if _differ(state, _FAR_APART) else loss.now + 0.3 * abs(loss.now))
         if fall > 0.08:
             limits.append(max(unmoved, loss.start - 0.05 * abs(loss.start)))
         return min(limits)

@@ -218,9 +218,18 @@ def game(own: float, others: float, index: Any = None) -> list[StepRecord]:
     )
 
 
-def classes(cross_entropy: Any, loss: Any = lambda s: 0.99**s, largest: int = 2) -> list[StepRecord]:
+def classes(
+    cross_entropy: Any, loss: Any = lambda s: 0.99**s, largest: int = 2, reach: float = 3.0
+) -> list[StepRecord]:
     """A loss that falls, and the cross-entropy of three classes that it is not."""
-    known = {"num_classes": 3, "output_units": 3, "target_max": largest, "baseline_loss": 1.09}
+    known = {
+        "num_classes": 3,
+        "output_units": 3,
+        "target_max": largest,
+        "baseline_loss": 1.09,
+        "output_min": -reach,
+        "output_max": reach,
+    }
     return steady(300, loss=loss, cross_entropy=every(20, cross_entropy), **known)
 
 
@@ -573,6 +582,7 @@ CASES = [
     case("wrong_objective", lambda: classes(lambda s: 1.1), True, "a-regression-on-class-numbers"),
     case("wrong_objective", lambda: classes(lambda s: 1.1 * 0.99**s), False, "shares-of-classes-by-squared-error"),
     case("wrong_objective", lambda: classes(lambda s: 1.1, largest=1), False, "as-many-units-by-chance"),
+    case("wrong_objective", lambda: classes(lambda s: 1.1, reach=0.9), False, "cosines-that-the-loss-takes-multiples-of"),
     case("wrong_objective", lambda: classes(lambda s: 1.1, loss=lambda s: 1.0 - 0.001 * s), False, "has-hardly-fallen"),
     case("bad_initial_loss", lambda: steady(3, loss=40.0, binary_cross_entropy=40.0), True, "of-two"),
     case("bad_initial_loss", lambda: steady(3, loss=0.8, binary_cross_entropy=0.8), False, "ln-2"),
