@@ -75,3 +75,25 @@ def test_what_comes_back_is_bit_for_bit_what_was_there(lag: int, scale: float | 
     assert details["rolled_back_from"] == back - 1
     assert 60 <= back - 1 <= 60 + 16 + lag
     assert all(map(torch.equal, states[back], states[26]))
+
+
+@on_late
+def test_steps_whose_numbers_were_on_their_way_at_a_return_ask_for_no_second_one() -> None:
+    """They were taken on the way that was left, and are judged as a part of it."""
+    device = there()
+    device.set_lag(5)
+
+    def run(last: int) -> list[tuple[float, float]]:
+        trouble = Expression(
+            f"step >= 60 and step <= {last}", name="trouble", keep_firing_for=0, then=Rollback(steps=10)
+        )
+        with quiet():
+            loop = Loop(Place(5, torch.device("late:0"), is_real=True), optimizer=adamw, rules=[trouble])
+            with loop.watch:
+                loop.steps(110)
+                records = list(loop.watch.history)
+        names = "rolled_back_from", "rolled_back_to"
+        return [tuple(r.scalars[name] for name in names) for r in records if names[0] in r.scalars]
+
+    ((back, to),) = run(last=60)
+    assert run(last=int(back)) == [(back, to)]

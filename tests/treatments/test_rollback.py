@@ -14,6 +14,7 @@ from gradwatch import load_rules
 from gradwatch.errors import ConfigError, TrainingStopped
 from gradwatch.rules import Expression, LossSpike
 from gradwatch.runs import read_run, replay
+from gradwatch.testing import MemorySink
 from gradwatch.treatments import LowerLearningRate, Notify, Rollback
 from gradwatch.watch._snapshots import expected_bytes
 from gradwatch.watch._training import Training
@@ -414,6 +415,16 @@ def test_record_and_run_folder_say_from_where_to_where(tmp_path) -> None:
     assert (
         "gradwatch ran rollback for it: rolled back from 25 to 10" in loop.watch.report(tmp_path / "r.md").read_text()
     )
+
+
+def test_the_incident_says_that_the_training_went_back_before_the_next_step_begins() -> None:
+    sink = MemorySink()
+    loop = Loop(at(25), sinks=[sink])
+    with loop.watch:
+        loop.run(26)  # whatever ends the process now, it has been told
+        told = sink.incidents[-1]
+        assert (told.treatments, told.resolved_step) == (("rollback",), 25)
+        assert told.details["rolled_back_to"] == 10
 
 
 def spiky(step: int) -> float:

@@ -1,5 +1,6 @@
 """Numbers of a batch: what is told of inputs and targets side by side."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -36,3 +37,23 @@ def told(x: Tensor, y: Tensor) -> float | None:
 )
 def test_targets_that_stand_in_the_inputs(x: Tensor, y: Tensor, expected: float | None) -> None:
     assert told(x, y) == expected
+
+
+@pytest.mark.parametrize("size", [8, 1000, 2**16])
+def test_the_number_that_most_targets_are_and_the_farthest_of_them(size: int) -> None:
+    y = torch.randn(size, generator=G).round() * 2 + 1  # odd numbers, often the same
+    y[: size // 2 : 2] = 300.0
+    x, outputs = torch.randn(size, 3, generator=G), torch.zeros(size, 1)
+    found = {name: float(value) for name, value in batch_scalars((x, y[:, None]), outputs).items()}
+    numbers, counts = np.unique(y.numpy(), return_counts=True)
+    assert found["target_mode_share"] == pytest.approx(counts.max() / size)
+    assert found["target_mode"] in numbers[counts == counts.max()]
+    distances = np.abs(y.double().numpy() - float(y.median()))
+    middle = float(np.sort(distances)[(size - 1) // 2])
+    assert found["target_tail"] == pytest.approx(distances.max() / middle, nan_ok=True)
+
+
+def test_of_more_targets_than_are_quickly_sorted_and_of_a_handful_neither_is_told() -> None:
+    for size in (7, 2**16 + 1):
+        y = torch.ones(size, 1)
+        assert not {"target_mode", "target_tail"} & batch_scalars((torch.randn(size, 3), y), y * 0).keys()

@@ -140,20 +140,24 @@ def test_a_case_is_read_back_from_the_run_folder_as_it_was(tmp_path: Path) -> No
     assert incident.case is not None
 
 
-def test_a_case_is_on_disk_when_its_incident_is(tmp_path: Path) -> None:
+def test_a_case_is_on_disk_when_its_incident_is_and_whole_sixteen_steps_later(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Linear(8, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     watch = Watch(model, optimizer, run_dir=tmp_path / "run", on_error="raise")
-    for step in range(SPIKE + 1):
+    found = {}
+    for step in range(SPIKE + 17):
         batch = batch_of(step)
         loss = (model(batch["x"]) - batch["y"]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         watch.step(loss, batch=batch)
-    (case,) = read_run(tmp_path / "run").cases
-    assert case.sample_ids
-    assert not case.complete
+        if step in (SPIKE, SPIKE + 15, SPIKE + 16):
+            assert watch.history[-1].step == step  # asking wakes the judge
+            (found[step],) = read_run(tmp_path / "run").cases
+    assert found[SPIKE].sample_ids
+    assert [case.complete for case in found.values()] == [False, False, True]
+    assert found[SPIKE + 16].steps[-1] == SPIKE + 16
     watch.close()
 
 

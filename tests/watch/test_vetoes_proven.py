@@ -72,6 +72,16 @@ class Restless(torch.optim.Optimizer):
                 p.data = p.data - group["lr"] * (state["sum"] + 1e-3 * noise)
 
 
+class TakesTurns(Restless):
+    """Puts another parameter first at every step, by a list of its own making."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            first, *others = group["params"]
+            group["params"] = [*others, first]
+
+
 class _Counter:
     def __init__(self) -> None:
         self.count = 0
@@ -134,6 +144,7 @@ def train(make: Callable[[nn.Module], Any], steps: list[int], bad: int | None, *
     "make",
     [
         pytest.param(lambda m: Restless(m.parameters()), id="restless"),
+        pytest.param(lambda m: TakesTurns(m.parameters()), id="takes-turns"),
         pytest.param(lambda m: PullsBack(torch.optim.Adam(m.parameters(), lr=0.01)), id="wrapper-that-is-no-optimizer"),
         pytest.param(lambda m: torch.optim.Adam(m.parameters(), lr=0.01, fused=True), id="fused"),
     ],
