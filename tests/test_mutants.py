@@ -6,14 +6,17 @@ import sys
 import textwrap
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tools.mutants.__main__ import todo
 from tools.mutants._changes import Mutant, mutants_of, named_mutant
-from tools.mutants._forked import forked, some_cases
+from tools.mutants._forked import Run, forked, some_cases
+from tools.mutants._judging import Job, Judging
 from tools.mutants._map import TestMap as LineMap
+from tools.mutants._page import read
 from tools.mutants._patch import Live, UnpatchableError, rebind
 from tools.mutants._pick import pick
 from tools.mutants._score import Results
@@ -208,6 +211,7 @@ def test_of_many_cases_some_are_run_spread_over_all() -> None:
     kept = [item.nodeid for item in some_cases(items, 3)]
     assert kept == ["t::many[0]", "t::one", "t::many[100]", "t::many[200]"]
     assert some_cases(items, 300) == some_cases(items, 3, ["many"]) == items
+    assert "t::many[299]" in [item.nodeid for item in some_cases(items, 3, also=["t::many[299]"])]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +225,72 @@ def test_a_run_goes_on_where_the_last_one_stopped(tmp_path: Path, option: str, e
     (tmp_path / "reasons").write_text("")
     results = Results(tmp_path / "results", tmp_path / "reasons")
     assert [m.change for m in todo(mutants, results, option)] == expected
+
+
+CHANGES = {
+    "killed": Mutant("f.py", "A.f", "a | b => a & b", "arithmetic", 1, ""),
+    "elsewhere": Mutant("f.py", "A.f", "a('x | `y`') => pass", "deleted", 2, ""),
+    "hung": Mutant("f.py", "", "N = 1 => N = 2", "constant", 3, ""),
+    "survived": Mutant("g.py", "f", "a => b", "return", 1, ""),
+    "new": Mutant("g.py", "f", "a => None", "return", 1, ""),
+}
+WHYS = {"killed": "tests/test_f.py::test_f[a | `b`-1]", "elsewhere": "tests/test_f.py::T::test_g", "hung": "hung"}
+
+
+def results_of(folder: Path, page: Path, *names: str) -> Results:
+    lines = [{"key": CHANGES[n].key, "killed": n in WHYS, "why": WHYS.get(n, "passed: 3 of 5 tests")} for n in names]
+    (folder / "results").write_text("\n".join(map(json.dumps, lines)))
+    change = CHANGES["survived"]
+    (folder / "reasons").write_text(
+        json.dumps([{"file": change.file, "function": change.function, "change": change.change, "reason": "a | b"}])
+    )
+    return Results(folder / "results", folder / "reasons", read(page, folder))
+
+
+def test_the_page_is_read_back_as_it_was_written_but_for_tests_that_are_gone(tmp_path: Path) -> None:
+    tests, page = tmp_path / "tests" / "test_f.py", tmp_path / "page.md"
+    tests.parent.mkdir()
+    tests.write_text("def test_f():\n    pass\n\nclass T:\n    def test_g(self):\n        pass\n")
+    everything = list(CHANGES.values())
+    page.write_text(results_of(tmp_path, page, *WHYS, "survived").page(everything, "make"))
+    again = results_of(tmp_path, page)
+    assert again.page(everything, "make") == page.read_text()
+    assert todo(everything, again, "resume") == [CHANGES["new"]]
+    assert todo(everything, again, "survivors") == [CHANGES["new"], CHANGES["survived"]]
+    assert [m.seen_by for m in again.with_tests(everything)] == [WHYS["killed"], WHYS["elsewhere"], "", "", ""]
+    assert again.tell(everything) == 1  # one has not been judged
+    tests.write_text("def test_f():\n    pass\n")
+    assert todo(everything, results_of(tmp_path, page), "resume") == [CHANGES["elsewhere"], CHANGES["new"]]
+
+
+def test_what_is_judged_anew_counts_instead_of_what_the_page_says(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(results_of(tmp_path, page, "hung", "survived").page(list(CHANGES.values()), "make"))
+    results = results_of(tmp_path, page, "hung")
+    results.forget([CHANGES["hung"], CHANGES["survived"]])
+    assert [name for name, change in CHANGES.items() if results.is_known(change)] == []
+
+
+@pytest.mark.parametrize("still", [True, False], ids=["notices", "notices-no-more"])
+def test_the_test_that_noticed_last_time_is_asked_first_and_the_others_where_it_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, still: bool
+) -> None:
+    asked: list[list[str]] = []
+
+    def run_broken(mutant: Mutant, names: list[str]) -> Run:
+        asked.append(list(names))
+        return Run(failed=names[-1] if still or len(names) > 1 else "")
+
+    mutant = replace(CHANGES["killed"], seen_by="t::b", first=1, last=1)
+    judging = Judging(Job([mutant], tmp_path, (), (), tmp_path / "map", tmp_path / "results"))
+    judging.runner = types.SimpleNamespace(items={"t::a": None, "t::b": None})
+    lines = {name: {"f.py": 2} for name in judging.runner.items}
+    drawn = LineMap({}, lines, dict.fromkeys(lines, 1.0), {})
+    monkeypatch.setattr(judging, "_draw_map", lambda: setattr(judging, "map", drawn))
+    monkeypatch.setattr(judging, "_run_broken", run_broken)
+    monkeypatch.setattr(judging, "_is_sound", lambda failed, names: True)
+    assert judging._judge(mutant) == {"killed": True, "why": "t::b"}
+    assert asked == ([["t::b"]] if still else [["t::b"], ["t::a", "t::b"]])
 
 
 @pytest.mark.parametrize("work", ["sleeps", "spins"])

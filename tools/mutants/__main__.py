@@ -20,11 +20,14 @@ from typing import Any
 
 from ._changes import Mutant
 from ._judging import Job
+from ._page import read
 from ._pick import FAR, WATCHED, pick
 from ._score import Results
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "mutants"
+PAGE = ROOT / "benchmarks" / "MUTANTS.md"
+COMMAND = "python -m tools.mutants --write"
 SUITES = [
     f"tests/{name}"
     for name in (
@@ -54,13 +57,15 @@ def main() -> int:
     parser.add_argument("--near", action="store_true", help="leave out the slow tests of processes of their own")
     parser.add_argument("--jobs", type=int, default=1, help="processes that judge at once, each in a copy of its own")
     parser.add_argument("--seconds", type=float, default=10.0, help="processor time that one change may survive")
+    parser.add_argument("--write", action="store_true", help=f"keep what was found in {PAGE.relative_to(ROOT)}")
     parser.add_argument("--list", action="store_true", help="list the changes and judge none")
     options = parser.parse_args()
     KEPT.mkdir(parents=True, exist_ok=True)
-    results = Results(KEPT / "results.jsonl", Path(__file__).with_name("survivors.yaml"))
-    mutants = pick(ROOT, 0 if options.named else options.count)
+    results = Results(KEPT / "results.jsonl", Path(__file__).with_name("survivors.yaml"), read(PAGE, ROOT))
+    everything = pick(ROOT, options.count)
+    mutants = [m for m in everything if m.kind == "named" or not options.named]
     mutants = [m for m in mutants if any(fnmatch.fnmatch(at, options.only) for at in (m.file, f"{m.file}:{m.line}"))]
-    chosen = todo(mutants, results, options.which)
+    chosen = results.with_tests(todo(mutants, results, options.which))
     if options.list:
         print(*(f"{m.file}:{m.line} {m.function}\n    {m.change}" for m in chosen), sep="\n")
         return 0
@@ -74,6 +79,8 @@ def main() -> int:
         judge(parts[0])  # where there are several, it draws the map for them
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(judge, parts[1:]))
+    if options.write:
+        PAGE.write_text(results.page(everything, COMMAND))
     return results.tell(mutants)
 
 

@@ -26,6 +26,7 @@ class Mutant:
         name: what is defined, where that happens at import.
         first, last: the lines of which a test runs one where the change is felt.
         tests: parts of the names of those that state the law.
+        seen_by: the test that noticed it when it was judged last; "".
     """
 
     file: str
@@ -38,6 +39,7 @@ class Mutant:
     first: int = 0
     last: int = 0
     tests: tuple[str, ...] = ()
+    seen_by: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,18 +30,21 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def some_cases(items: Sequence[pytest.Item], most: int, whole: Sequence[str] = ()) -> list[pytest.Item]:
+def some_cases(
+    items: Sequence[pytest.Item], most: int, whole: Sequence[str] = (), also: Iterable[str] = ()
+) -> list[pytest.Item]:
     """Return the tests, of each function no more than so many cases: evenly spread over them, the same every time.
 
     Args:
         items: all tests.
         most: cases of one function.
         whole: how functions begin of which all cases are wanted.
+        also: cases that are wanted.
     """
     functions: dict[str, list[str]] = {}
     for item in items:
         functions.setdefault(item.nodeid.partition("[")[0], []).append(item.nodeid)
-    kept: set[str] = set()
+    kept = set(also)
     for function, cases in functions.items():
         is_whole = function.rpartition("::")[2].startswith(tuple(whole))
         num = len(cases) if is_whole else min(most, len(cases))

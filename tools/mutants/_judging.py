@@ -65,12 +65,15 @@ class Judging:
 
     job: Job
     sound: dict[str, bool] = field(default_factory=dict)
+    map: TestMap = field(default_factory=TestMap)
+    is_drawn: bool = False
     clock: itertools.count[int] = field(default_factory=lambda: itertools.count(1_000_000_000))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         laws = [name for mutant in self.job.mutants for name in mutant.tests if name.startswith("test_")]
-        self.runner = Runner(some_cases(session.items, self.job.cases, laws))
+        seen_by = [mutant.seen_by for mutant in self.job.mutants]
+        self.runner = Runner(some_cases(session.items, self.job.cases, laws, seen_by))
         session.config.pluginmanager.register(self.runner)
         self.live = Live(str(self.job.root))
         gc.collect()
@@ -79,7 +82,8 @@ class Judging:
             f.relative_to(self.job.root).as_posix() for d in self.job.folders for f in (self.job.root / d).glob("*.py")
         }
         self.sources = {file: (self.job.root / file).read_text() for file in sorted(files)}
-        self.map = self._draw_map()
+        if not self.job.mutants:  # others are about to judge, several at once
+            self._draw_map()
         with self.job.results_path.open("a") as out:
             for number, mutant in enumerate(self.job.mutants, 1):
                 begun = time.monotonic()
@@ -95,7 +99,8 @@ class Judging:
                 print(f"               {mutant.change[:150]}\n               {result['why'][:150]}", flush=True)
         return True
 
-    def _draw_map(self) -> TestMap:
+    def _draw_map(self) -> None:
+        self.is_drawn = True
         test_map, names = TestMap.load(self.job.map_path), list(self.runner.items)
         test_map.forget_gone(self.job.root)
         test_map.moved_to(self.sources)
@@ -112,9 +117,14 @@ class Judging:
             test_map.add(drawn)
             print(f"{file}: {len(drawn.seconds)} of {len(tests)}, {time.monotonic() - begun:.1f} s", flush=True)
             test_map.save(self.job.map_path)
-        return test_map
+        self.map = test_map
 
     def _judge(self, mutant: Mutant) -> dict[str, Any]:
+        why = self._noticed_again(mutant)
+        if why:
+            return {"killed": True, "why": why}
+        if not self.is_drawn:
+            self._draw_map()
         found = self._judge_near(mutant)
         if not found["killed"] and mutant.file in self.job.far:
             with self._written(mutant):
@@ -124,6 +134,18 @@ class Judging:
                 (run if isinstance(run, str) else run.failed) if found["killed"] else f"{found['why']}, and far"
             )
         return found
+
+    def _noticed_again(self, mutant: Mutant) -> str:
+        """Return how the test that noticed last time does so again; "" where it does not, or there is none."""
+        test = mutant.seen_by
+        if test in self.runner.items:
+            run = self._run_broken(mutant, [test])
+            return run if isinstance(run, str) else test if run.failed and self._is_sound(test, [test]) else ""
+        if test.partition("::")[0] in self.job.far.get(mutant.file, ()):
+            with self._written(mutant):
+                run = self._run_apart([test], seconds=600)
+            return run if isinstance(run, str) else run.failed
+        return ""
 
     def _judge_near(self, mutant: Mutant) -> dict[str, Any]:
         names = self.map.running(self._places(mutant), self.runner.items.keys())
@@ -192,7 +214,8 @@ class Judging:
         return self.runner.run(names, seconds=seconds)
 
     def _limit(self, names: Sequence[str]) -> float:
-        return 20 * min(self.job.seconds, sum(self.map.seconds[n] for n in names)) + 60
+        known = self.map.seconds
+        return 20 * min(self.job.seconds, sum(known.get(n, self.job.seconds) for n in names)) + 60
 
     def _run_apart(self, names: Sequence[str], seconds: float = 0.0) -> Run | str:
         """Run tests in a process of its own, which imports everything anew; whole files of them for so many seconds."""
