@@ -90,6 +90,7 @@ class BaseManager:
         if self._known is None or self._known[0] != present:
             names = ModelNames(self.model, layers=self._layers)
             researched = ResearchNames(names, self.model) if self._research_names else None
+            self._registry.forget_idle()
             self._known = (present, Resolver(names, expand_aliases(names, self._aliases), researched))
         return self._known[1]
 

@@ -228,10 +228,15 @@ class Site:
         self.handles: dict[str, tuple[Any, Any]] = {}
         self.leaf_handles: dict[tuple[str, str], Any] = {}
         self.quick: FastOutput | FastGradient | None = None
+        # Nothing but the quick way has hung here: nothing of this site is left in a graph when it is taken off.
+        self.can_rest = True
         self._full_before: Any = None
 
     def refresh(self) -> None:
         """Make torch's hooks fit the entries that are enabled now."""
+        entries = self.entries
+        if len(entries) == 1 and not self.handles and self.front is None and self._hang_one(entries[0]):
+            return
         active = active_entries(self.entries, self.replayed)
         early = _before_others(active)
         if early and self.front is None:
@@ -266,22 +271,44 @@ class Site:
             if wanted is not None or kind in self.handles:
                 self._fit(kind, wanted)
 
+    def _hang_one(self, entry: Entry) -> bool:
+        """Hang the usual case on a site that is bare: what `_attend` does, for thousands of modules at each run."""
+        hook = entry.hook
+        if entry.done or hook.options.prepend or not hook.is_enabled or (quick := self._quick_for(entry)) is None:
+            return False
+        if entry.spot.port == "output":
+            self.outputs = (entry,)
+        else:
+            self.gradients = (entry,)
+        quick.hang(self.module.register_forward_hook, prepend=self.first)
+        self.handles["after"] = (quick, quick)
+        return True
+
     def _fast(self) -> Callable[..., Any] | None:
         """Return the quick way for the usual case, one hook without conditions, where this is one."""
         entries = self.outputs + self.gradients + self.full_hooks
-        if len(entries) != 1 or not entries[0].hook.unconditional or self.runs.threaded or self.replayed:
+        # With hooks on inputs, calls are paired, beginning and end, in `Site.before` and `after`.
+        if len(entries) != 1 or self.inputs or self.input_gradients:
             return None
-        if self.inputs or self.input_gradients:  # calls are paired, beginning and end, in `Site.before` and `after`
+        return self._quick_for(entries[0])
+
+    def _quick_for(self, entry: Entry) -> FastOutput | FastGradient | None:
+        """Return what serves an entry alone, if it is without conditions."""
+        spot, hook = entry.spot, entry.hook
+        if not hook.unconditional or self.runs.threaded or self.replayed:
             return None
-        entry = entries[0]
-        if entry.leaf is not None or entry.spot.view is not None or entry.spot.writing != "replace":
+        if entry.leaf is not None or spot.view is not None or spot.writing != "replace":
             return None
-        if entry.spot.port not in ("output", "grad_output"):
+        if spot.port not in ("output", "grad_output"):
             return None
-        if self.quick is None or self.quick.entry is not entry:
-            looks = FastLook if entry.hook.observes else FastOutput
-            self.quick = looks(self, entry) if entry.spot.port == "output" else FastGradient(self, entry)
-        return self.quick
+        quick = self.quick
+        if quick is None or quick.entry is not entry:
+            kind = FastGradient if spot.port == "grad_output" else FastLook if hook.observes else FastOutput
+            if quick is not None and quick.entry is None and type(quick) is kind:
+                quick.aim(entry)
+            else:
+                self.quick = quick = kind(self, entry)
+        return quick
 
     def _fit(self, kind: str, wanted: Callable[..., Any] | None) -> None:
         old, hook = self.handles.get(kind, (None, None))
@@ -296,6 +323,7 @@ class Site:
         if wanted is None:
             return
         hook = wanted if isinstance(wanted, OwnedHook) else WeakHook.of(wanted, keeps_owner=True)
+        self.can_rest = self.can_rest and wanted is self.quick
         if kind == "before":
             hook.hang(self.module.register_forward_pre_hook, with_kwargs=True, prepend=self.first)
         elif kind == "after":
@@ -309,13 +337,21 @@ class Site:
     def take_off(self) -> None:
         if self.front is not None:
             self.front.take_off()
-        self.entries, self.replayed, self.front, self.quick = [], [], None, None
+            self.can_rest = False
+        self.entries, self.replayed, self.front = [], [], None
         self.inputs = self.outputs = self.gradients = self.input_gradients = self.full_hooks = ()
         for kind in tuple(self.handles):
             self._fit(kind, None)
         for handle in self.leaf_handles.values():
             handle.remove()
+        self.can_rest = self.can_rest and not self.leaf_handles
         self.leaf_handles.clear()
+        if self.quick is not None:
+            self.quick.rest()
+
+    def wake(self) -> None:
+        """Begin anew after `take_off`, as a new site would."""
+        self.key = self.runs.new_key()
 
     @untraced
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

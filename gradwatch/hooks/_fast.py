@@ -6,15 +6,17 @@ one and a half empty torch hooks. Anything unusual goes the general way, `Site.a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from sys import getrefcount
 from threading import get_ident
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..torchside import OwnedHook, may_be_checkpointed, untraced
+from ..torchside import MethodHook, may_be_checkpointed, untraced
 from ._gradients import hook_gradient
 from ._hook import Entry, set_grad_enabled
 from ._points import Point
@@ -66,22 +68,63 @@ class _RunPoint(Point):
         return step
 
 
-class _Fast(OwnedHook):
+class _Inert:
+    """What stands for a quick dispatcher on a copy: a call of any kind ends at once."""
+
+    tensor_type = None
+    bound = -1  # no thread has this number
+    runs = SimpleNamespace(run=None)
+
+    @untraced
+    def __call__(self, *_: Any) -> None:
+        return None
+
+    slow = _go_slow = __call__
+
+    def __reduce__(self) -> Any:
+        return _Fast.__reduce__(self)  # type: ignore[arg-type]
+
+
+_INERT = _Inert()
+
+
+class _Fast(MethodHook):
     """One entry with all it needs at hand: what a call touches is it, the point and the run. Torch calls it."""
 
     __slots__ = ("bound", "call", "entry", "fired", "fn", "hook", "point", "run", "runs", "site", "tensor_type")
 
     def __init__(self, site: Site, entry: Entry) -> None:
         super().__init__(site)
-        self.site, self.entry, self.runs = site, entry, site.runs
-        self.hook = entry.hook
+        self.site, self.runs = site, site.runs
+        self._place = weakref.ref(site.module)
+        self.aim(entry)
+
+    def aim(self, entry: Entry) -> None:
+        """Work for an entry from here on."""
+        self.entry: Any = entry
+        self.hook: Any = entry.hook
         self.bound = entry.hook.thread
-        self.fn: Callable[[Tensor, Point], Any] = entry.hook.function
+        self.fn: Any = entry.hook.function
         self.tensor_type: Any = Tensor
         self.run: Any = None
         self.call = self.fired = 0
-        self.point = _RunPoint(entry, 0, None)
+        self.point: Any = _RunPoint(entry, 0, None)
         entry.counted_by(self)
+
+    def rest(self) -> None:
+        """Let go of all that is a hook's; a walk of torch's that is under way may call once more."""
+        self.entry = self.hook = self.fn = self.tensor_type = self.point = None
+
+    def hang(self, register: Callable[..., Any], **options: Any) -> Any:
+        # It keeps its site, which so can't go before it.
+        handle = self._handle = register(self._called(), **options)
+        return handle
+
+    def take_off(self) -> None:
+        self._handle.remove()
+
+    def inert(self) -> Any:
+        return _INERT
 
     def slow(self, module: nn.Module, args: tuple[Any, ...], output: Any, call: int) -> Any:
         """Go the general way, with the number of this call."""
@@ -98,6 +141,8 @@ class FastOutput(_Fast):
 
     def _go_slow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         run, point = self.runs.run, self.point
+        if self.entry is None:
+            return None
         if graph_task_id() != -1:
             return self.slow(module, args, output, 0)
         call = point.call + 1 if point.run is run else 0

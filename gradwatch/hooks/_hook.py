@@ -111,16 +111,31 @@ class Entry:
         fired: calls in which the function ran, recomputed ones not counted.
         placed: gradients that were asked for (a backward port whose forward was seen).
         seen: calls of the module while the hook was on.
+        site: what tells the site that it belongs to.
         shaded: calls with gradients off inside a run with gradients on: in reentrant checkpointing the repetition will
             place what could not be placed there.
         note: why it may not have fired.
     """
 
-    __slots__ = ("__weakref__", "_fired", "_quick", "done", "hook", "leaf", "note", "placed", "seen", "shaded", "spot")
+    __slots__ = (
+        "__weakref__",
+        "_fired",
+        "_quick",
+        "done",
+        "hook",
+        "leaf",
+        "note",
+        "placed",
+        "seen",
+        "shaded",
+        "site",
+        "spot",
+    )
 
     def __init__(self, hook: Hook, spot: HookPoint) -> None:
         self.hook = hook
         self.spot = spot
+        self.site = spot.site
         self.leaf = spot.leaf if hook.options.leaf is None else _leaf_of(hook.options.leaf, spot)
         self._fired = self.placed = self.seen = self.shaded = 0
         self._quick: Any = None

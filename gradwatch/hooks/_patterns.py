@@ -75,9 +75,11 @@ class Resolver:
         """Return the hook point of a first name."""
         table: Mapping[str, Any] = self.names.parameters if port in PARAMETER_PORTS else self.names.modules
         found = HookPoint(path, port, table[path])
-        found.other_names = self.names.other_names.get(path, ())
         found.named_by = self
-        found.writing = "refuse" if port == "peak" else "replace"
+        if path in self.names.other_names:
+            found.other_names = self.names.other_names[path]
+        if port == "peak":
+            found.writing = "refuse"
         return found
 
     def matching(self, pattern: str, port: str) -> list[HookPoint]:

@@ -72,20 +72,17 @@ class HookPoint(str):
     path: str
     port: str
     target: Any
-    named_by: Resolver | None
-    other_names: tuple[str, ...]
-    reason: str
-    view: View | None
-    leaf: str | None
-    writing: str
-    heads: int | None
+    named_by: Resolver | None = None
+    other_names: tuple[str, ...] = ()
+    reason: str = ""
+    view: View | None = None
+    leaf: str | None = None
+    writing: str = "replace"
+    heads: int | None = None
 
     def __new__(cls, path: str, port: str, target: Any = None, *, name: str | None = None) -> HookPoint:
         self = super().__new__(cls, f"{path}:{port}" if name is None else name)
         self.path, self.port, self.target = path, port, target
-        self.named_by, self.other_names = None, ()
-        self.reason, self.view, self.leaf, self.writing = "", None, None, "replace"
-        self.heads = None
         return self
 
     @property
@@ -119,6 +116,16 @@ class HookPoint(str):
     def layer(self) -> int | None:
         """The first number in the name: 4 for `blocks.4.attn:output`."""
         return layer_of(self)
+
+    @property
+    def site(self) -> tuple[str, int]:
+        """What tells where torch is to call: a kind, and whose."""
+        port = READ_AT.get(self.port, self.port)
+        if port not in ATTENTION_PORTS:
+            return "parameter" if self.is_parameter else "module", id(self.target)
+        # torch's own attention has its output projection within; elsewhere that is a module of its own.
+        projected = port == "result" and not isinstance(self.target, nn.MultiheadAttention)
+        return "result" if projected else "attention", id(self.target)
 
     def unbound(self) -> HookPoint:
         """Return the point as names alone, which keeps no model: what a hook that has been taken off remembers."""

@@ -16,13 +16,13 @@ from ._attention import AttentionSite
 from ._dispatch import Site
 from ._hook import Entry, Hook
 from ._parameters import ParameterSite
-from ._points import ATTENTION_PORTS, READ_AT, HookPoint
 from ._results import ResultSite
 from ._runs import Run, Runs
 
 __all__ = ["Registry"]
 
 AnySite = Site | ParameterSite | AttentionSite | ResultSite
+_KINDS: dict[str, Any] = {"parameter": ParameterSite, "module": Site, "result": ResultSite}
 
 
 class Registry:
@@ -37,6 +37,8 @@ class Registry:
         self.manager: weakref.ref[Any] | None = None
         self._kept: list[tuple[Run, Entry]] = []
         self.sites: dict[tuple[str, int], AnySite] = {}
+        # Without a hook at present: to make one anew for each run costs as much as torch's own hook.
+        self._idle: dict[tuple[str, int], Site] = {}
         self._root_handle: Any = None
         self._order = 0
         self._last_number = 0
@@ -61,7 +63,7 @@ class Registry:
             try:
                 hook.attached = True
                 for entry in hook.entries:
-                    self._site(entry.spot).entries.append(entry)
+                    self._site(entry).entries.append(entry)
                 self.hooks[hook.id] = hook
                 self.owner = None if self.manager is None else self.manager()
                 self.refresh(hook)
@@ -92,9 +94,9 @@ class Registry:
         with self.lock:
             touched: dict[tuple[str, int], AnySite] = {}
             for entry in entries:
-                site: Any = self._site(entry.spot)
+                site: Any = self._site(entry)
                 (site.replayed.append if on else site.replayed.remove)(entry)
-                touched[self.place_of(entry.spot)] = site
+                touched[entry.site] = site
             for key, site in touched.items():
                 self._fit_site(key, site)
 
@@ -125,7 +127,7 @@ class Registry:
         if self.hooks.get(hook.id) is hook:
             del self.hooks[hook.id]
         for entry in hook.entries:
-            key = self.place_of(entry.spot)
+            key = entry.site
             site = self.sites.get(key)
             if site is None or entry not in site.entries:
                 continue
@@ -142,10 +144,16 @@ class Registry:
             return
         site.take_off()
         self.sites.pop(key, None)
+        if type(site) is Site and site.can_rest:
+            self._idle[key] = site
+
+    def forget_idle(self) -> None:
+        """Let go of the sites without hooks: modules have come or gone."""
+        self._idle.clear()
 
     def _to_front(self, hook: Hook) -> None:
         for entry in hook.entries:
-            site = self.sites.get(self.place_of(entry.spot))
+            site = self.sites.get(entry.site)
             if isinstance(site, Site):
                 site.to_front()
 
@@ -153,12 +161,13 @@ class Registry:
         """Take everything off and silence it, in graphs that exist already too."""
         self.detach(list(self.hooks.values()))
         self.silence()
+        self.forget_idle()
 
     def refresh(self, hook: Hook) -> None:
         """Make torch's hooks fit: the hook was attached, enabled or disabled."""
         with self.lock:
             for entry in hook.entries:
-                site = self.sites.get(self.place_of(entry.spot))
+                site = self.sites.get(entry.site)
                 if site is not None:
                     site.refresh()
             self._fit_root()
@@ -168,24 +177,17 @@ class Registry:
             for site in self.sites.values():
                 site.refresh()
 
-    @staticmethod
-    def place_of(point: HookPoint) -> tuple[str, int]:
-        """Return what tells the site that a point belongs to."""
-        port = READ_AT.get(point.port, point.port)
-        if point.is_parameter:
-            return "parameter", id(point.target)
-        if port not in ATTENTION_PORTS:
-            return "module", id(point.target)
-        # torch's own attention has its output projection within; elsewhere that is a module of its own.
-        projected = port == "result" and not isinstance(point.target, nn.MultiheadAttention)
-        return "result" if projected else "attention", id(point.target)
-
-    def _site(self, point: HookPoint) -> AnySite:
-        key = self.place_of(point)
-        if key not in self.sites:
-            kind: Any = {"parameter": ParameterSite, "module": Site, "result": ResultSite}.get(key[0], AttentionSite)
-            self.sites[key] = kind(point.path, point.target, self.runs, self)
-        return self.sites[key]
+    def _site(self, entry: Entry) -> AnySite:
+        key, point = entry.site, entry.spot
+        site: Any = self.sites.get(key)
+        if site is None:
+            site = self._idle.pop(key, None)
+            if site is not None and site.module is point.target:
+                site.wake()
+            else:
+                site = _KINDS.get(key[0], AttentionSite)(point.path, point.target, self.runs, self)
+            self.sites[key] = site
+        return site
 
     def _fit_root(self) -> None:
         """Know when a forward pass begins: by a pre-hook on the root."""

@@ -99,6 +99,6 @@ def tie(entry: Entry, runs: Runs, call: int) -> bool:
     for holder, name in around:
         assert registry is not None
         replay = Replay.of(holder, name, runs, registry)
-        replay.calls.setdefault(registry.place_of(entry.spot), call)
+        replay.calls.setdefault(entry.site, call)
         replay.add(entry)
     return bool(around)

@@ -26,9 +26,12 @@ def _calls_itself() -> bool:
     frame: Any = sys._getframe(2)
     while frame is not None:
         if frame.f_code is _CALL:
-            calls.append(frame.f_locals.get("self"))
+            calls.append(frame)
         frame = frame.f_back
-    return bool(calls) and any(module is calls[0] for module in calls[1:])
+    if len(calls) < 2:  # only that call: to look into a frame takes longer than to walk past it
+        return False
+    module = calls[0].f_locals.get("self")
+    return module is not None and any(call.f_locals.get("self") is module for call in calls[1:])
 
 
 class _Local(threading.local):

@@ -26,7 +26,7 @@ from ._devices import (
 )
 from ._flat import is_flat_sharded
 from ._graph import LossForm, loss_form, loss_pair, unmasked_attention
-from ._inert import OwnedHook, WeakHook, weakly
+from ._inert import MethodHook, OwnedHook, WeakHook, is_owned, weakly
 from ._leaves import children, find, map_tensors, pick, storage, tensors_of, walk
 from ._members import member
 from ._memory import (
@@ -68,6 +68,7 @@ __all__ = [
     "Lent",
     "Loan",
     "LossForm",
+    "MethodHook",
     "Mark",
     "Owned",
     "OwnedHook",
@@ -112,6 +113,7 @@ __all__ = [
     "in_transform",
     "is_flat_sharded",
     "is_host",
+    "is_owned",
     "is_split_by_zero",
     "is_traced",
     "is_within",

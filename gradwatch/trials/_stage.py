@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._closing import insist
-from ..torchside import OwnedHook, is_flat_sharded, is_split_by_zero, size_of
+from ..torchside import is_flat_sharded, is_owned, is_split_by_zero, size_of
 
 __all__ = ["MODES", "Stage", "bytes_of", "copy_of", "modules_of", "on_stage", "why_not_copied"]
 
@@ -92,7 +92,7 @@ class Stage:
         found = {name: self._copied(value) for name, value in vars(module).items()}
         for name, value in found.items():
             if "hook" in name and type(value) in (dict, OrderedDict):
-                ours = [key for key, hook in value.items() if isinstance(hook, OwnedHook)]
+                ours = [key for key, hook in value.items() if is_owned(hook)]
                 for key in ours:
                     del value[key]
         found["train"] = partial(self._train, module, found.get("train"))

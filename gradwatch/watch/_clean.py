@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from ..torchside import OwnedHook, storage
+from ..torchside import is_owned, storage
 
 __all__ = ["CLEAN", "fires", "has_own_step", "is_clean", "steps_undisturbed"]
 
@@ -72,4 +72,4 @@ def _has_hooks(optimizer: Any) -> bool:
     """Return whether somebody else's hooks run in its step: they may move what they like."""
     tables = [storage(optimizer).get(f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]
     tables += [getattr(torch_optimizer, f"_global_optimizer_{when}_hooks", {}) for when in ("pre", "post")]
-    return any(not isinstance(hook, OwnedHook) for table in tables for hook in table.values())
+    return any(not is_owned(hook) for table in tables for hook in table.values())

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from .._warn import one_line
-from ..torchside import Aside, OwnedHook, StandIn, WeakHook, checksum, differ, untouched, wide_dtype
+from ..torchside import Aside, StandIn, WeakHook, checksum, differ, is_owned, untouched, wide_dtype
 from ._model_meter import ModelMeter
 from ._options import is_due
 from ._ranks import rank_of_this
@@ -254,7 +254,7 @@ def _is_comparable(p: Tensor) -> bool:
         return False
     hooks = [*(getattr(p, "_backward_hooks", None) or {}).values()]
     hooks += [*(getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()]
-    return all(isinstance(hook, OwnedHook) for hook in hooks)
+    return all(is_owned(hook) for hook in hooks)
 
 
 def _added(held: Tensor | None, grad: Tensor | None) -> Tensor | None:
