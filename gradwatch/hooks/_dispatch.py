@@ -348,10 +348,18 @@ class Site:
         self.leaf_handles.clear()
         if self.quick is not None:
             self.quick.rest()
+            if not self.can_rest:
+                self.quick = None
 
-    def wake(self) -> None:
-        """Begin anew after `take_off`, as a new site would."""
-        self.key = self.runs.new_key()
+    def lay_down(self) -> FastOutput | FastGradient | None:
+        """Let go of registry and quick way, which would hold each other and the model; return what `wake` takes up."""
+        self.quick, quick = None, self.quick
+        del self.registry
+        return quick
+
+    def wake(self, registry: Registry, quick: FastOutput | FastGradient | None) -> None:
+        """Begin anew, as a new site would."""
+        self.registry, self.quick, self.key = registry, quick, self.runs.new_key()
 
     @untraced
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

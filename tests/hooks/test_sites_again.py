@@ -74,6 +74,28 @@ def test_what_a_hook_held_is_free_when_its_run_is_over(port):
     assert gone() is None
 
 
+@pytest.mark.parametrize("port", PORTS)
+@pytest.mark.parametrize("ends", ["dropped", "closed", "left"])
+def test_a_model_is_free_at_once_when_its_manager_is(port, ends):
+    gc.collect()
+    gc.disable()
+    try:
+        model = net()
+        gone = weakref.ref(model)
+        hooks = HookManager(model)
+        for _ in range(2):
+            hooks.run_with_hooks(torch.ones(2, 4), hooks=[(f"re:\\d+:{port}", Seen())]).sum().backward()
+        if ends == "closed":
+            hooks.close()
+        elif ends == "left":
+            with hooks:
+                hooks.add(f"1:{port}", Seen())
+        del model, hooks
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_a_module_that_was_hooked_and_replaced_is_free_when_names_are_asked_for_again():
     model = net()
     hooks = HookManager(model)
