@@ -72,6 +72,7 @@ class RuleEngine:
         self._strips = Strips()
         self._start: int | None = None
         self._step = -1
+        self._lr = math.nan
         self._index: Index | None = None
         self._places: dict[str, int] | None = None
 
@@ -178,6 +179,8 @@ class RuleEngine:
         if record.step != self._step and self._strips.add():
             self._strips.mark([slot.judged for slot in self._slots])
         self._step = record.step
+        if not math.isnan(record.lr):
+            self._lr = record.lr
         if record.index is self._index:
             return
         old = self._index.positions if self._index is not None else self._places
@@ -340,7 +343,8 @@ class RuleEngine:
         if self._index is None:
             return ()
         last = {**(scalars or {}), "end_of_run": 1.0}
-        return self.judge(StepRecord(step=step, index=self._index, has_loss=False, scalars=last)).opened
+        record = StepRecord(step=step, index=self._index, has_loss=False, lr=self._lr, scalars=last)
+        return self.judge(record).opened
 
     def coverage(self) -> list[RuleCoverage]:
         """Return, for each rule, how often it was judged, and why it was not."""
@@ -365,6 +369,7 @@ class RuleEngine:
             "version": 1,
             "start": self._start,
             "step": self._step,
+            "lr": self._lr,
             "paths": list(self._index.paths if self._index is not None else self._places or ()),
             "silences": [
                 {
@@ -386,6 +391,7 @@ class RuleEngine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; rules that are new begin afresh, those that are gone leave their incidents."""
         self._start, self._step = state["start"], state["step"]
+        self._lr = state.get("lr", math.nan)
         self._index, self._places = None, {p: i for i, p in enumerate(state["paths"])} or None
         self._silences = [Silence(**s) for s in state["silences"]]
         self._annotations = [(int(a[0]), str(a[1])) for a in state["annotations"]]

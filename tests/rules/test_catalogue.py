@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -645,6 +646,7 @@ def test_rule_flags_what_it_must_and_nothing_else(rule: str, records: Records, e
         assert incident.rule == rule
         assert incident.message
         assert "{" not in incident.message
+        assert not re.search(r"\bnan\b", incident.message), "a number that nobody has"
 
 
 def test_every_rule_of_the_catalogue_has_cases_both_ways() -> None:

@@ -394,3 +394,26 @@ def test_rules_are_frozen_and_set_up_by_name() -> None:
         rule.ratio = 3  # type: ignore[misc]
     assert (rule.name, rule.rule_name, rule.paths, rule.ratio) == ("exploding", "exploding", ("a.*",), 20)
     assert INDEX.paths[:3] == PARAMETERS
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_is_said_at_the_end_of_a_run_knows_the_learning_rate_it_had(resumed: bool) -> None:
+    class Last(Rule):
+        needs = frozenset({"loss", "end_of_run"})
+
+        def judge(self, record: StepRecord, state: Any) -> tuple[Any, Any]:
+            ended = record.scalars.get("end_of_run", 0.0) > 0
+            return self.whole(record, ended, record.lr, 0.0, "the learning rate is {value:.2g}"), state
+
+    def engine() -> RuleEngine:
+        return RuleEngine(RuleBook([Last()]), on_error="raise")
+
+    first = second = engine()
+    for s in range(3):
+        first.judge(make_record(s, loss=1.0, lr=0.01 * (s + 1)))
+    if resumed:
+        second = engine()
+        second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
+        second.judge(make_record(3, loss=1.0, lr=float("nan")))
+    (incident,) = second.finish(4)
+    assert "the learning rate is 0.03" in incident.message
