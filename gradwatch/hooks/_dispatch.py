@@ -304,10 +304,7 @@ class Site:
         quick = self.quick
         if quick is None or quick.entry is not entry:
             kind = FastGradient if spot.port == "grad_output" else FastLook if hook.observes else FastOutput
-            if quick is not None and quick.entry is None and type(quick) is kind:
-                quick.aim(entry)
-            else:
-                self.quick = quick = kind(self, entry)
+            self.quick = quick = kind(self, entry)
         return quick
 
     def _fit(self, kind: str, wanted: Callable[..., Any] | None) -> None:
@@ -338,7 +335,7 @@ class Site:
         if self.front is not None:
             self.front.take_off()
             self.can_rest = False
-        self.entries, self.replayed, self.front = [], [], None
+        self.entries, self.replayed, self.front, self.quick = [], [], None, None
         self.inputs = self.outputs = self.gradients = self.input_gradients = self.full_hooks = ()
         for kind in tuple(self.handles):
             self._fit(kind, None)
@@ -346,20 +343,14 @@ class Site:
             handle.remove()
         self.can_rest = self.can_rest and not self.leaf_handles
         self.leaf_handles.clear()
-        if self.quick is not None:
-            self.quick.rest()
-            if not self.can_rest:
-                self.quick = None
 
-    def lay_down(self) -> FastOutput | FastGradient | None:
-        """Let go of registry and quick way, which would hold each other and the model; return what `wake` takes up."""
-        self.quick, quick = None, self.quick
+    def lay_down(self) -> None:
+        """Let go of the registry, which keeps it for the next hook here: they would hold each other and the model."""
         del self.registry
-        return quick
 
-    def wake(self, registry: Registry, quick: FastOutput | FastGradient | None) -> None:
+    def wake(self, registry: Registry) -> None:
         """Begin anew, as a new site would."""
-        self.registry, self.quick, self.key = registry, quick, self.runs.new_key()
+        self.registry, self.key = registry, self.runs.new_key()
 
     @untraced
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -95,32 +95,26 @@ class _Fast(MethodHook):
 
     def __init__(self, site: Site, entry: Entry) -> None:
         super().__init__(site)
-        self.site, self.runs = site, site.runs
+        self.site, self.entry, self.runs = site, entry, site.runs
         self._place = weakref.ref(site.module)
-        self.aim(entry)
-
-    def aim(self, entry: Entry) -> None:
-        """Work for an entry from here on."""
-        self.entry: Any = entry
-        self.hook: Any = entry.hook
+        self.hook = entry.hook
         self.bound = entry.hook.thread
-        self.fn: Any = entry.hook.function
+        self.fn: Callable[[Tensor, Point], Any] = entry.hook.function
         self.tensor_type: Any = Tensor
         self.run: Any = None
         self.call = self.fired = 0
-        self.point: Any = _RunPoint(entry, 0, None)
+        self.point = _RunPoint(entry, 0, None)
         entry.counted_by(self)
-
-    def rest(self) -> None:
-        """Let go of all that is a hook's; a walk of torch's that is under way may call once more."""
-        self.entry = self.hook = self.fn = self.tensor_type = self.point = None
 
     def hang(self, register: Callable[..., Any], **options: Any) -> Any:
         # It keeps its site, which so can't go before it.
+        self.tensor_type = Tensor
         handle = self._handle = register(self._called(), **options)
         return handle
 
     def take_off(self) -> None:
+        # In a walk of torch's that is under way, also in another thread, it may be called once more: it goes slow.
+        self.tensor_type = None
         self._handle.remove()
 
     def inert(self) -> Any:
@@ -129,6 +123,8 @@ class _Fast(MethodHook):
     def slow(self, module: nn.Module, args: tuple[Any, ...], output: Any, call: int) -> Any:
         """Go the general way, with the number of this call."""
         site = self.site
+        if site.quick is not self:  # taken off in the midst of the walk that calls it
+            return None
         if graph_task_id() == -1:
             self.runs.local.calls[site.key] = call
         return site.after(module, args, {}, output)
@@ -141,8 +137,6 @@ class FastOutput(_Fast):
 
     def _go_slow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         run, point = self.runs.run, self.point
-        if self.entry is None:
-            return None
         if graph_task_id() != -1:
             return self.slow(module, args, output, 0)
         call = point.call + 1 if point.run is run else 0

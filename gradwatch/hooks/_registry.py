@@ -38,7 +38,7 @@ class Registry:
         self._kept: list[tuple[Run, Entry]] = []
         self.sites: dict[tuple[str, int], AnySite] = {}
         # Without a hook at present: to make one anew for each run costs as much as torch's own hook.
-        self._idle: dict[tuple[str, int], tuple[Site, Any]] = {}
+        self._idle: dict[tuple[str, int], Site] = {}
         self._root_handle: Any = None
         self._order = 0
         self._last_number = 0
@@ -145,7 +145,8 @@ class Registry:
         site.take_off()
         self.sites.pop(key, None)
         if type(site) is Site and site.can_rest:
-            self._idle[key] = site, site.lay_down()
+            site.lay_down()
+            self._idle[key] = site
 
     def forget_idle(self) -> None:
         """Let go of the sites without hooks: modules have come or gone."""
@@ -181,9 +182,9 @@ class Registry:
         key, point = entry.site, entry.spot
         site: Any = self.sites.get(key)
         if site is None:
-            site, quick = self._idle.pop(key, (None, None))
+            site = self._idle.pop(key, None)
             if site is not None and site.module is point.target:
-                site.wake(self, quick)
+                site.wake(self)
             else:
                 site = _KINDS.get(key[0], AttentionSite)(point.path, point.target, self.runs, self)
             self.sites[key] = site
