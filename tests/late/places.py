@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gradwatch.watch import _engine
+from gradwatch.watch._measuring import Measuring
 from gradwatch.watch._transfer import Transfer
 
 from .device import is_there, late
@@ -56,11 +56,11 @@ CPU = Place(None, torch.device("cpu"), is_real=False)
 
 
 @contextmanager
-def at(lag: int | None) -> Iterator[Place]:
-    """Enter the CPU (None) or a place whose numbers come `lag` steps late."""
+def at(lag: int | None, *, stands_in: bool = False) -> Iterator[Place]:
+    """Enter the CPU (None) or a place whose numbers come `lag` steps late; `stands_in`: as if there were no device."""
     if lag is None:
         yield Place(None, torch.device("cpu"), is_real=False)
-    elif is_there():
+    elif not stands_in and is_there():
         late().set_lag(lag)
         try:
             yield Place(lag, torch.device("late:0"), is_real=True)
@@ -79,8 +79,8 @@ class _Slow(Transfer):
     place: Any = None
     broken = False
 
-    def __init__(self, parts: Any) -> None:
-        super().__init__(parts)
+    def __init__(self, parts: Any, *more: Any, **named: Any) -> None:
+        super().__init__(parts, *more, **named)
         self._at = self.place.now
 
     @property
@@ -94,23 +94,15 @@ class _Slow(Transfer):
 def _slow_transfers() -> Iterator[Place]:
     place = _Slow.place = Place(0, torch.device("cpu"), is_real=False)
     users = [m for n, m in list(sys.modules.items()) if n.startswith("gradwatch.watch") and hasattr(m, "Transfer")]
-    waits = vars(_engine.Engine).get("waits")
     for module in users:
         module.Transfer = _Slow  # type: ignore[attr-defined]
-    if waits is not None:
-        _engine.Engine.waits = property(_waits)  # type: ignore[method-assign, assignment]
+    at_once = Measuring._at_once
+    # What the host finds itself, of tensors on the CPU, would never be late.
+    Measuring._at_once = lambda *_: None  # type: ignore[method-assign]
     try:
         yield place
     finally:
         _Slow.broken = False
+        Measuring._at_once = at_once  # type: ignore[method-assign]
         for module in users:
             module.Transfer = Transfer  # type: ignore[attr-defined]
-        if waits is not None:
-            _engine.Engine.waits = waits  # type: ignore[method-assign]
-
-
-def _waits(engine: Any) -> bool:
-    """Return what `Engine.waits` does where the device is no CPU."""
-    limits = engine.judge.limits()
-    treated = (r.name for r in engine.book.rules if any(hasattr(t, "apply_") for t in r.then))
-    return engine._needs_host or any(name not in limits for name in treated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any
 
@@ -49,4 +50,15 @@ def test_the_story_is_the_cpus(name: str, lag: int) -> None:
             pytest.skip("needs the late device")
         told = tell(scenario.run, place)
     found = differences(on_the_cpu(name), told, scenario.allowed, lag)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", [name for name, s in SCENARIOS.items() if not (s.seldom or s.needs_device)])
+def test_what_stands_in_for_the_device_tells_the_story_too(name: str) -> None:
+    """Where there is no compiler all the others run on it."""
+    scenario = SCENARIOS[name]
+    with warnings.catch_warnings(), at(2, stands_in=True) as place:
+        warnings.simplefilter("ignore")
+        told = tell(scenario.run, place)
+    found = differences(on_the_cpu(name), told, scenario.allowed, 2)
     assert not found, "\n".join(found)
