@@ -151,7 +151,7 @@ def _cost(rank: int, world: int) -> dict[str, float]:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
         off = {"replicas_every": None, "activations_every": None, "updates_every": None, "histograms_every": None}
         with Watch(wrapped, optimizer, rules=[], **{**off, **options, "fingerprints": name == "fingerprints"}) as watch:
-            prints = watch.session.engine._measuring.fingerprints
+            prints = watch.session.engine.fingerprints
             for step in range(480):
                 is_due = step % 4 == 0
                 if prints is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._attention import apart, attention_bound, attention_peaks, attention_sums
+from ._cadence import is_due, next_due
 from ._counting import num_beyond
 from ._details import GradientDetails, gradient_details
 from ._device import forget_layouts, kernel_backends, kernel_faults
@@ -14,19 +15,23 @@ from ._moments import MOMENTS, extent, host_extent, host_moments, moments, num_n
 from ._norms import Row, global_norm, host_norms, second_look, tensor_norms
 from ._shards import Shards, is_whole, reduce_max_, reduce_sum_
 from ._spread import row_spread
-from ._statistic import GIVEN, OF_CALLS, Statistic, View
+from ._statistic import ALONE, GIVEN, OF_CALLS, At, Number, Ranks, Statistic, View
 from ._tasks import cosines, gramian
 from ._updates import UpdateMeter, UpdateStats
 
 __all__ = [
+    "ALONE",
     "GIVEN",
     "MOMENTS",
     "OF_CALLS",
+    "At",
     "Exchange",
     "GradientDetails",
     "GradientMeasures",
     "GradientPieces",
     "Gradients",
+    "Number",
+    "Ranks",
     "Row",
     "Shards",
     "Statistic",
@@ -47,12 +52,14 @@ __all__ = [
     "host_moments",
     "host_norms",
     "forget_layouts",
+    "is_due",
     "is_whole",
     "kernel_backends",
     "kernel_faults",
     "measure_gradients",
     "measure_pieces",
     "moments",
+    "next_due",
     "num_beyond",
     "num_nonfinite",
     "reduce_max_",

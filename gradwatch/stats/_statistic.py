@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +14,43 @@ from ..errors import ConfigError
 from ..records import MODULE, PARAMETER, Column, add_column, snake_case
 from ..torchside import Attended, home, moved, wide_dtype
 
-__all__ = ["GIVEN", "OF_CALLS", "Statistic", "View"]
+__all__ = ["ALONE", "GIVEN", "OF_CALLS", "At", "Number", "Ranks", "Statistic", "View"]
 
 GIVEN = ("gradients", "parameters", "optimizer_state", "outputs", "attention")
 """What a statistic may need."""
 OF_CALLS = frozenset(GIVEN[3:])
 """What is shown call by call, and stands alone among what a statistic needs."""
+
+Number = Tensor | Sequence[Tensor] | NDArray[Any] | float
+"""What travels to the host as it is: a tensor of any shape, several 0-dim ones, or what the host knows already."""
+
+
+class Ranks(NamedTuple):
+    """Who takes part in a step, and what they have in common: the same on all of them.
+
+    Attributes:
+        num: how many.
+        num_params: parameters that are watched; they come first in the index.
+        has_copies: each rank holds a whole copy of all of them.
+        has_batches: each has batches of its own.
+        is_sampled: modules are sampled at this step.
+    """
+
+    num: int = 1
+    num_params: int = 0
+    has_copies: bool = False
+    has_batches: bool = True
+    is_sampled: bool = False
+
+
+ALONE = Ranks()
+
+
+class At(NamedTuple):
+    """A column's numbers at some places of the index; all others were not measured."""
+
+    places: NDArray[np.int64]
+    values: NDArray[Any]
 
 
 class View:
@@ -36,7 +67,12 @@ class View:
         outputs: of one module's call; empty else.
         attention: of one module, before its softmax; None else.
         memory: kept from one step to the next, as long as the paths are the same; empty at first.
+        ranks: who takes part.
+        rank: which of them this is.
     """
+
+    ranks: Ranks = ALONE
+    rank: int = 0
 
     def __init__(
         self,
@@ -104,13 +140,16 @@ class Statistic:
     the device with `sums` and `maxima`, whose numbers merge over ranks (and calls) by addition and maximum, and on the
     host with `finish`, which makes the result of them. Where one fails it is switched off, with one warning.
 
+    What has other rows than one per parameter or module (one per rank) declares `tables`, is measured with `measure`,
+    and finished with `conclude`; `num_sums = 0` where that is all.
+
     Attributes:
         name: by default the class name in snake case.
         unit, label, scale, signed, guide, combine: see `gradwatch.records.Column`.
         kind: of the result: `"parameter"`, `"module"` or `"scalar"`; by default what the rows are about.
         needs: of `"gradients"`, `"parameters"`, `"optimizer_state"` (and its options); or `"outputs"`, or
             `"attention"`, alone.
-        every: measured at one optimizer step in this many, and at the powers of two below it.
+        every: measured at one optimizer step in this many, and at the powers of two below it; 0: at the first alone.
         num_sums, num_maxima: numbers per row of what `sums` and `maxima` return.
         whole: what it says of a tensor does not add up from its parts: a parameter that lies in pieces on several ranks
             gets nan.
@@ -142,7 +181,7 @@ class Statistic:
                 f"`needs` of statistic {cls.name!r} are some of {', '.join(GIVEN[:3])}, or outputs or attention alone. "
                 f"Got {', '.join(sorted(map(str, cls.needs))) or 'none'}."
             )
-        for setting, low in (("every", 1), ("num_sums", 0), ("num_maxima", 0)):
+        for setting, low in (("every", 0), ("num_sums", 0), ("num_maxima", 0)):
             value = getattr(cls, setting)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"`{setting}` of statistic {cls.name!r} is a number, {low} or more. Got {value!r}.")
@@ -160,7 +199,7 @@ class Statistic:
     def columns(cls) -> tuple[Column, ...]:
         """Return what it puts on record: one column of its name, unless this is overridden."""
         drawn = {name: getattr(cls, name) for name in ("unit", "label", "scale", "combine", "signed", "guide")}
-        when = "every step" if cls.every == 1 else f"one step in {cls.every}"
+        when = {0: "the first step", 1: "every step"}.get(cls.every, f"one step in {cls.every}")
         return (Column(name=cls.name, kind=cls.kind, meaning=cls.meaning, when=when, **drawn),)
 
     def sums(self, view: View) -> Tensor | None:
@@ -189,3 +228,31 @@ class Statistic:
             several, shape (n, k): `family/path/0`, ...; there nan stands for none.
         """
         return sums[:, 0] if self.num_sums else maxima[:, 0]
+
+    def tables(self, ranks: Ranks) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of sums of its own layout, by name: `(ranks.num, 2)` has a row for each rank. By default
+        none. They travel in the step's one exchange: on all ranks the same."""
+        return {}
+
+    def measure(self, view: View, tables: dict[str, Tensor]) -> Mapping[str, Number] | None:
+        """Fill in this rank's part of the tables, which are zeros and are added up over ranks. Reads nothing back.
+
+        Of a rank that could not measure they stay zeros.
+
+        Returns:
+            Numbers of this rank alone, by name, which go to the host and to no other rank; None for none.
+        """
+        return None
+
+    def conclude(self, found: Mapping[str, Any]) -> Mapping[str, float | At]:
+        """Return what goes on record, by name, on the host: a number, or a column at some places.
+
+        Args:
+            found: the tables, added up over ranks, and the numbers that `measure` gave: float64 arrays.
+        """
+        return {}
+
+    @classmethod
+    def has_tables(cls) -> bool:
+        """Return whether `measure` is to be asked."""
+        return cls.measure is not Statistic.measure

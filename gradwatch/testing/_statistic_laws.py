@@ -15,7 +15,9 @@ from torch import Tensor
 from ..protocols import Statistic
 from ..records import FAMILIES, SCALAR, Column, column_of
 from ..stats import GIVEN, OF_CALLS, View
+from ..stats import Statistic as WithTables
 from ..torchside import Attended
+from ._table_laws import check_tables
 
 __all__ = ["check_statistic"]
 
@@ -37,7 +39,8 @@ def check_statistic(statistic: Statistic) -> None:
       of the parts of a batch); an empty part adds nothing and raises nothing. Not asked of those of whole tensors
       alone (`whole = True`);
     * what is not finite is not hidden: nan counts as something else than zero;
-    * `finish` gives what its columns say, the same again for the same numbers, whatever these are.
+    * `finish` gives what its columns say, the same again for the same numbers, whatever these are;
+    * so does `conclude`, and of a table with a row for each rank a rank fills in its own row alone.
 
     Args:
         statistic: set up as it will be used. It is shown tensors of some three parameters, or of one module's output.
@@ -48,6 +51,10 @@ def check_statistic(statistic: Statistic) -> None:
     kind = type(statistic).__name__
     _law(isinstance(statistic, Statistic), f"{kind} has name, needs, every, widths, columns, sums, maxima and finish")
     _is_told_of(statistic)
+    if isinstance(statistic, WithTables) and statistic.has_tables():
+        check_tables(statistic, _view, _made)
+        if not statistic.num_sums + statistic.num_maxima:
+            return
     _reads_nothing_back(statistic)
     whole = _run(statistic, _made())
     says = any(numbers is not None for numbers in whole)
@@ -61,8 +68,10 @@ def check_statistic(statistic: Statistic) -> None:
 def _is_told_of(statistic: Statistic) -> None:
     name, needs = statistic.name, set(statistic.needs)
     _law(bool(needs) and needs <= set(GIVEN), f"{name} needs some of {', '.join(GIVEN)}. It needs {sorted(needs)}")
-    _law(statistic.every >= 1, f"{name} is measured at one step in `every`, 1 or more. It says {statistic.every}")
-    _law(statistic.num_sums + statistic.num_maxima > 0, f"{name} has sums or maxima")
+    says = f"It says {statistic.every}"
+    _law(statistic.every >= 0, f"{name} is measured at one step in `every`, or with 0 at the first alone. {says}")
+    has_tables = isinstance(statistic, WithTables) and statistic.has_tables()
+    _law(statistic.num_sums + statistic.num_maxima > 0 or has_tables, f"{name} has sums, maxima or `measure`")
     columns = list(statistic.columns())
     _law(bool(columns) and all(isinstance(c, Column) for c in columns), f"{name} has columns")
     for column in columns:

@@ -6,22 +6,68 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
+from ..stats import At, Number
 from ..torchside import home, is_host, moved, wide_dtype
+from ._measurement import Measurement, StepView
+from ._model_meter import ModelMeter
 from ._numbers import Scalars
+from ._options import MeasureOptions
 
-__all__ = ["Measured", "configured"]
+__all__ = ["Measured", "Settings", "configured"]
 
-Measured = dict[str, Tensor | Sequence[Tensor] | float]
+Measured = dict[str, Number]
 
 _DECOUPLED = ("adamw", "lion", "nadamw", "sgdw", "muon")
 _MAX_ELEMENTS = 2**22
 """Of second moments: what is asked is a size, which that many tell."""
+
+
+class Settings(Measurement):
+    """What optimizers and modules are set to, where updates are measured, which it stands beside: see `configured`."""
+
+    part = "settings"
+    of_gradients = False
+    gives = (
+        "weight_decay",
+        "decay_is_decoupled",
+        "epsilon",
+        "beta2",
+        "second_moments",
+        "num_second_moments",
+        "dropout_in_eval",
+        "dropout_rate",
+        "batch_norm_means",
+        "batch_norm_in_eval",
+        "batch_norm_followed",
+        "batch_norm_batches",
+        "batch_norm_momentum",
+        "written_between",
+    )
+
+    def __init__(self, meter: ModelMeter) -> None:
+        super().__init__(meter)
+        self.every = meter.options.updates_every or 1
+
+    @classmethod
+    def is_on(cls, options: MeasureOptions) -> bool:
+        return options.updates_every is not None
+
+    def look(self, view: StepView, tables: dict[str, Tensor]) -> Mapping[str, Number]:
+        watched = self.meter.watched
+        in_pieces = view.ranks.num > 1 and (watched.is_in_pieces or watched.zero is not None)
+        with torch.no_grad():
+            found = configured(self.meter.model, view.optimizers, in_pieces=in_pieces)
+        return found | {"written_between": self.meter.account.written_between}
+
+    def conclude(self, found: Mapping[str, Any]) -> Mapping[str, float | At]:
+        return {name: float(np.sum(value)) for name, value in found.items()}
 
 
 def configured(model: nn.Module, optimizers: Sequence[Optimizer], *, in_pieces: bool = False) -> Measured:

@@ -13,7 +13,7 @@ from ..torchside import Aside, StandIn, WeakHook, moved, wide_dtype
 
 __all__ = ["BROUGHT", "HELD", "Contributions", "farther_rank"]
 
-BROUGHT, HELD = "replicas/brought", "replicas/held"
+BROUGHT, HELD = "brought", "held"
 """Names of what travels: sums over the ranks for each parameter, and what each rank holds in the end."""
 _NUM, _BLOCK = 4, 1 << 12
 """Sums of a gradient, and entries after which their signs come again."""
@@ -83,13 +83,9 @@ class Contributions:
         self._handles, self._brought = [], {}
 
     @staticmethod
-    def blank(num: int, device: torch.device) -> dict[str, Tensor]:
-        """Return the sums of a rank that has nothing to say."""
-        wide = wide_dtype(device)
-        return {
-            BROUGHT: torch.zeros(num, _NUM + 1, dtype=wide, device=device),
-            HELD: torch.zeros(2, num, _NUM, dtype=wide, device=device),
-        }
+    def tables(num: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the sums that travel."""
+        return {BROUGHT: (num, _NUM + 1), HELD: (2, num, _NUM)}
 
 
 def _signs() -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,6 +30,7 @@ from ._gate import Gates, Vetoes
 from ._guard import Guard
 from ._history import History
 from ._judge import Judge, own_incident
+from ._measurements import measurements
 from ._measuring import Measuring
 from ._memory import memory_of, remember
 from ._model_meter import ModelMeter
@@ -40,26 +40,25 @@ from ._plan import ALERT_STEPS, Planner, reasons_to_wait
 from ._produced import Produced
 from ._proofs import Proofs
 from ._ranks import are_several, world_size
-from ._recomputation import Recomputed
+from ._recomputation import Recomputation
 from ._record_draft import Draft
 from ._replays import ForwardMemory, Replay
-from ._replicas import COPIES, are_copies
 from ._rollbacks import rollbacks_of
 from ._run_treatments import attach
 from ._statistics import OwnStatistics
 from ._step_inputs import StepInputs
+from ._tables import Tables
 from ._timed import timed
 from ._treating import Treating
 from ._turn import Turn
 from ._update_ratios import UpdateRatios
 from ._veto import Proof
+from ._views import Views
 
 __all__ = ["Engine", "StepInputs", "StepOutcome"]
 
 ALARMS = ("non_finite", "exploding")
 """Rules whose incidents make gradwatch look closer."""
-
-RECOMPUTING = "computing gradients again"
 
 OF_SAMPLES = (*ALARMS, "loss_spike")
 """Rules whose incidents may be the work of a few samples."""
@@ -105,7 +104,9 @@ class Engine:
         self.guard = Guard(options.on_error)
         self.judge = Judge(book, on_error=options.on_error, on_incident=on_incident)
         self.meter = ModelMeter(model, optimizers, options)
-        self.own = OwnStatistics(statistics, self.meter, self.guard) if statistics else None
+        views, built_in = Views(), measurements(self.meter)
+        self.own = OwnStatistics(statistics, self.meter, self.guard, views) if statistics else None
+        self.tables = Tables((*built_in, *statistics), self.meter, self.guard, views)
         self.rates = LearningRates(optimizers)
         self.completion = Completion(
             self.judge,
@@ -131,7 +132,7 @@ class Engine:
         self.proofs = Proofs(self.judge, self.completion.late_requests, stops=options.stop_on_unproven)
         self.gates = Gates(self.optimizers, *told, self.guard, self._vetoes())
         self.waits_for = reasons_to_wait(book, acts, options)
-        self.planner = Planner(options, self.meter, waits=self.waits)
+        self.planner = Planner(options, self.meter, self.tables.statistics, waits=self.waits)
         self.buffers = BufferKeeper(model) if any(isinstance(t, SkipStep) for t in acts) else None
         self._treating = self._treats(parts)
         self._installed = attach(acts, model, self)
@@ -166,16 +167,12 @@ class Engine:
         self.autopsy: Autopsy | None = None
         self.alarmed: Alarmed = {}
         self.produced = Produced(self.meter, self.guard, weakly(self._is_due))
-        self._measuring = Measuring(self.meter, self.guard, self.own, self.produced, treats=self.treats)
-        self.recomputation = self._measuring.recomputation
+        self._measuring = Measuring(self.meter, self.guard, self.own, self.tables, self.produced, treats=self.treats)
         self._update_ratios = UpdateRatios(self.meter, self.guard)
-        options = self.options
-        if options.fingerprints or (world_size() > 1 and options.activations_every is not None):
-            where, wanted = weakly(self._device, torch.device("cpu")), weakly(self._prints, False)
-            self._measuring.fingerprints = Fingerprints(self.model, where, wanted)
-
-    def _device(self) -> torch.device:
-        return self.meter.device
+        self.recomputation = self.tables.find(Recomputation)
+        self.fingerprints = self.tables.find(Fingerprints)
+        if self.fingerprints is not None:
+            self.fingerprints.is_wanted = weakly(self._prints, False)
 
     def _prints(self) -> bool:
         """Whether the batch at hand is to be known again."""
@@ -227,19 +224,15 @@ class Engine:
                 self.buffers.keep()
         if self._may_veto and self._begun != step:
             self.gates.begin()
-        if self.recomputation.is_due(step) and self.guard.ok(RECOMPUTING):
-            with self.guard(RECOMPUTING):
-                self.recomputation.listen(step)
-        if are_several() and are_copies(self.meter.watched) and self.guard.ok(COPIES):
-            with self.guard(COPIES):
-                self._measuring.replicas.begin(step, self.options.replicas_every)
+        if plan.statistics:
+            self.tables.begin(step, plan.statistics)
         self._begun = step
 
     def remembers(self) -> bool:
         """Return whether the micro-batches of the step that has begun are kept to be run again."""
         begun = max(self._begun, 0)
-        is_due = self.recomputation.is_due(begun) or (self.noise is not None and self.noise.is_due(begun))
-        return self.options.autopsy or is_due
+        is_due = self.noise is not None and self.noise.is_due(begun)
+        return self.options.autopsy or is_due or self.recomputation in self.planner.at(begun).statistics
 
     def listen_to_forwards(self, model: nn.Module) -> list[ForwardMemory]:
         """Return what keeps the model's forward passes by itself, where they may be wanted; to be closed."""
@@ -256,7 +249,7 @@ class Engine:
 
     def see(self, batch: Any) -> None:
         """Look at a micro-batch, by which the step's data are known again."""
-        prints = self._measuring.fingerprints
+        prints = self.fingerprints
         if prints is not None and batch is not None and prints.is_wanted():
             prints.see(batch)
 
@@ -268,7 +261,7 @@ class Engine:
             loss: that backward is called on.
             parts: accumulated micro-batches, that it is divided by.
         """
-        if loss is not None:
+        if loss is not None and self.recomputation is not None:
             self.recomputation.note_scale(scale / parts)
         if loss is not None and self.meter.armed and self.guard.ok("the loss's graph"):
             with self.guard("the loss's graph"):
@@ -347,6 +340,7 @@ class Engine:
     def _run(self, turn: Turn) -> StepOutcome:
         inputs, meter = turn.inputs, self.meter
         if meter.refresh(inputs.step):
+            self.tables.follow()
             self.produced.listen()
         if not turn.plan.measures:
             self.produced.pass_over()
@@ -359,8 +353,8 @@ class Engine:
             return self._treating.act_unmeasured(turn)
         if self.noise is not None and self.noise.is_due(inputs.step):
             inputs.scalars = {**inputs.scalars, **self._noise(self.noise, inputs)}
-        if turn.plan.recomputes:
-            turn.recomputed = self._recomputed()
+        if self.recomputation is not None and self.recomputation in turn.plan.statistics:
+            self._recompute(self.recomputation)
         inputs.scalars = {**inputs.scalars, "overhead_seconds": self.spent}
         self.spent = 0.0
         if turn.plan.num_ranks > 1:
@@ -441,22 +435,20 @@ class Engine:
         alone = len(self.optimizers) == 1
         return noise.take(own, self.meter.device, list(self.completion.history) if alone else ())
 
-    def _recomputed(self) -> Recomputed | None:
-        """Run the step's micro-batches again; return what differs, None where that can't be told."""
-        found, again = None, self.recomputation
+    def _recompute(self, again: Recomputation) -> None:
+        """Run the step's micro-batches again, where that can be done."""
         # Of several optimizers that step one by one, the first has looked.
-        if self.guard.ok(RECOMPUTING) and again.is_listening:
+        if self.guard.ok(again.part) and again.is_listening:
             self.is_replaying = True
-            with self.guard(RECOMPUTING):
+            with self.guard(again.part):
                 try:
                     if self._installed:
                         raise ValueError("a treatment works inside backward")
-                    found = again.check(self._replays)
+                    again.check(self._replays)
                 except ValueError as error:
                     self.guard.limit(f"whether a batch gives the same gradient twice is not seen: {error}", aloud=True)
             self.is_replaying = False
         again.forget()
-        return found
 
     def _on_judged(self, draft: Draft, opened: Sequence[Incident]) -> None:
         """Called with every step that is complete: what was judged only then may be an alarm, too."""
@@ -507,22 +499,15 @@ class Engine:
             # Not between the micro-batches of a step.
             if self._replays:
                 self._replays, self._inputs = [], None
-            if self.recomputation.is_listening:
+            if self.recomputation is not None and self.recomputation.is_listening:
                 self.recomputation.forget()
         if are_several():
-            self._keep_what_is_left()
+            self.tables.stepped(self._step, one_by_one=len(self.optimizers) > 1)
         self.announced.forget()
         if self.delivered.is_waiting:
             self.delivered.forget()
         self.produced.settle()
         self.meter.account.begin(self.meter.watched)
-
-    def _keep_what_is_left(self) -> None:
-        """Keep what the optimizers have left of the weights, where ranks compare it at the next step."""
-        every = self.options.replicas_every
-        if every is not None and world_size() > 1 and are_copies(self.meter.watched) and self.guard.ok(COPIES):
-            with self.guard(COPIES):
-                self._measuring.replicas.stepped(self._step, every, one_by_one=len(self.optimizers) > 1)
 
     def _complete_last(self) -> None:
         draft, self._current = self._current, None
@@ -561,10 +546,7 @@ class Engine:
         self._replays, self._inputs, self.buffers, self._treating.buffers = [], None, None, None
         own = [] if self.own is None else [self.own]
         back = [] if self.rollbacks is None else [self.rollbacks]
-        looks = [self.produced, self.delivered]
-        looks += [] if self._measuring.fingerprints is None else [self._measuring.fingerprints]
-        self.recomputation.forget()
-        self._measuring.replicas.forget()
+        looks = [self.produced, self.delivered, *self.tables.measurements]
         ours: list[Any] = [self.gates, self.announced, *looks, self.meter, *own, self.rates, *back]
         end_guarded(self.guard, *(x.close for x in ours), *(hooks.remove for hooks in self._installed))
 

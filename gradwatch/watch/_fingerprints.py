@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..torchside import Aside, WeakHook, checksum, declassed, moved, tensors_of, wide_dtype
+from ..stats import At, Number, Ranks
+from ..torchside import Aside, WeakHook, checksum, declassed, moved, tensors_of, wide_dtype, world_size
+from ._measurement import Measurement, StepView
+from ._model_meter import ModelMeter
+from ._options import MeasureOptions
 
-__all__ = ["PRINTS", "Fingerprints", "fingerprint_scalars", "sample_of"]
+__all__ = ["Fingerprints", "sample_of"]
 
-PRINTS = "fingerprints"
-"""Name of what travels: sums that have a row for each rank."""
 ENTRIES = 256
 """Of each tensor of a batch."""
 _MAX_TENSORS = 8
@@ -24,20 +26,32 @@ _WIDE, _NARROW = 48, 24
 _FACTOR = 6364136223846793005
 
 
-class Fingerprints:
+class Fingerprints(Measurement):
     """Adds up what a step's batches are known by: what `see` is shown, and what the model's forward passes are given.
 
-    Args:
-        model: whose training forwards are listened to.
-        device: gives where numbers are put together.
+    On several ranks each tells the others where it has batches of its own, so that ranks with the same one are found:
+    also where `fingerprints` was not asked for, at the steps at which modules are sampled.
+
+    Attributes:
         is_wanted: whether the batch at hand is to be known again.
+        failure: why it listens no more; "" while it does.
     """
 
-    def __init__(self, model: nn.Module, device: Callable[[], torch.device], is_wanted: Callable[[], bool]) -> None:
-        self._device, self.is_wanted = device, is_wanted
+    part = "knowing batches again"
+    gives = ("batch_fingerprint", "ranks_alike")
+    of_gradients = False
+    is_light = True
+
+    def __init__(self, meter: ModelMeter) -> None:
+        super().__init__(meter)
+        self.is_wanted: Callable[[], bool] = lambda: True
         self._now: Tensor | None = None
         self.failure = ""
-        self._handle = WeakHook.of(self._before).hang(model.register_forward_pre_hook, with_kwargs=True)
+        self._handle = WeakHook.of(self._before).hang(meter.model.register_forward_pre_hook, with_kwargs=True)
+
+    @classmethod
+    def is_on(cls, options: MeasureOptions) -> bool:
+        return options.fingerprints or (world_size() > 1 and options.activations_every is not None)
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module.training and torch.is_grad_enabled() and not self.failure and self.is_wanted():
@@ -58,7 +72,7 @@ class Fingerprints:
         sample = sample_of(declassed(tensor))
         if sample is None:
             return
-        code = moved(checksum(sample), self._device())
+        code = moved(checksum(sample), self.meter.device)
         self._now = code if self._now is None else self._now * _FACTOR + code
 
     def take(self) -> Tensor | None:
@@ -70,10 +84,32 @@ class Fingerprints:
         wide = wide_dtype(found.device)
         return (found & ((1 << (_WIDE if wide is torch.float64 else _NARROW)) - 1)).to(wide)
 
-    def close(self) -> None:
-        """Take the hook off. May be called twice."""
-        self._handle.remove()
+    def tables(self, ranks: Ranks) -> Mapping[str, tuple[int, ...]]:
+        is_shared = ranks.num > 1 and ranks.has_batches and (ranks.is_sampled or self.meter.options.fingerprints)
+        return {"prints": (ranks.num, 2)} if is_shared else {}
+
+    def look(self, view: StepView, tables: dict[str, Tensor]) -> Mapping[str, Number] | None:
+        found = self.take()
+        if found is not None and tables:
+            tables["prints"][view.rank] = moved(torch.stack([found, torch.ones_like(found)]), tables["prints"].device)
+        return {"own": found} if found is not None and view.ranks.num == 1 else None
+
+    def at_once(self) -> Mapping[str, float]:
+        found = self.take()
+        return {} if found is None else {"batch_fingerprint": float(found)}
+
+    def conclude(self, found: Mapping[str, Any]) -> Mapping[str, float | At]:
+        if "own" in found:
+            return {"batch_fingerprint": float(found["own"])}
+        rows = found.get("prints")
+        return {} if rows is None or not (rows[:, 1] == 1).all() else _among([int(x) for x in rows[:, 0]])
+
+    def forget(self) -> None:
         self._now = None
+
+    def close(self) -> None:
+        self._handle.remove()
+        self.forget()
 
 
 def sample_of(tensor: Tensor) -> Tensor | None:
@@ -91,13 +127,8 @@ def sample_of(tensor: Tensor) -> Tensor | None:
     return flat[:: -(-len(flat) // ENTRIES)].contiguous()
 
 
-def fingerprint_scalars(host: Mapping[str, Any]) -> dict[str, float]:
-    """Return the fingerprint of all ranks' batches, and how many ranks had one that another had, too; nothing where not
-    every rank's batch was seen."""
-    rows = host.get(PRINTS)
-    if rows is None or not (rows[:, 1] == 1).all():
-        return {}
-    prints = [int(x) for x in rows[:, 0]]
+def _among(prints: Sequence[int]) -> dict[str, float]:
+    """Return the fingerprint of all ranks' batches, and how many ranks had one that another had, too."""
     whole = 0
     for one in prints:
         whole = (whole * _FACTOR + one) % (1 << _WIDE)

@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..hooks import TapStats
-from ..stats import Exchange, GradientMeasures, GradientPieces, Gradients, Row, Shards, global_norm
-from ..torchside import Aside, are_modes_on, is_host, moved, real_of, wide_dtype
+from ..stats import Exchange, GradientMeasures, GradientPieces, Gradients, Row, Shards
+from ..torchside import Aside, are_modes_on, is_host, real_of, wide_dtype
 from ._accord import Accord, Layout
 from ._batch import batch_scalars, holds_targets, num_samples
 from ._between import whole
 from ._company import Company, LossOfOthers
-from ._configured import Measured, configured
-from ._fingerprints import PRINTS, Fingerprints
+from ._configured import Measured
 from ._guard import Guard
 from ._kind import Kind
 from ._loss_graph import SeenLoss, form_scalars
@@ -29,12 +28,11 @@ from ._model_meter import ModelMeter, constant, few_seals, loss_value
 from ._numbers import Scalars
 from ._prediction import Prediction
 from ._produced import Look, Produced
-from ._ranks import combine, pack_extras, rank_of_this
-from ._recomputation import RECOMPUTED, Recomputation
+from ._ranks import combine, pack_extras
 from ._record_draft import NOTHING, Draft
-from ._replicas import COPIES, OF_COPIES, ROWS, Replicas
 from ._statistics import OwnRows, OwnStatistics
 from ._step_inputs import StepInputs
+from ._tables import Tables, TablesDraft, is_awaited
 from ._timed import calm_numpy
 from ._transfer import Known, Numbers, Transfer
 from ._turn import Turn
@@ -57,9 +55,9 @@ class _Seen:
     pieces: GradientPieces | None = None
     extras: tuple[str, ...] = ()
     own: OwnRows | None = None
+    tables: TablesDraft | None = None
     before: Look | None = None
     is_sealed: bool = False
-    fingerprint: Tensor | None = None
     layout: Layout | None = None
     is_fitting: bool = True
 
@@ -75,17 +73,24 @@ class Measuring:
         num_unproven: vetoed steps of this rank that moved something which is to end the training, likewise.
 
     Args:
-        meter, guard, own, produced: what measures.
+        meter, guard, own, tables, produced: what measures.
         treats: something may ask for the norm of all on the device.
     """
 
     def __init__(
-        self, meter: ModelMeter, guard: Guard, own: OwnStatistics | None, produced: Produced, *, treats: bool = False
+        self,
+        meter: ModelMeter,
+        guard: Guard,
+        own: OwnStatistics | None,
+        tables: Tables,
+        produced: Produced,
+        *,
+        treats: bool = False,
     ) -> None:
         self.meter = meter
         self.produced = produced
         self.guard = guard
-        self.own = own
+        self.own, self.tables = own, tables
         # Treatments ask for the norm of all on the device: what is on record is that one, to its last bit.
         self._needs_whole = treats
         self.num_failed_treatments = self.num_unproven = 0
@@ -94,14 +99,11 @@ class Measuring:
         self._company = Company()
         self._others = LossOfOthers()
         self.kind = Kind(meter.options.kind)
-        self.replicas = Replicas(meter)
-        self.recomputation = Recomputation(meter, meter.options.recompute_every, meter.options.memory_limit_bytes // 4)
-        self.fingerprints: Fingerprints | None = None
 
     def measure(self, turn: Turn) -> Draft:
         """Measure one step before treatment, and send its numbers on their way to the host."""
         meter = self.meter
-        is_plain = turn.plan.is_plain and self.own is None and meter.local is None
+        is_plain = turn.plan.is_plain and self.own is None
         draft = None
         if is_plain and (meter.tap is None or not meter.tap.armed) and not are_modes_on():
             draft = self._at_once(turn)
@@ -145,8 +147,8 @@ class Measuring:
         scalars = self._plain_scalars(inputs)
         if others := self._others.told(inputs.optimizer, loss):
             scalars |= {name: float(value) for name, value in others.items()}
-        if self.fingerprints is not None and (known_again := self.fingerprints.take()) is not None:
-            scalars["batch_fingerprint"] = float(known_again)
+        if turn.plan.statistics:
+            scalars |= self.tables.at_once(turn.plan.statistics)
         now, last = perf_counter(), self._clock
         self._clock, scalars["seconds"] = now, now - last
         kept = self.meter.were_kept(few_seals(params) if turn.seals is None else turn.seals, len(losses) or 1)
@@ -183,8 +185,6 @@ class Measuring:
         parts |= self._of_gradients(grads, seen.pieces, found)
         if found.absent is not None:
             parts["absent"] = found.absent
-        if seen.fingerprint is not None and plan.is_alone:
-            parts["batch/batch_fingerprint"] = seen.fingerprint
         if seen.before is not None:
             parts |= self._produced(seen.before, inputs, grads)
         own = None
@@ -192,15 +192,13 @@ class Measuring:
             own = self.own.draft(inputs.step, seen.own, plan.num_ranks)
         if own is not None:
             parts |= own.parts()
-        spread_positions = None
-        if plan.spreads:
-            spread_positions, spreads = self.meter.spreads(grads)
-            parts |= spreads
+        if seen.tables is not None:
+            self.tables.meet(turn, self.accord.agreed, seen.tables)
+            parts |= seen.tables.parts
         if plan.is_alone:
             plain |= extras
-        settings = {**self._configured(turn), **others}
-        parts |= {f"batch/{k}": v for k, v in settings.items() if not isinstance(v, float)}
-        plain |= {k: v for k, v in settings.items() if isinstance(v, float)}
+        parts |= {f"batch/{k}": v for k, v in others.items() if not isinstance(v, float)}
+        plain |= {k: v for k, v in others.items() if isinstance(v, float)}
         draft = self._draft(
             turn,
             grads.params,
@@ -211,12 +209,12 @@ class Measuring:
             loss_scale=(1.0 if inputs.scale is None else float(inputs.scale)) * self._num_parts,
             failed=seen.sums.get("failed"),
             loss=seen.loss if isinstance(seen.loss, Tensor) else None,
-            has_details="histograms" in parts or spread_positions is not None,
+            has_details="histograms" in parts or any(map(is_awaited, plan.statistics)),
             num_ranks=plan.num_ranks,
             num_batches=self.accord.num_batches,
             tap_positions=None if seen.tap is None else self.meter.module_positions(),
-            spread_positions=spread_positions,
             own=own,
+            tables=seen.tables,
             is_sealed=seen.is_sealed,
             doubtful=self.meter.account.doubtful(grads.params),
             layout=seen.layout,
@@ -285,8 +283,9 @@ class Measuring:
         turn.grads = grads = self.meter.gradients(turn.optimizers, turn.inputs.grad_scale)
         turn.tensors = turn.seals = seen.tap = seen.before = seen.own = None
         seen.is_fitting = False
-        for name in ("tap_sums", "norm_of_rank", "local_norms", *OF_COPIES):
-            seen.sums.pop(name, None)
+        if seen.tables is not None:
+            seen.tables.let_go()
+        seen.sums.pop("tap_sums", None)
         seen.maxima.pop("tap_maxima", None)
         seen.pieces, seen.is_sealed = grads.pieces(), False
         return grads
@@ -307,6 +306,8 @@ class Measuring:
                 shards, rows, rows[:, :1].clone() if width > 1 else None, Row(rows[:, 0].clone())
             )
         self._combine(seen, grads)
+        if grads is not None:
+            self.tables.take_part(turn, self.accord.agreed)
 
     @property
     def _num_parts(self) -> int:
@@ -320,14 +321,7 @@ class Measuring:
         wide, layout = wide_dtype(device), self.accord.agreed
         if self.own is not None:
             seen.sums, seen.maxima = self.own.blank(turn.step, layout.num_modules)
-        if self.meter.local is not None:
-            seen.sums["local_norms"] = torch.zeros(ranks, dtype=wide, device=device)
-        if turn.plan.recomputes:
-            seen.sums |= self.recomputation.blank(ranks)
-        if turn.plan.replicas and layout.has_copies:
-            seen.sums |= self.replicas.blank(ranks, layout.num_params)
-        if self._shares_fingerprints(turn) and layout.has_batches:
-            seen.sums[PRINTS] = torch.zeros(ranks, 2, dtype=wide, device=device)
+        seen.sums |= self.tables.blank(turn.plan, layout)
         if ranks > 1:
             seen.sums |= {"samples": constant(0.0, device), "loss": torch.zeros(2, dtype=wide, device=device)}
             if layout.has_stages:
@@ -336,36 +330,16 @@ class Measuring:
             seen.sums["treatments_failed"] = constant(float(self.num_failed_treatments > 0), device)
             seen.sums["unproven"] = constant(float(self.num_unproven > 0), device)
             seen.sums["extras"] = pack_extras({}, device)
-            seen.sums["norm_of_rank"] = torch.zeros(ranks, dtype=wide, device=device)
             if seen.scalars is not None:
                 self._put_modules(seen, self.meter.blank_modules(layout.num_modules))
         return seen
-
-    def _shares_fingerprints(self, turn: Turn) -> bool:
-        """Whether ranks tell each other what their batches are known by: where each has batches of its own."""
-        plan = turn.plan
-        is_due = self.fingerprints is not None and (plan.modules or self.meter.options.fingerprints)
-        return is_due and not plan.is_alone
-
-    def _compare(self, seen: _Seen, turn: Turn, grads: Gradients, rank: int) -> None:
-        """Put what tells silent faults into the vector: of the ranks' copies, of a second run, of the batch."""
-        if self.fingerprints is not None:
-            seen.fingerprint = self.fingerprints.take()
-        if PRINTS in seen.sums and seen.fingerprint is not None:
-            row = torch.stack([seen.fingerprint, torch.ones_like(seen.fingerprint)])
-            seen.sums[PRINTS][rank] = moved(row, self.meter.device)
-        if turn.recomputed is not None and RECOMPUTED in seen.sums:
-            self.recomputation.put(turn.recomputed, seen.sums)
-        if ROWS in seen.sums and seen.is_fitting and self.guard.ok(COPIES):
-            with self.guard(COPIES):
-                self.replicas.look(grads, seen.sums)
 
     def _put_modules(self, seen: _Seen, tap: TapStats | None) -> None:
         if tap is not None:
             seen.tap, seen.sums["tap_sums"], seen.maxima["tap_maxima"] = tap, tap.sums, tap.maxima
 
     def _look(self, turn: Turn, grads: Gradients, extras: dict[str, float]) -> _Seen:
-        device, rank, inputs, is_alone = self.meter.device, rank_of_this(), turn.inputs, turn.plan.is_alone
+        device, inputs, is_alone = self.meter.device, turn.inputs, turn.plan.is_alone
         sampled, (output, unread), loss = self.meter.armed, self.meter.take_output(), self.meter.take_loss()
         seen = self._nothing(turn)
         if not is_alone:
@@ -388,13 +362,8 @@ class Measuring:
         if self.own is not None:
             into = seen.sums, seen.maxima
             seen.own = self.own.look(inputs.step, grads, seen.pieces.shards, turn.optimizers, inputs.optimizer, into)
-        if "norm_of_rank" in seen.sums and not seen.pieces.shards.groups:
-            seen.sums["norm_of_rank"][rank] = moved(global_norm(seen.pieces.norms), device)
-        self._compare(seen, turn, grads, rank)
-        if self.meter.local is not None:
-            own = self.meter.local.take(1.0 if inputs.scale is None else float(inputs.scale))
-            if own is not None:
-                seen.sums["local_norms"][rank] = moved(own, device)
+        layout = self.accord.agreed
+        seen.tables = self.tables.look(turn, layout, seen.pieces, seen.sums, is_fitting=seen.is_fitting)
         if "extras" in seen.sums:
             seen.sums["extras"], seen.extras = pack_extras(extras, device, self.accord.say()), tuple(extras)
         return seen
@@ -405,7 +374,7 @@ class Measuring:
         seen.is_fitting = seen.layout == self.accord.agreed
         if not seen.is_fitting:
             seen.tap = None
-            self.replicas.forget()
+            self.tables.forget()
             if self.own is not None:
                 self.own.miss()
 
@@ -442,16 +411,6 @@ class Measuring:
             seen.pieces = look.pieces(grads, histograms=has_details)
         else:
             seen.pieces, seen.before = grads.pieces(histograms=has_details), look
-
-    def _configured(self, turn: Turn) -> Measured:
-        """Return what optimizers and modules are set to, where updates are measured, which it stands beside."""
-        if turn.plan.updates and self.guard.ok("settings"):
-            with self.guard("settings"), torch.no_grad():
-                watched = self.meter.watched
-                in_pieces = turn.plan.num_ranks > 1 and (watched.is_in_pieces or watched.zero is not None)
-                found = configured(self.meter.model, turn.optimizers, in_pieces=in_pieces)
-                return found | {"written_between": self.meter.account.written_between}
-        return {}
 
     def _unseen(self, inputs: StepInputs, grads: Gradients, optimizers: Sequence[Optimizer]) -> dict[str, str]:
         watched = self.meter.watched

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..hooks import ModuleTap, TapStats
 from ..records import Floats
-from ..stats import Gradients, UpdateMeter, forget_layouts, is_whole, row_spread, second_look
+from ..stats import Gradients, UpdateMeter, forget_layouts, is_whole, second_look
 from ..torchside import (
     Aside,
     Away,
@@ -26,16 +26,13 @@ from ..torchside import (
     moved,
     real_of,
     sent,
-    shape_of,
     weakly,
-    whole_of,
     why_unreadable,
     wide_dtype,
     world_size,
 )
 from ._account import Account
 from ._batch import reduced
-from ._local_norms import LocalNorms
 from ._loss_graph import SeenLoss, seen_loss
 from ._model_now import FLAGS, ModelNow
 from ._options import MeasureOptions
@@ -44,7 +41,7 @@ from ._prediction import KEPT_AT_LEAST, KEPT_AT_MOST, Prediction
 from ._seals import FEW, Seals
 from ._stages import Stages
 
-__all__ = ["ModelMeter", "constant", "few_seals", "loss_value"]
+__all__ = ["ModelMeter", "as_held", "constant", "few_seals", "loss_value"]
 
 _GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
 _WIDE = (torch.float64, torch.complex128)
@@ -87,13 +84,6 @@ class ModelMeter:
         self.sample_until, self.looks_again = -1, False
         self._marks: Seals | None = None
         self.is_muted: Callable[[], bool] = lambda: False
-        self.local = LocalNorms() if options.local_norms else None
-        self._attach_local()
-
-    def _attach_local(self) -> None:
-        if self.local is not None:
-            self.local.attach(p for _, _, p in self.watched.params)
-            self.account.has_own_hooks = True
 
     def _make_tap(self) -> ModuleTap | None:
         if not self.watched.modules or self.options.activations_every is None:
@@ -125,7 +115,6 @@ class ModelMeter:
             self.watched.retrained()
         else:
             self._follow(step)
-        self._attach_local()
         return True
 
     def _follow(self, step: int) -> None:
@@ -346,15 +335,6 @@ class ModelMeter:
         norms[doubtful] = again
         return norms
 
-    def spreads(self, grads: Gradients) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
-        """Return the row spread of every weight of two or more dimensions, for the first step."""
-        chosen = [p for p in _as_held(grads.params) if len(shape := shape_of(p)) >= 2 and shape[0] > 1]
-        if not chosen:
-            return np.zeros(0, np.int64), {}
-        return self.positions(chosen), {
-            "row_spread": row_spread([p.detach() if whole_of(p) is None else p for p in chosen], of=chosen)
-        }
-
     @property
     def is_measuring_update(self) -> bool:
         """Whether copies of parameters wait for the optimizer's step."""
@@ -371,7 +351,7 @@ class ModelMeter:
             return
         positions = self.positions(grads.params)
         if self._updates is None or not np.array_equal(self._update_positions, positions):
-            self._updates = UpdateMeter(_as_held(grads.params), self.options.memory_limit_bytes // 2)
+            self._updates = UpdateMeter(as_held(grads.params), self.options.memory_limit_bytes // 2)
             self._update_positions = positions
         if moves or self._updates.in_pieces:
             self._updates_step = step
@@ -421,8 +401,6 @@ class ModelMeter:
             self._updates.release()
         if self.tap is not None:
             self.tap.close()
-        if self.local is not None:
-            self.local.close()
         self._updates = None
         self._output = self._output_error = self._loss = None
         forget_layouts()
@@ -465,7 +443,7 @@ def constant(value: float, device: torch.device) -> Tensor:
     return torch.full((), float(value), dtype=wide_dtype(device), device=device)
 
 
-def _as_held(params: Sequence[nn.Parameter]) -> list[Tensor]:
+def as_held(params: Sequence[nn.Parameter]) -> list[Tensor]:
     """Return parameters, where something stands for one that has no gradient, too."""
     return [p.behind if isinstance(p, Away) else p for p in params]
 

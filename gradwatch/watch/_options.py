@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from ..errors import ConfigError, UnknownNameError
 from ..records import TRAINING_KINDS
+from ..stats import is_due
 
 __all__ = ["MeasureOptions", "is_due"]
 
@@ -122,14 +123,3 @@ def _check_steps(name: str, value: object, *, optional: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         never = " or None (never)" if optional else ""
         raise ConfigError(f"`{name}` must be a number of optimizer steps, 1 or more{never}. Got {value!r}.")
-
-
-def is_due(step: int, every: int | None) -> bool:
-    """Return whether something with this cadence is measured at this step.
-
-    Beside the multiples of `every`, the powers of two below it: most faults show in the first steps, and a
-    short run would otherwise be judged on one sample.
-    """
-    if every is None:
-        return False
-    return step % every == 0 or (step < every and step & (step - 1) == 0)

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from ..protocols import Treatment
 from ..rules import RuleBook, can_decide, has_limit, treatments_of
+from ..stats import Statistic, is_due, next_due
 from ..torchside import is_host
+from ._measurement import Measurement
 from ._model_meter import ModelMeter
-from ._options import MeasureOptions, is_due
+from ._options import MeasureOptions
 from ._ranks import are_several, world_size
 
 __all__ = ["ALERT_STEPS", "Planner", "StepPlan", "acts_in_step", "reasons_to_wait"]
@@ -28,22 +30,17 @@ class StepPlan(NamedTuple):
         modules: what modules give is sampled, and what can be said of the batch.
         histograms: of the gradients' exponents, with their details.
         updates: how far parameters move is measured.
-        spreads: rows of weights are compared.
-        recomputes: the batch is run again, and gradients are compared.
-        replicas: weights and gradients of the ranks are compared, where they hold copies.
+        statistics: with tables of their own, that are measured beside all this.
         num_ranks: that take part.
-        is_plain: nothing but norms is due, on one rank; no settings either, which stand beside updates.
+        is_plain: nothing but norms is due, on one rank, and what comes with them at no cost.
     """
 
     measures: bool
     modules: bool
     histograms: bool
     updates: bool
-    spreads: bool
-    recomputes: bool
-    replicas: bool
+    statistics: tuple[Statistic, ...]
     num_ranks: int
-
     is_plain: bool
 
     @property
@@ -58,11 +55,15 @@ class Planner:
     Args:
         options: the cadences.
         meter: what is watched.
+        statistics: all that have tables of their own.
         waits: every step waits for its numbers.
     """
 
-    def __init__(self, options: MeasureOptions, meter: ModelMeter, *, waits: bool) -> None:
+    def __init__(
+        self, options: MeasureOptions, meter: ModelMeter, statistics: Sequence[Statistic] = (), *, waits: bool
+    ) -> None:
         self._options, self._meter, self._waits = options, meter, waits
+        self._statistics = tuple(statistics)
         self._alert_until = -1
         self._num_alarms, self._histograms_at = 0, -1
         self._step = -1
@@ -90,19 +91,16 @@ class Planner:
         is_alert = (step <= self._alert_until and is_alike) or step <= self._meter.sample_until
         modules = sampled is not None and (is_alert or is_due(step, sampled))
         histograms = is_due(step, options.histograms_every) or (step == self._histograms_at and is_alike)
-        spreads = step == 0
         updates = is_due(step, options.updates_every)
-        recomputes = is_due(step, options.recompute_every)
+        statistics = tuple(s for s in self._statistics if is_due(step, s.every) and (ranks > 1 or not _of_ranks(s)))
         return StepPlan(
             measures=step % options.every == 0,
             modules=modules,
             histograms=histograms,
             updates=updates,
-            spreads=spreads,
-            recomputes=recomputes,
-            replicas=ranks > 1 and is_due(step, options.replicas_every),
+            statistics=statistics,
             num_ranks=ranks,
-            is_plain=ranks == 1 and not (modules or histograms or updates or spreads or recomputes),
+            is_plain=ranks == 1 and not (modules or histograms or updates) and all(map(_is_light, statistics)),
         )
 
     def _next_due(self, step: int) -> int:
@@ -110,14 +108,9 @@ class Planner:
         options = self._options
         if options.every != 1:
             return step + 1
-        cadences = (
-            options.activations_every,
-            options.histograms_every,
-            options.updates_every,
-            options.recompute_every,
-        )
-        coming = [min((step // n + 1) * n, 1 << step.bit_length()) for n in cadences if n is not None]
-        return min(coming, default=step + 1000)
+        cadences = [options.activations_every, options.histograms_every, options.updates_every]
+        cadences += [s.every for s in self._statistics if not (_is_light(s) or _of_ranks(s))]
+        return min((next_due(step, n) for n in cadences if n), default=step + 1000)
 
     @property
     def _judges_alike(self) -> bool:
@@ -132,6 +125,14 @@ class Planner:
             self._num_alarms, self._histograms_at = self._num_alarms + 1, self._step + 1
         self._alert_until = max(self._alert_until, until)
         self._plain = (0, 0)
+
+
+def _of_ranks(statistic: Statistic) -> bool:
+    return isinstance(statistic, Measurement) and statistic.of_ranks
+
+
+def _is_light(statistic: Statistic) -> bool:
+    return isinstance(statistic, Measurement) and statistic.is_light
 
 
 def reasons_to_wait(book: RuleBook, treatments: Sequence[Treatment], options: MeasureOptions) -> str:

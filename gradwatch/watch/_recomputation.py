@@ -13,16 +13,15 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from .._warn import one_line
-from ..torchside import Aside, StandIn, WeakHook, checksum, differ, is_owned, untouched, wide_dtype
+from ..stats import At, Ranks
+from ..torchside import Aside, StandIn, WeakHook, checksum, differ, is_owned, untouched
+from ._measurement import Measurement, StepView
 from ._model_meter import ModelMeter
-from ._options import is_due
-from ._ranks import rank_of_this
+from ._options import MeasureOptions
 from ._replays import Replay
 
-__all__ = ["RECOMPUTED", "RECOMPUTED_ROWS", "Recomputation", "Recomputed", "recomputed_scalars"]
+__all__ = ["Recomputation", "Recomputed"]
 
-RECOMPUTED, RECOMPUTED_ROWS = "recomputed/ranks", "recomputed/rows"
-"""Names of what travels: sums that have a row for each rank, and that have one for each parameter."""
 PROVEN = 3
 """Times that a parameter's gradient must have come out the same before it is a fault when it does not."""
 _RERUNS = 3
@@ -55,7 +54,7 @@ class _Record:
     noises: list[float] = field(default_factory=list)
 
 
-class Recomputation:
+class Recomputation(Measurement):
     """Runs the micro-batches of a step again and compares gradients, bit for bit where the same bits have come before.
 
     After Megatron-LM's rerun state machine (megatron/core/rerun_state_machine.py): a first result, a second one on the
@@ -63,14 +62,17 @@ class Recomputation:
     the step must be farther from the re-runs than these are from each other. Gradients are taken as they are complete
     on this rank, before any reduction: a fault of one rank is its own.
 
-    Args:
-        meter: what is watched.
-        every: optimizer steps between two times; None never.
-        limit_bytes: of copies of gradients; of those beyond that checksums are kept.
+    Copies of gradients take a fourth of the memory limit; of those beyond that checksums are kept.
     """
 
-    def __init__(self, meter: ModelMeter, every: int | None, limit_bytes: int) -> None:
-        self._meter, self.every, self._limit = meter, every, limit_bytes
+    part = "computing gradients again"
+    gives = ("recompute_differs", "recompute_rank", "recompute_noise", "recompute_elements")
+    of_params = True
+
+    def __init__(self, meter: ModelMeter) -> None:
+        super().__init__(meter)
+        self.every = meter.options.recompute_every or 1
+        self._limit = meter.options.memory_limit_bytes // 4
         self._step = -1
         self._handles: list[Any] = []
         self._kept: dict[int, Tensor] = {}
@@ -78,28 +80,29 @@ class Recomputation:
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._known: dict[str, _Record] = {}
         self._scales: list[float] = []
+        self.found: Recomputed | None = None
         self.failure = ""
 
-    def is_due(self, step: int) -> bool:
-        """Whether the step is one whose batch is run again."""
-        return self.every is not None and is_due(step, self.every)
+    @classmethod
+    def is_on(cls, options: MeasureOptions) -> bool:
+        return options.recompute_every is not None
 
     @property
     def is_listening(self) -> bool:
         """Whether something of a step is kept."""
         return self._step >= 0
 
-    def listen(self, step: int) -> None:
-        """Keep what a step begins with, and its gradients as they are completed. May be called once per micro-batch."""
+    def begin(self, step: int) -> None:
+        """Keep what a step begins with, and its gradients as they are completed."""
         if step == self._step:
             return
         self.forget()
-        self._step = step
-        buffers = list(self._meter.model.buffers())
+        self._step, self.found = step, None
+        buffers = list(self.meter.model.buffers())
         with Aside():
             self._buffers = [(b, b.detach().clone()) for b in buffers if b.layout is torch.strided and not b.is_meta]
         room = self._limit
-        for _, _, p in self._meter.watched.params:
+        for _, _, p in self.meter.watched.params:
             if not _is_comparable(p):
                 continue
             room -= p.nbytes
@@ -133,14 +136,14 @@ class Recomputation:
         self._handles, self._kept, self._buffers, self._scales, self._step = [], {}, [], [], -1
         self._whole = set()
 
-    def check(self, replays: Sequence[Replay]) -> Recomputed:
-        """Return which gradients come out otherwise. Reads the device; random states, buffers and gradients are as
-        before afterwards, bit for bit.
+    def check(self, replays: Sequence[Replay]) -> None:
+        """Find out, for `look`, which gradients come out otherwise. Reads the device; random states, buffers and
+        gradients are as before afterwards, bit for bit.
 
         Raises:
             ValueError: nothing of the step can be compared.
         """
-        watched = self._meter.watched
+        watched = self.meter.watched
         chosen = [(path, p) for _, path, p in watched.params if id(p) in self._kept]
         if not chosen or not replays:
             raise ValueError(self.failure or "no gradient of a whole tensor, or no forward pass of the model, was seen")
@@ -153,13 +156,14 @@ class Recomputation:
         # What is the same as what: of all pairs of results, the step's own first.
         results: list[Sequence[Tensor | None]] = [given, *runs]
         same = {(a, b): _alike(results[a], results[b]) for b in range(len(results)) for a in range(b)}
-        elements, noise = np.full(len(watched.index), np.nan), 0.0
+        num_params = len(watched.index) - len(watched.modules)
+        elements, noise = np.full(num_params, np.nan), 0.0
         for i, (path, p) in enumerate(chosen):
             mine = {pair: flags[i] for pair, flags in same.items()}
             count, spread = self._judge(path, [result[i] for result in results], mine)
             elements[watched.by_id[id(p)]] = count
             noise = max(noise, spread)
-        return Recomputed(elements, noise)
+        self.found = Recomputed(elements, noise)
 
     def _judge(
         self, path: str, results: Sequence[Tensor | None], same: Mapping[tuple[int, int], bool]
@@ -197,7 +201,7 @@ class Recomputation:
     def _rerun(self, replays: Sequence[Replay], params: Sequence[Tensor]) -> list[Tensor | None]:
         sums: list[Tensor | None] = [None] * len(params)
         # The user's hooks on saved tensors (a count, an offload) are not for a second run; an optimizer may step here.
-        with untouched(self._meter.model), saved_tensors_hooks(Tensor.detach, lambda t: t), torch.enable_grad():
+        with untouched(self.meter.model), saved_tensors_hooks(Tensor.detach, lambda t: t), torch.enable_grad():
             self._put_buffers()
             for number, replay in enumerate(replays):
                 begun = replay.begin()
@@ -219,33 +223,33 @@ class Recomputation:
                 if not torch.equal(buffer, copy):
                     buffer.copy_(copy)
 
-    def blank(self, num_ranks: int) -> dict[str, Tensor]:
-        """Return the sums of a rank that has nothing to say."""
-        device = self._meter.device
-        wide, n = wide_dtype(device), len(self._meter.watched.index)
-        return {
-            RECOMPUTED: torch.zeros(num_ranks, 3, dtype=wide, device=device),
-            RECOMPUTED_ROWS: torch.zeros(n, 2, dtype=wide, device=device),
-        }
+    def tables(self, ranks: Ranks) -> Mapping[str, tuple[int, ...]]:
+        return {"ranks": (ranks.num, 3), "rows": (ranks.num_params, 2)}
 
-    def put(self, found: Recomputed, into: Mapping[str, Tensor]) -> None:
-        """Put what was found where it travels."""
+    def look(self, view: StepView, tables: dict[str, Tensor]) -> None:
+        found, self.found = self.found, None
+        if found is None:
+            return
         known = np.isfinite(found.elements)
         elements = np.where(known, found.elements, 0.0)
-        rows, ranks = into[RECOMPUTED_ROWS], into[RECOMPUTED]
+        rows, ranks = tables["rows"], tables["ranks"]
         rows.copy_(torch.from_numpy(np.stack([elements, known], axis=1)))
         told = [float((elements > 0).sum()), float(known.any()), found.noise]
-        ranks[rank_of_this()] = torch.tensor(told, dtype=ranks.dtype)
+        ranks[view.rank] = torch.tensor(told, dtype=ranks.dtype)
 
-
-def recomputed_scalars(host: Mapping[str, Any]) -> dict[str, float]:
-    """Return how many gradients came out otherwise, on which rank, and how far re-runs are apart; nothing where none
-    could be compared."""
-    ranks = host.get(RECOMPUTED)
-    if ranks is None or not ranks[:, 1].any():
-        return {}
-    found = {"recompute_differs": float(ranks[:, 0].max()), "recompute_noise": float(ranks[:, 2].max())}
-    return found | ({"recompute_rank": float(ranks[:, 0].argmax())} if found["recompute_differs"] else {})
+    def conclude(self, found: Mapping[str, Any]) -> Mapping[str, float | At]:
+        """How many gradients came out otherwise, on which rank, and how far re-runs are apart; nothing where none could
+        be compared."""
+        ranks, rows = found["ranks"], found["rows"]
+        if not ranks[:, 1].any():
+            return {}
+        known = np.flatnonzero(rows[:, 1])
+        told: dict[str, float | At] = {
+            "recompute_differs": float(ranks[:, 0].max()),
+            "recompute_noise": float(ranks[:, 2].max()),
+            "recompute_elements": At(known, rows[known, 0]),
+        }
+        return told | ({"recompute_rank": float(ranks[:, 0].argmax())} if told["recompute_differs"] else {})
 
 
 def _is_comparable(p: Tensor) -> bool:

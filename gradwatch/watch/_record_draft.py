@@ -20,11 +20,9 @@ from ._account import MOVED, NO_BACKWARD
 from ._between import Between, whole
 from ._columns import Columns, as_float32
 from ._device_veto import LateProof
-from ._fingerprints import fingerprint_scalars
 from ._ranks import merged_extras
-from ._recomputation import RECOMPUTED_ROWS, recomputed_scalars
-from ._replicas import replica_column, replica_scalars
 from ._run_treatments import Applied
+from ._tables import TablesDraft
 from ._transfer import Numbers
 
 __all__ = ["NOTHING", "Draft", "share_columns"]
@@ -64,10 +62,10 @@ class Draft:
         num_ranks: of the run.
         num_batches: how many ranks work on batches of their own; the loss of the whole is the mean of theirs.
         tap_positions: in the index, of the modules.
-        spread_positions: in the index, of the weights whose rows were compared.
-        has_details: histograms were taken.
+        has_details: histograms were taken, or what rules have long waited for.
         layout: what its model looked like to this rank (see `Accord`); None where there is one rank.
         own: the user's own statistics of this step; None where there are none.
+        tables: statistics with tables of their own, likewise.
         applied, treated: the treatments that ran, and their numbers on the way.
         unseen: path -> why neither a gradient was measured nor is known not to be.
         doubtful: which of the measured gradients were used up inside backward if they are zero.
@@ -111,10 +109,10 @@ class Draft:
     num_ranks = 1
     num_batches = 1
     tap_positions: NDArray[np.int64] | None = None
-    spread_positions: NDArray[np.int64] | None = None
     has_details = False
     layout: Layout | None = None
     own: Any = None
+    tables: TablesDraft | None = None
     applied: Applied | None = None
     treated: Numbers | None = None
     unseen: Mapping[str, str] = NOTHING
@@ -201,10 +199,11 @@ class Draft:
             columns = Columns(len(self.index))
             columns.put("grad_norm", positions, norms)
         histograms = {} if self.is_plain else self._put_measured(host, columns, positions)
+        told = {} if self.tables is None else self.tables.put(host, columns)
         has_gradient = self._cross_out(columns, norms, global_norm)
         global_norm = global_norm if has_gradient else math.nan
         overflow = self.scaler and has_gradient and not math.isfinite(global_norm)
-        kept = self._named(host, columns, positions, overflow)
+        kept = self._named(host, columns, positions, told, overflow)
         loss = _mean(host.get("loss"))
         if not (self.is_current or overflow or self.vetoed) and self.treated is None and has_gradient:
             # The step is over and nothing was done to it: all is known, and the record need not be made twice.
@@ -247,13 +246,6 @@ class Draft:
             columns.put_details(positions, host, counts)
             columns.put_underflow(positions, counts)
             histograms = HistogramTable([self.index.paths[i] for i in positions], counts)
-        if "row_spread" in host and self.spread_positions is not None:
-            columns.put("row_spread", self.spread_positions, host["row_spread"])
-        if (rows := host.get(RECOMPUTED_ROWS)) is not None and rows[:, 1].any():
-            known = np.flatnonzero(rows[:, 1])
-            columns.put("recompute_elements", known, rows[known, 0])
-        if (replicas := replica_column(host)) is not None and len(replicas[0]):
-            columns.put("replica_differs", *replicas)
         if self.tap is not None and self.tap_positions is not None:
             found = self.tap.to_columns(
                 host["tap_sums"], host["tap_maxima"], grad_scale=self.loss_scale * self.num_batches
@@ -262,13 +254,24 @@ class Draft:
         return histograms
 
     def _named(
-        self, host: dict[str, Any], columns: Columns, positions: NDArray[np.int64], overflow: bool
+        self,
+        host: dict[str, Any],
+        columns: Columns,
+        positions: NDArray[np.int64],
+        told: Mapping[str, float],
+        overflow: bool,
     ) -> dict[str, float]:
-        """Return the numbers that have a name of their own; those of the user's go into the columns, too."""
+        """Return the numbers that have a name of their own; those of the user's go into the columns, too.
+
+        Args:
+            told: of statistics with tables of their own.
+        """
         scalars = self.scalars
         if not self.is_plain:
             scalars = scalars | {k[6:]: float(np.sum(v)) for k, v in host.items() if k.startswith("batch/")}
-            scalars |= self._of_ranks(host)
+            scalars |= told
+            if "extras" in host:
+                scalars |= merged_extras(self.extras, host["extras"], self.num_ranks)
         if self.own is not None:
             self.own.put(host, columns, scalars, positions)
         if self.scaler:
@@ -336,19 +339,6 @@ class Draft:
             "last checkpoint."
         )
         return [StopTraining(reason=reason, as_error=True)]
-
-    def _of_ranks(self, host: dict[str, NDArray[np.float64]]) -> dict[str, float]:
-        """Return what tells ranks apart, and the means of what each knew for itself."""
-        found = {**replica_scalars(host), **recomputed_scalars(host), **fingerprint_scalars(host)}
-        if "extras" in host:
-            found |= merged_extras(self.extras, host["extras"], self.num_ranks)
-        norms = host.get("norm_of_rank")
-        if norms is not None and norms.any() and np.isfinite(norms).all():
-            found["rank_spread"] = float((norms.max() - norms.min()) / norms.max())
-        own = host.get("local_norms")
-        if own is not None and own.any():
-            found |= {f"local_norm/{rank}": float(norm) for rank, norm in enumerate(own)}
-        return found
 
     def add_treatments(self) -> StepRecord:
         """Put what the treatments did into the record."""

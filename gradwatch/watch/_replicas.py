@@ -12,38 +12,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..records import PARAMETER
-from ..stats import Gradients
+from ..stats import At, Ranks, is_due
 from ..torchside import Aside, StandIn, checksum, moved, wide_dtype, world_size
 from ._contributions import BROUGHT, HELD, Contributions, farther_rank
+from ._measurement import Measurement, StepView
 from ._model_meter import ModelMeter
-from ._options import is_due
+from ._options import MeasureOptions
 from ._paths import Watched
-from ._ranks import rank_of_this
 
-__all__ = [
-    "COPIES",
-    "OF_COPIES",
-    "RANKS",
-    "ROWS",
-    "Replicas",
-    "are_copies",
-    "odd_rank",
-    "replica_column",
-    "replica_scalars",
-]
+__all__ = ["Replicas", "are_copies", "odd_rank"]
 
-COPIES = "comparing the ranks' copies"
-"""What fails where this does."""
-RANKS, ROWS = "replicas/ranks", "replicas/rows"
-"""Names of what travels: sums that have a row for each rank, and that have one for each parameter."""
-OF_COPIES = (RANKS, ROWS, BROUGHT, HELD)
 _WIDE, _NARROW = 20, 8
 """Bits of a checksum that one number holds, in floats of eight bytes and of four: their squares, summed over thousands
 of ranks (hundreds), are exact."""
 _WIDTH = 6
 
 
-class Replicas:
+class Replicas(Measurement):
     """Compares weights, and gradients after their reduction, over the ranks, bit by bit.
 
     A flipped bit in a weight of one rank shows in no norm of a gradient: ranks average gradients of different networks
@@ -51,52 +36,52 @@ class Replicas:
     parameter two whole numbers travel, and their squares: where all ranks have the same, the sum of the squares tells.
     Of each rank there is one over all parameters. Pieces of sharded tensors are nobody's copies: a model that holds any
     is left out.
-
-    Args:
-        meter: what is watched.
     """
 
+    part = "comparing the ranks' copies"
+    gives = ("replicas_differ", "replica_gradients_differ", "replica_rank", "replica_differs")
+    of_ranks = of_params = True
+
     def __init__(self, meter: ModelMeter) -> None:
-        self._meter = meter
+        super().__init__(meter)
+        self.every = meter.options.replicas_every or 1
         self._after: Tensor | None = None
         self._contributions, self._step = Contributions(), -1
 
-    def begin(self, step: int, every: int | None) -> None:
-        """Say that a step's forward passes begin; may be said once per micro-batch. Of two ranks none is in the
-        majority: there what each brings to the gradients is taken in, where these are compared."""
-        if step == self._step:
+    @classmethod
+    def is_on(cls, options: MeasureOptions) -> bool:
+        return options.replicas_every is not None
+
+    def tables(self, ranks: Ranks) -> Mapping[str, tuple[int, ...]]:
+        if not ranks.has_copies:
+            return {}
+        brought = self._contributions.tables(ranks.num_params) if ranks.num == 2 else {}
+        return {"ranks": (ranks.num, _WIDTH), "rows": (ranks.num_params, 8), **brought}
+
+    def begin(self, step: int) -> None:
+        """Of two ranks none is in the majority: there what each brings to the gradients is taken in, where these are
+        compared."""
+        if step == self._step or not are_copies(self.meter.watched):
             return
         self._step = step
-        if is_due(step, every) and world_size() == 2:
+        if world_size() == 2:
             self._contributions.listen(self._weights())
 
     def forget(self) -> None:
-        """Take off what listens. May be called twice."""
         self._contributions.forget()
 
-    def stepped(self, step: int, every: int | None, *, one_by_one: bool) -> None:
-        """Keep what the optimizer has left, where that is compared with what the next step finds.
-
-        Args:
-            step: that is over.
-            every: optimizer steps between two comparisons.
-            one_by_one: several optimizers step each on its own in one step.
-        """
+    def stepped(self, step: int, *, one_by_one: bool) -> None:
+        """Keep what the optimizer has left, where that is compared with what the next step finds."""
+        if world_size() == 1 or not are_copies(self.meter.watched):
+            return
         self._after = None
-        if is_due(step + 1, every) or (one_by_one and is_due(step, every)):
+        if is_due(step + 1, self.every) or (one_by_one and is_due(step, self.every)):
             self._after = self._whole(self._codes(self._weights()))
 
-    def blank(self, num_ranks: int, num_params: int) -> dict[str, Tensor]:
-        """Return the sums of a rank that has nothing to say of that many parameters."""
-        device, wide = self._meter.device, wide_dtype(self._meter.device)
-        return {
-            RANKS: torch.zeros(num_ranks, _WIDTH, dtype=wide, device=device),
-            ROWS: torch.zeros(num_params, 8, dtype=wide, device=device),
-            **(self._contributions.blank(num_params, device) if num_ranks == 2 else {}),
-        }
-
-    def look(self, grads: Gradients, into: dict[str, Tensor]) -> None:
-        """Put this rank's checksums where they travel. Reads nothing back."""
+    def look(self, view: StepView, tables: dict[str, Tensor]) -> None:
+        if not tables:
+            return
+        grads = view.gradients
         by_id = {id(p): grad for p, grad in zip(grads.params, grads.tensors, strict=True)}
         weights = self._weights()
         of_weights = self._codes(weights)
@@ -105,21 +90,40 @@ class Replicas:
         changed = torch.zeros_like(wholes[0][0])
         if self._after is not None and self._after.device == changed.device:
             changed = (self._after != wholes[0]).any().to(changed.dtype)
-        into[RANKS][rank_of_this()] = torch.stack([*wholes[0], *wholes[1], changed, torch.ones_like(changed)])
+        tables["ranks"][view.rank] = torch.stack([*wholes[0], *wholes[1], changed, torch.ones_like(changed)])
         both = [_parts(of_weights), _parts(of_grads)]
-        if HELD in into:
-            into[BROUGHT], into[HELD][rank_of_this()] = self._contributions.take(weights, by_id, self._meter.device)
-        into[ROWS] = torch.cat([part for codes in both for part in (codes, codes.square())], dim=1)
+        if HELD in tables:
+            tables[BROUGHT], tables[HELD][view.rank] = self._contributions.take(weights, by_id, self.meter.device)
+        tables["rows"] = torch.cat([part for codes in both for part in (codes, codes.square())], dim=1)
+
+    def conclude(self, found: Mapping[str, Any]) -> Mapping[str, float | At]:
+        """How many ranks differ from most, in weights and in gradients, and which one; and of each parameter what does.
+        Nothing where that was not compared on all ranks."""
+        ranks = found.get("ranks")
+        if ranks is None or not (ranks[:, _WIDTH - 1] == 1).all():
+            return {}
+        told: dict[str, float | At] = {}
+        column, named = _by_parameter(found["rows"], len(ranks)), []
+        for name, first in (("replicas_differ", 0), ("replica_gradients_differ", 2)):
+            codes = [tuple(row) for row in ranks[:, first : first + 2].tolist()]
+            count = len(codes) - max(Counter(codes).values())
+            told[name] = float(count)
+            if count:
+                is_weight = name == "replicas_differ"
+                named.append(odd_rank(codes, ranks[:, 4]) if is_weight else _odd_gradients(codes, found, column))
+        if named:
+            told["replica_rank"] = float(named[0])
+        return told | {"replica_differs": column}
 
     @property
     def _num(self) -> int:
-        return sum(kind == PARAMETER for kind in self._meter.watched.index.kinds)
+        return sum(kind == PARAMETER for kind in self.meter.watched.index.kinds)
 
     def _weights(self) -> list[Tensor | None]:
         """Return the parameters in the index's order; None for those that are no copies of other ranks' ones."""
-        watched = self._meter.watched
+        watched = self.meter.watched
         found: list[Tensor | None] = [None] * self._num
-        apart = frozenset(getattr(self._meter.model, "_ddp_params_and_buffers_to_ignore", ()))
+        apart = frozenset(getattr(self.meter.model, "_ddp_params_and_buffers_to_ignore", ()))
         for position, path, p in (*watched.params, *watched.unheld):
             if path not in apart and position < len(found) and _is_plain(p):
                 found[position] = p
@@ -127,7 +131,7 @@ class Replicas:
 
     def _codes(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return a checksum of each, int64, shape (n,); 0 for None."""
-        device = self._meter.device
+        device = self.meter.device
         with Aside():
             nothing = torch.zeros((), dtype=torch.int64, device=device)
             plain = [t is not None and _is_plain(t) for t in tensors]
@@ -164,25 +168,6 @@ def are_copies(watched: Watched) -> bool:
     return not (watched.is_in_pieces or watched.strange or watched.stages is not None or watched.zero is not None)
 
 
-def replica_scalars(host: Mapping[str, Any]) -> dict[str, float]:
-    """Return how many ranks differ from most, in weights and in gradients, and which one; nothing where that was not
-    compared on all of them."""
-    ranks = host.get(RANKS)
-    if ranks is None or not (ranks[:, _WIDTH - 1] == 1).all():
-        return {}
-    found = {}
-    named = []
-    for name, first in (("replicas_differ", 0), ("replica_gradients_differ", 2)):
-        codes = [tuple(row) for row in ranks[:, first : first + 2].tolist()]
-        count = len(codes) - max(Counter(codes).values())
-        found[name] = float(count)
-        if count:
-            named.append(odd_rank(codes, ranks[:, 4]) if name == "replicas_differ" else _odd_gradients(codes, host))
-    if named:
-        found["replica_rank"] = float(named[0])
-    return found
-
-
 def odd_rank(codes: Sequence[Any], changed: Sequence[float] | NDArray[np.float64]) -> int:
     """Return the one rank that differs; -1 where it can't be told.
 
@@ -198,22 +183,18 @@ def odd_rank(codes: Sequence[Any], changed: Sequence[float] | NDArray[np.float64
     return written[0] if len(written) == 1 else -1
 
 
-def _odd_gradients(codes: Sequence[Any], host: Mapping[str, Any]) -> int:
+def _odd_gradients(codes: Sequence[Any], found: Mapping[str, Any], column: At) -> int:
     """Return the rank whose gradients are not those of most, of two not what both brought."""
     if len(codes) != 2:
         return odd_rank(codes, np.zeros(len(codes)))
-    found = replica_column(host)
-    return -1 if found is None else farther_rank(host, found[0][found[1] % 2 == 1])
+    return farther_rank(found, column.places[column.values % 2 == 1])
 
 
-def replica_column(host: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
-    """Return positions in the index, and what differs there over ranks: 1 the gradient, 2 the weight, 3 both."""
-    rows, ranks = host.get(ROWS), host.get(RANKS)
-    if rows is None or ranks is None or not (ranks[:, _WIDTH - 1] == 1).all():
-        return None
-    positions = np.flatnonzero(rows[:, :2].any(axis=1))
-    sums = rows[positions].astype(np.int64).astype(object)  # of many ranks the squares leave 64 bits
+def _by_parameter(rows: NDArray[np.float64], num_ranks: int) -> At:
+    """Return places in the index, and what differs there over ranks: 1 the gradient, 2 the weight, 3 both."""
+    places = np.flatnonzero(rows[:, :2].any(axis=1))
+    sums = rows[places].astype(np.int64).astype(object)  # of many ranks the squares leave 64 bits
     weights, gradients = (
-        (len(ranks) * sums[:, first + 2 : first + 4] != sums[:, first : first + 2] ** 2).any(axis=1) for first in (0, 4)
+        (num_ranks * sums[:, first + 2 : first + 4] != sums[:, first : first + 2] ** 2).any(axis=1) for first in (0, 4)
     )
-    return positions, gradients + 2.0 * weights
+    return At(places, gradients + 2.0 * weights)

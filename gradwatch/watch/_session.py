@@ -166,7 +166,8 @@ class Session:
             notes.append("the model is compiled: what hooks on modules should measure is not seen there")
         if not self._closed:
             with self.engine.guard("notes on what was not seen"):
-                self._unseen = unseen(self.engine.meter, self.engine.judge, self.engine.announced)
+                engine = self.engine
+                self._unseen = unseen(engine.meter, engine.judge, engine.announced, engine.tables.measurements)
         return notes + self._unseen
 
     def coverage(self) -> dict[str, Standing]:

@@ -15,17 +15,15 @@ from torch.optim import Optimizer
 
 from ..protocols import Statistic
 from ..records import FAMILIES, SCALAR
-from ..stats import OF_CALLS, Gradients, Shards, View
+from ..stats import OF_CALLS, Gradients, Shards, View, is_due
 from ..torchside import (
     Aside,
     Attended,
-    StandIn,
     WeakHook,
     in_backward,
     in_transform,
     is_traced,
     moved,
-    real_of,
     shape_of,
     tensors_of,
     weakly,
@@ -35,7 +33,8 @@ from ._columns import Columns
 from ._ears import Ears
 from ._guard import Guard
 from ._model_meter import ModelMeter
-from ._options import is_due
+from ._tables import part_of
+from ._views import Views
 
 __all__ = ["OwnRows", "OwnStatistics"]
 
@@ -147,11 +146,6 @@ class OwnDraft:
             scalars.update({f"{name}{self.paths[place]}/{i}": v for i, v in enumerate(row.tolist()) if not isnan(v)})
 
 
-def part_of(statistic: Statistic) -> str:
-    """Return what a guard calls it."""
-    return f"statistic {statistic.name!r}"
-
-
 @dataclass
 class OwnStatistics:
     """Measures them for one engine. Holds the hooks of those that look at outputs; `close()` gives them back."""
@@ -159,7 +153,7 @@ class OwnStatistics:
     statistics: Sequence[Statistic]
     meter: ModelMeter
     guard: Guard
-    _memory: dict[tuple[str, int | None], tuple[tuple[str, ...], dict[str, Any]]] = field(default_factory=dict)
+    views: Views
     _hooks: list[WeakHook] = field(default_factory=list)
     _hooked: Any = None
     _step: int = -1
@@ -167,7 +161,7 @@ class OwnStatistics:
     _ears: Ears | None = None
 
     def __post_init__(self) -> None:
-        self._of_rows = tuple(s for s in self.statistics if not s.needs & OF_CALLS)
+        self._of_rows = tuple(s for s in self.statistics if not s.needs & OF_CALLS and s.num_sums + s.num_maxima)
         self._of_outputs = tuple(s for s in self.statistics if s.needs & OF_CALLS)
 
     def due(self, step: int, among: Sequence[Statistic]) -> tuple[Statistic, ...]:
@@ -219,7 +213,7 @@ class OwnStatistics:
             kept = self._listening.get(statistic.name) if what in statistic.needs else None
             if kept is not None and self.guard.ok(part_of(statistic)):
                 with self.guard(part_of(statistic)):
-                    memory = self._memory_of(statistic, None, (path,), path)
+                    memory = self.views.memory_of(statistic, None, (path,), path)
                     self._add(statistic, kept, row, View(self._step, (path,), memory, **shown))
 
     def _add(self, statistic: Statistic, kept: _Outputs, row: int, view: View) -> None:
@@ -293,7 +287,7 @@ class OwnStatistics:
             assert rows is not None
             if len(grads) and self.guard.ok(part_of(statistic)):
                 with self.guard(part_of(statistic)):
-                    view = self._view(statistic, step, grads, shards, optimizers, number)
+                    view = self.views.of(statistic, step, grads, shards, optimizers, number)
                     sums, maxima = _asked(statistic, view, len(grads))
                     if sums is not None and statistic.whole:
                         sums = _where_whole(sums, grads.params, shards)
@@ -314,52 +308,6 @@ class OwnStatistics:
         paths = self.meter.watched.index.paths
         return OwnDraft(self, rows, outputs, self.meter.module_positions(), num_ranks, paths)
 
-    def _view(
-        self,
-        statistic: Statistic,
-        step: int,
-        grads: Gradients,
-        shards: Shards,
-        optimizers: Sequence[Optimizer],
-        number: int | None,
-    ) -> View:
-        needs, params, scale = statistic.needs, grads.params, grads.grad_scale
-
-        def gradients() -> Sequence[Tensor]:
-            if isinstance(scale, Tensor):
-                return [g / moved(scale, g.device) for g in shards.locals]
-            return shards.locals if scale == 1 else [g / scale for g in shards.locals]
-
-        def state(name: str) -> Sequence[Tensor | None]:
-            kept = [_kept(name, p, optimizers) for p in params]
-            return [None if t is None else Shards([t.detach()]).locals[0] for t in kept]
-
-        groups: list[Mapping[str, Any]] = []
-
-        def options(name: str) -> Sequence[Any]:
-            if not groups and params:
-                owners = {id(p): group for o in optimizers for group in o.param_groups for p in group["params"]}
-                groups.extend(owners.get(id(real_of(p)), {}) for p in params)
-            return [group.get(name) for group in groups]
-
-        tensors: dict[str, Any] = {"gradients": gradients, "parameters": lambda: _locals(params)}
-        return View(
-            step,
-            grads.paths,
-            self._memory_of(statistic, number, grads.paths),
-            tensors={name: tensors[name] for name in needs if name in tensors},
-            state=state if "optimizer_state" in needs else None,
-            options=options if "optimizer_state" in needs else None,
-        )
-
-    def _memory_of(
-        self, statistic: Statistic, number: int | None, paths: tuple[str, ...], place: str = ""
-    ) -> dict[str, Any]:
-        key = (f"{statistic.name}/{place}", number)
-        if key not in self._memory or self._memory[key][0] != paths:
-            self._memory[key] = (paths, {})
-        return self._memory[key][1]
-
     def close(self) -> None:
         """Take the hooks off. May be called twice."""
         for hook in self._hooks:
@@ -367,17 +315,6 @@ class OwnStatistics:
         if self._ears is not None:
             self._ears.close()
         self._hooks, self._hooked, self._ears = [], None, None
-
-
-def _kept(name: str, p: Tensor, optimizers: Sequence[Optimizer]) -> Any:
-    held = real_of(p)
-    found = next((o.state[held].get(name) for o in optimizers if held in o.state), None)
-    is_whole = isinstance(found, Tensor) and found.dim() > 0  # not a number of steps
-    return p.part_of(found) if isinstance(p, StandIn) and is_whole else found
-
-
-def _locals(params: Sequence[Tensor]) -> Sequence[Tensor]:
-    return Shards([p.detach() for p in params]).locals
 
 
 def _where_whole(sums: Tensor, params: Sequence[Tensor], shards: Shards) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..stats import Number
 from ..torchside import Mark, fetched, wide_dtype
 
 __all__ = ["Known", "Numbers", "Parts", "Transfer"]
 
-Parts = Mapping[str, Tensor | Sequence[Tensor] | float]
+Parts = Mapping[str, Number]
 _IS_CPU = attrgetter("is_cpu")
 _AS_THEY_ARE = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 """What travels in the bits that it has, since the host reads them as the device does."""
@@ -55,7 +56,7 @@ class Transfer:
 
     Args:
         parts: name -> tensor of any shape, on one device or on several (each device gets one copy); or several 0-dim
-            tensors of one device and dtype, that nobody had to put in one; or a number that the host knows already.
+            tensors of one device and dtype, that nobody had to put in one; or what the host knows already.
         then: told of the numbers once they are there, to add what follows from them.
     """
 

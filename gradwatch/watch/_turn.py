@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from ..stats import Gradients
 from ._context import Decision
 from ._plan import StepPlan
-from ._recomputation import Recomputed
 from ._record_draft import Draft
 from ._seals import Seals
 from ._step_inputs import StepInputs
@@ -37,7 +36,6 @@ class Turn:
         grads: theirs; None until they were looked at.
         tensors: the gradients as they lay then, until the step was measured; None where nobody has listed them.
         seals: of the gradients as gradwatch has seen them last; None where nobody made them.
-        recomputed: what running the batch again has shown; None where it was not.
         draft: of the step's record; None until it was measured.
         decision: what treatments and actions ask for.
         has_exchanged: this rank has sent what it measured.
@@ -55,7 +53,6 @@ class Turn:
         "inputs",
         "optimizers",
         "plan",
-        "recomputed",
         "seals",
         "tensors",
     )
@@ -73,7 +70,6 @@ class Turn:
         self.grads: Gradients | None = None
         self.tensors: list[Tensor] | None = None
         self.seals: Seals | None = None
-        self.recomputed: Recomputed | None = None
         self.draft: Draft | None = None
         self.decision = Decision()
         self.has_exchanged = self.has_said_whether_it_moves = False

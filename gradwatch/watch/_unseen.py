@@ -8,6 +8,7 @@ from ..stats import kernel_faults
 from ._announced import Announced
 from ._coverage import FROZEN, IN_NO_OPTIMIZER, NO_GRADIENT, REPLACED, UNSEEN, coverage
 from ._judge import Judge
+from ._measurement import Measurement
 from ._model_meter import ModelMeter
 
 __all__ = ["unseen", "why_nothing"]
@@ -22,7 +23,7 @@ _REPLACED = (
 )
 
 
-def unseen(meter: ModelMeter, judge: Judge, announced: Announced) -> list[str]:
+def unseen(meter: ModelMeter, judge: Judge, announced: Announced, measurements: Sequence[Measurement]) -> list[str]:
     """Return what could not be watched or judged, in sentences."""
     notes = kernel_faults() + _of_steps(meter, announced) + _of_paths(meter)
     if meter.watched.strange:
@@ -34,10 +35,8 @@ def unseen(meter: ModelMeter, judge: Judge, announced: Announced) -> list[str]:
             "update ratios of large parameters are estimates, from samples of their elements: copies of all do not fit "
             "in `memory_limit_mb`; `update_error` on the record is their largest relative standard error"
         )
-    if meter.local is not None and meter.local.num_sharded:
-        notes.append(f"local norms leave out {meter.local.num_sharded} sharded parameters: FSDP reduces first")
-    if meter.local is not None and meter.local.failure:
-        notes.append(f"local norms were switched off: {meter.local.failure}")
+    for measurement in measurements:
+        notes += measurement.notes()
     coverage = judge.coverage
     failed = {c.name: c.reason for c in coverage if c.disabled}
     if failed:

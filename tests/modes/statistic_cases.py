@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from gradwatch import Watch
 from gradwatch.ahead import WeightSpectra
 from gradwatch.stats import Statistic
+from gradwatch.treatments import ClipByGlobalNorm
+from gradwatch.watch._measuring import Measuring
 from tests.modes.ranks import counted, equal_on_all_ranks, main
 from tests.modes.reference import Net, batches, loss_of, mine, sgd
 from tests.modes.sharded_cases import shard
@@ -191,9 +195,79 @@ def of_whole_weights_alone(wrap: Any) -> Any:
     return case
 
 
+class Shares(Statistic):
+    """How much of the ranks' own gradient entries lies on each, and at which rank most."""
+
+    kind, num_sums, scale = "scalar", 0, "share"
+
+    @classmethod
+    def columns(cls):
+        (one,) = super().columns()
+        return one, type(one)(name="largest_rank", kind="scalar", meaning="The rank that holds most.")
+
+    def tables(self, ranks):
+        return {"entries": (ranks.num, 2)}
+
+    def measure(self, view, tables):
+        if view.rank == 1 and view.step == 2:
+            raise RuntimeError("a bug of one rank")
+        tables["entries"][view.rank] = torch.tensor([float(sum(g.numel() for g in view.grads)), 1.0 + view.rank])
+        return {"steps": view.step}
+
+    def conclude(self, found):
+        held = found["entries"]
+        if not held[:, 1].all():
+            return {}
+        return {"shares": held[0, 0] / held[:, 0].sum(), "largest_rank": held[:, 1].argmax() + 0 * found["steps"]}
+
+
+def a_row_for_each_rank(wrap: Any) -> Any:
+    """It travels in the step's exchange; on a rank where it fails it is off, and its row is zero from there on."""
+
+    def case(rank: int, world: int, folder: Path) -> None:
+        options = {"histograms_every": None, "updates_every": None}
+        watch, made = train(wrap(Net(), world), rank, world, [Shares()], **options)
+        assert made[1:] == [["SUM"]] * (len(made) - 1), made
+        for record in watch.history:
+            known = ["largest_rank", "shares"] if record.step < 2 else []
+            assert sorted(record.scalars.keys() & {"largest_rank", "shares"}) == known
+            if known:
+                np.testing.assert_allclose(record.scalars["shares"], 1 / world, atol=0.1)
+                assert record.scalars["largest_rank"] == world - 1
+        assert any("shares" in note for note in watch.session.notes) == (rank == 1)
+
+    return case
+
+
+def a_rank_that_fails_at_the_first_step(wrap: Any) -> Any:
+    """It takes part in all that ranks meet for: also where they compare the rows of weights in pieces."""
+
+    def case(rank: int, world: int, folder: Path) -> None:
+        calls, real = itertools.count(), Measuring._take_gradients
+
+        def broken(*args: Any) -> Any:
+            if next(calls) == 0 and rank == 1:
+                raise MemoryError("a fault on this rank")
+            return real(*args)
+
+        with patch.object(Measuring, "_take_gradients", broken):
+            watch, _ = train(wrap(Net(), world), rank, world, (), treatments=[ClipByGlobalNorm(1e6)])
+        assert len([r for r in watch.history if r.step]) == len(batches(world)) - 1
+        equal_on_all_ranks([(r.step, r.global_norm) for r in watch.history if r.step])
+
+    return case
+
+
 CASES = {
     f"{law.__name__}_{wrap.__name__}".replace("_", "-"): law(wrap)
-    for law in (numbers_are_those_of_the_whole, one_exchange_a_step, a_failure_of_one_rank, of_whole_weights_alone)
+    for law in (
+        numbers_are_those_of_the_whole,
+        one_exchange_a_step,
+        a_failure_of_one_rank,
+        of_whole_weights_alone,
+        a_row_for_each_rank,
+        a_rank_that_fails_at_the_first_step,
+    )
     for wrap in (ddp, fsdp)
 }
 

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradwatch import Watch
 from gradwatch.watch._fingerprints import ENTRIES, Fingerprints, sample_of
+from gradwatch.watch._model_meter import ModelMeter
+from gradwatch.watch._options import MeasureOptions
 
 from .training import network
 
@@ -105,7 +107,9 @@ def test_a_batch_with_a_part_that_has_no_elements_is_known_by_the_rest() -> None
             return super().forward(x)
 
     model = Net(2, 1)
-    found = Fingerprints(model, lambda: torch.device("cpu"), lambda: True)
+    found = Fingerprints(
+        ModelMeter(model, [torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)], MeasureOptions())
+    )
     taken = []
     for x in (torch.ones(1, 2), torch.ones(1, 2), torch.zeros(1, 2)):
         model(torch.zeros(0), x)

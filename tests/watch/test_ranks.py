@@ -23,6 +23,8 @@ from gradwatch.treatments._optimizer_state import second_moment
 from gradwatch.treatments._units import _groups_inside
 from gradwatch.watch import Watch, _transfer
 from gradwatch.watch._local_norms import LocalNorms
+from gradwatch.watch._model_meter import ModelMeter
+from gradwatch.watch._options import MeasureOptions
 from gradwatch.watch._parallel import num_batches_at_once
 from gradwatch.watch._ranks import merged_extras, pack_extras
 from gradwatch.watch._replicas import Replicas
@@ -55,8 +57,7 @@ def test_numbers_that_some_ranks_alone_know_are_on_no_record(other: dict[str, fl
 
 def test_a_ranks_own_norm_is_that_of_its_gradients_free_of_the_loss_scale() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-    local = LocalNorms()
-    local.attach(model.parameters())
+    local = LocalNorms(ModelMeter(model, [torch.optim.SGD(model.parameters(), 0.1)], MeasureOptions()))
     (8.0 * model(torch.randn(5, 3)).sum()).backward()
     whole = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
     found = local.take(8.0)

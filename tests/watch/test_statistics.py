@@ -15,8 +15,8 @@ from gradwatch import Watch, load_rules
 from gradwatch.errors import ConfigError, GradwatchWarning
 from gradwatch.records import own_columns
 from gradwatch.rules import Expression
-from gradwatch.stats import Statistic
-from gradwatch.testing import MemorySink
+from gradwatch.stats import At, Statistic
+from gradwatch.testing import MemorySink, check_statistic
 
 
 class Squares(Statistic):
@@ -272,6 +272,132 @@ def test_a_package_registers_its_own_by_name(tmp_path, monkeypatch) -> None:
     sys.modules.pop("of_others")
 
 
+class AtFirst(Statistic):
+    """Number of elements of each gradient, at the first step alone."""
+
+    every = 0
+
+    def sums(self, view):
+        return view.rows([torch.tensor(float(g.numel())) for g in view.grads])
+
+
+def test_what_is_measured_at_the_first_step_is_not_measured_again() -> None:
+    watch, _ = train([AtFirst()], on_error="raise")
+    assert ["at_first" in record.columns for record in watch.history] == [True, False, False, False]
+    assert AtFirst.columns()[0].when == "the first step"
+
+
+class Odd(Statistic):
+    """Twice what one rank counts, and at which of the first two parameters it did."""
+
+    kind, num_sums, every = "scalar", 0, 2
+
+    @classmethod
+    def columns(cls):
+        (one,) = super().columns()
+        return one, type(one)(name="counted_at", kind="parameter", meaning="Where it was counted.")
+
+    def tables(self, ranks):
+        return {"counts": (ranks.num, 1)}
+
+    def measure(self, view, tables):
+        self.told(view, tables)
+        return {"several": [g.sum() for g in view.grads], "known": np.arange(2), "number": 3.0}
+
+    def told(self, view, tables):
+        tables["counts"][view.rank] = len(view.grads)
+
+    def conclude(self, found):
+        if "several" not in found:
+            return {}  # this rank could not measure
+        assert found["several"].ndim == 1
+        assert found["number"] == 3
+        return {"odd": 2 * found["counts"].sum(), "counted_at": At(found["known"], np.ones(2))}
+
+
+def test_a_statistic_with_a_table_of_its_own_puts_numbers_and_places_on_record() -> None:
+    check_statistic(Odd())
+    watch, _ = train([Odd(), Squares()], on_error="raise", activations_every=None, updates_every=None)
+    for record in watch.history:
+        assert "squares" in record.columns
+        assert ("odd" in record.scalars) == ("counted_at" in record.columns) == (record.step in (0, 1, 2))
+    assert watch.history[2].scalars["odd"] == 8
+    assert watch.history[2].measured("counted_at").tolist()[:3] == [True, True, False]
+
+
+class WrongShape(Odd):
+    """Another shape than it has said."""
+
+    @classmethod
+    def columns(cls):
+        return Statistic.columns.__func__(cls)
+
+    def told(self, view, tables):
+        tables["counts"] = torch.zeros(3)
+
+
+class WrongName(Odd):
+    """What nobody was told of."""
+
+    columns = WrongShape.__dict__["columns"]
+
+    def conclude(self, found):
+        return {"nameless": 1.0}
+
+
+class EveryRow(Odd):
+    """Fills in the rows of others."""
+
+    columns = WrongShape.__dict__["columns"]
+
+    def told(self, view, tables):
+        tables["counts"] += 1.0
+
+    def conclude(self, found):
+        return {}
+
+
+class Trusts(EveryRow):
+    """Takes it that all goes well."""
+
+    columns = WrongShape.__dict__["columns"]
+
+    def told(self, view, tables):
+        tables["counts"][view.rank] = 1.0
+
+    def conclude(self, found):
+        return {"trusts": found["number"]}
+
+
+class Reads(EveryRow):
+    """Waits for the device."""
+
+    columns = WrongShape.__dict__["columns"]
+
+    def told(self, view, tables):
+        tables["counts"][view.rank] = float(view.grads[0].sum())
+
+
+@pytest.mark.parametrize(
+    ("broken", "law", "warns"),
+    [
+        (WrongShape, "of shape", "table 'counts' is of shape"),
+        (WrongName, "what its columns name", "'nameless', which is not among its columns"),
+        (EveryRow, "own row alone", ""),
+        (Reads, "reads nothing back", ""),
+        (Trusts, "without the numbers of `measure`", ""),
+    ],
+)
+def test_a_table_that_breaks_a_law_is_told_and_training_goes_on(broken, law: str, warns: str) -> None:
+    with pytest.raises(AssertionError, match=law):
+        check_statistic(broken())
+    if warns:
+        with pytest.warns(GradwatchWarning, match=warns) as told:
+            watch, _ = train([broken()])
+        assert len(told) == 1
+        assert len(watch.history) == 4
+
+
 @pytest.mark.parametrize(
     "wrong",
     [Squares, object(), [Squares(), Squares()], "no.such:Thing"],
@@ -284,8 +410,8 @@ def test_what_is_no_statistic_is_refused(wrong) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"needs": {"weights"}}, {"needs": ()}, {"needs": {"outputs", "gradients"}}, {"every": 0}, {"num_sums": -1}],
-    ids=["unknown-need", "no-need", "two-needs", "every-0", "sums-below-0"],
+    [{"needs": {"weights"}}, {"needs": ()}, {"needs": {"outputs", "gradients"}}, {"every": -1}, {"num_sums": -1}],
+    ids=["unknown-need", "no-need", "two-needs", "every-below-0", "sums-below-0"],
 )
 def test_a_class_that_can_not_be_is_refused_when_it_is_made(settings) -> None:
     with pytest.raises(ConfigError):

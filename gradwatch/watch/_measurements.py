@@ -1,0 +1,31 @@
+"""What gradwatch measures beside norms, gradients' details, updates and modules: one file each, listed here."""
+
+from __future__ import annotations
+
+from ._configured import Settings
+from ._fingerprints import Fingerprints
+from ._local_norms import LocalNorms
+from ._measurement import Measurement
+from ._model_meter import ModelMeter
+from ._rank_spread import RankSpread
+from ._recomputation import Recomputation
+from ._replicas import Replicas
+from ._row_spread import RowSpread
+
+__all__ = ["MEASUREMENTS", "measurements"]
+
+MEASUREMENTS: tuple[type[Measurement], ...] = (
+    LocalNorms,
+    Recomputation,
+    Replicas,
+    Fingerprints,
+    RankSpread,
+    RowSpread,
+    Settings,
+)
+"""In the order in which their tables travel, which is one on all ranks."""
+
+
+def measurements(meter: ModelMeter) -> tuple[Measurement, ...]:
+    """Return those that the options ask for."""
+    return tuple(kind(meter) for kind in MEASUREMENTS if kind.is_on(meter.options))
