@@ -202,14 +202,17 @@ class NotLearning(Rule):
     @staticmethod
     def _because(record: StepRecord, state: State) -> str:
         update, frozen = state["update"], _frozen_share(record.index)
+        # The record that ends a run has none of its own.
+        rate = record.lr if math.isfinite(record.lr) else state["lr"]
+        rate = f" ({rate:.2g})" if math.isfinite(rate) else ""
         if frozen > _MOSTLY:
             return f"; {frozen:.0%} of the model is frozen: check `requires_grad`"
         if clipped := clipped_to_nothing(record):
             return f"; {clipped}"
         if update > 0.03:
-            return f"; each update is {update:.2g} of the weights: lower the learning rate ({record.lr:.2g})"
+            return f"; each update is {update:.2g} of the weights: lower the learning rate{rate}"
         if update < 1e-4:
-            return f"; each update is {update:.1g} of the weights: raise the learning rate ({record.lr:.2g})"
+            return f"; each update is {update:.1g} of the weights: raise the learning rate{rate}"
         return ""
 
     def pass_over(self, block: Block, state: State) -> Passed | None:

@@ -191,3 +191,19 @@ def test_a_recording_that_failed_is_not_said_to_be_written(tmp_path, capsys, mon
     out = capsys.readouterr().err
     assert "gradwatch wrote" not in out
     assert "No space left on device" in out
+
+
+def test_what_is_said_at_the_end_of_a_run_names_the_learning_rate_that_it_had():
+    torch.manual_seed(0)
+    net = nn.Linear(8, 10)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-7)
+    with Watch(net, optimizer) as watch:
+        for _ in range(300):
+            outputs, targets = net(torch.randn(32, 8)), torch.randint(0, 10, (32,))
+            loss = nn.functional.cross_entropy(outputs, targets)
+            loss.backward()
+            watch.step(loss=loss, outputs=outputs, targets=targets)
+            optimizer.zero_grad()
+    (told,) = [i for i in watch.incidents if i.rule == "not_learning"]
+    assert told.first_step == 299
+    assert "raise the learning rate (1e-07)" in told.message
