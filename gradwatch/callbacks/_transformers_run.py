@@ -14,7 +14,33 @@ import torch
 from ..protocols import Sink
 from ..sinks import sinks_for_loggers
 
-__all__ = ["logging_steps", "packed", "sinks_of", "unpacked"]
+__all__ = ["BatchNumber", "logging_steps", "packed", "sinks_of", "unpacked"]
+
+
+class BatchNumber:
+    """Which micro-batch of its epoch goes on, counted by the Trainer's events: it tells none of them.
+
+    Attributes:
+        now: its number from 0 on; -1 where it is not known.
+    """
+
+    def __init__(self) -> None:
+        self.now = -1
+
+    def begin_epoch(self, args: Any, state: Any, loader: Any) -> None:
+        """Count from the epoch's beginning, or from where a checkpoint goes on within it."""
+        done = float(state.epoch or 0.0) % 1.0
+        if not done or args.ignore_data_skip:
+            self.now = 0
+            return
+        try:
+            self.now = round(done * len(loader))
+        except TypeError:  # nobody knows how long an epoch is
+            self.now = -1
+
+    def over(self) -> None:
+        """Say that a micro-batch is over."""
+        self.now += self.now >= 0
 
 
 def logging_steps(args: Any, state: Any) -> int:

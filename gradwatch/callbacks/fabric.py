@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -46,6 +47,8 @@ from ._say import fitted, say
 
 __all__ = ["GradWatch"]
 
+_Batch = TypeVar("_Batch")
+
 
 class GradWatch:
     """Watches the training loops of a Fabric without a line in them, and acts if asked.
@@ -68,6 +71,10 @@ class GradWatch:
     clip moves judgement and treatments there. The loss is
     known where the module returns it (as a scalar, or as `loss` in a mapping), or from
     `fabric.call("on_before_backward", loss)`. `fabric.call("on_train_end")`, `close()` or a `with` end the run.
+
+    Which batch it was stands on record where the loop says so: `for batch in watch.batches(loader)`, with this callback
+    as `watch`, or `fabric.call("on_train_epoch_start")` and `fabric.call("on_train_batch_start", batch, batch_idx)`.
+
     `fabric.save` and `fabric.load` take the object in their state.
 
     Args:
@@ -120,6 +127,9 @@ class GradWatch:
         self._hook: Any = None
         self._scale = ScaleReader()
         self._first_look: Look | None = None
+        self._epoch = self._batch_idx = -1
+        self._loader: Callable[[], Any] = lambda: None
+        self._first_batch: Any = None
         self._forget()
 
     def _forget(self) -> None:
@@ -219,6 +229,27 @@ class GradWatch:
         if self._make([Stepper(o).raw for o in optimizers]) is None:
             raise ConfigError("these optimizers hold no parameter of a module that went through `fabric.setup`.")
 
+    def batches(self, loader: Iterable[_Batch]) -> Iterator[_Batch]:
+        """Give the batches of an epoch, and count them; see `Watch.batches`."""
+        self.on_train_epoch_start()
+        with suppress(TypeError):  # one that can't be pointed at tells no samples
+            self._loader = weakref.ref(loader)
+        for batch_idx, batch in enumerate(loader):
+            self.on_train_batch_start(batch, batch_idx)
+            yield batch
+        self._batch_idx = -1
+
+    def on_train_epoch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._epoch, self._batch_idx = self._epoch + 1, -1
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int = -1, *args: Any, **kwargs: Any) -> None:
+        self._batch_idx = batch_idx
+        for watch in self.watches:
+            if not watch.session.closed:
+                watch.session.see(batch)
+        # The first one is made when its optimizer steps.
+        self._first_batch = None if self._watches else batch
+
     def _look(self, model: nn.Module, batch: Any, outputs: Any) -> Forward:
         batch = batch if len(batch) != 1 or isinstance(batch, Mapping) else batch[0]
         watches = [w for w in self.watches if w.session.model is model and not w.session.closed]
@@ -266,6 +297,7 @@ class GradWatch:
             return
         last = self._passes[-1] if self._passes else None
         losses = self._all_losses(watch)
+        watch.at(epoch=self._epoch, batch_idx=self._batch_idx, loader=self._loader())
         for seen in self._passes[:-1]:
             watch.micro_batch(batch=seen.seen)
         for loss in losses[:-1]:
@@ -300,6 +332,9 @@ class GradWatch:
             watch.load_state_dict(self._waiting[number])
         watch.session.engine.produced.give(self._first_look)
         self._watches |= dict.fromkeys(map(id, optimizers), watch)
+        if self._first_batch is not None:
+            watch.session.see(self._first_batch)
+        self._first_batch = None
         untold, self._untold = self._untold, []
         for tell in untold:
             tell(watch)
@@ -364,6 +399,7 @@ class GradWatch:
         end_all(*hooks)
         self._hook, self._ends, self._tasks = None, {}, None
         self._collecting.close()
+        self._first_batch = None
         self._forget()
 
     def __enter__(self) -> GradWatch:

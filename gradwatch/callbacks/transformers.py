@@ -49,7 +49,7 @@ from ._evaluated import Evaluated
 from ._left import is_running, when_left
 from ._own_names import free_name
 from ._say import say, say_ending
-from ._transformers_run import logging_steps, packed, sinks_of, unpacked
+from ._transformers_run import BatchNumber, logging_steps, packed, sinks_of, unpacked
 
 __all__ = ["GradWatchCallback"]
 
@@ -121,6 +121,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         self._requests: list[Request] = []
         self._scalars: dict[str, float] = {}
         self._evaluated = Evaluated()
+        self._batch_number = BatchNumber()
         self._scale = ScaleReader()
         self._counts: deque[int] = deque(maxlen=_WINDOWS)
         self._own_name = name
@@ -200,6 +201,11 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
     def _folder(self, args: Any, *, fresh: bool) -> Path | None:
         return run_dir_of(self._run_dir, self._own_name, Path(args.output_dir), fresh=fresh)
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        if self._session is not None:
+            self._batch_number.begin_epoch(args, state, train_dataloader)
+            self._session.cases.take_loader(train_dataloader)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._session is not None:
             self._epoch = int(state.epoch or 0)
@@ -270,6 +276,7 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
         inputs = StepInputs(
             step=self._step,
             epoch=self._epoch,
+            batch_idx=self._batch_number.now,
             losses=[loss * (parts / scale) for loss in self._losses],
             batch=batch,
             num_samples=self._num_samples,
@@ -308,7 +315,11 @@ class GradWatchCallback(SessionDoor, TrainerCallback):
             # The model's own forward was not called, or returned nothing to hook.
             self._measure()
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._batch_number.over()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._batch_number.over()
         session = self._session
         if session is None:
             return

@@ -385,12 +385,24 @@ class Watch:
                 ...
         ```
         """
-        self._epoch += 1
-        self.session.cases.take_loader(loader)
-        for self._batch_idx, batch in enumerate(loader):
+        epoch = self._epoch + 1
+        for batch_idx, batch in enumerate(loader):
+            self.at(epoch=epoch, batch_idx=batch_idx, loader=loader)
             self.session.see(batch)
             yield batch
-        self._batch_idx = -1
+        self.at(epoch=epoch)
+
+    def at(self, *, epoch: int = -1, batch_idx: int = -1, loader: Any = None) -> None:
+        """Say which batch goes on, for a loop that counts its own; `batches` does it for the others.
+
+        Args:
+            epoch: number of the epoch.
+            batch_idx: number of the batch within it; of a step's last micro-batch.
+            loader: that it came from: it may tell the samples.
+        """
+        self._epoch, self._batch_idx = epoch, batch_idx
+        if loader is not None:
+            self.session.cases.take_loader(loader)
 
     def validation(self, loss: Any = None, *, batch: Any = None, **metrics: Any) -> None:
         """Hand over validation values; they stand on the next step's record as `val_loss` and `val_<metric>`;
