@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import reprlib
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["as_bytes", "as_typed", "file_name", "printable", "shown"]
+__all__ = ["as_bytes", "as_typed", "file_name", "printable", "replay_command", "shown"]
 
 NAME_LENGTH = 48
 """Characters of a name that a file name keeps: four bytes each at most, and file systems take 255."""
@@ -46,6 +47,11 @@ def as_typed(path: str) -> str:
     with suppress(OSError, ValueError):
         return str(Path(path).resolve().relative_to(Path.cwd())) or path
     return path
+
+
+def replay_command(folder: str) -> str:
+    """Return what tells what other rules would have said of a run folder."""
+    return f"gradwatch replay {shlex.quote(as_typed(folder))} --rules rules.yaml"
 
 
 def shown(value: Any) -> str:

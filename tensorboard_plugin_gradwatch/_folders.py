@@ -115,7 +115,7 @@ class FolderRun:
     def incidents(self) -> tuple[Sequence[Mapping[str, Any]], Verdict]:
         with self._reading() as run:
             ranked = [incident for incident, _ in rank_incidents(run.incidents)]
-            told = [i.to_json() if i.case is None else {**i.to_json(), "case": i.case.lines()} for i in ranked]
+            told = [i.to_json() if i.case is None else {**i.to_json(), "case": i.case.with_command()} for i in ranked]
             return [{**i, "paths": i["paths"][:MAX_PATHS], "num_paths": len(i["paths"])} for i in told], run.verdict()
 
     def histograms(self, path: str) -> Sequence[HistogramRow]:

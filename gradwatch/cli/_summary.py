@@ -64,8 +64,8 @@ def show_summary(
         coverage: list what each rule judged, and what it would need.
         folder: of the run, for the command that judges it by other rules.
     """
+    from .._text import replay_command
     from ..report import summarise
-    from ..report._summary import replay_command
     from ._layers import incident_grid, layer_grid
 
     summary = summarise(data)

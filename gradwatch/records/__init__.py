@@ -23,6 +23,7 @@ from ._columns import (
     snake_case,
     told_columns,
 )
+from ._cost import cost_of_steps
 from ._histogram import NUM_BINS, Buckets, Histogram, HistogramTable
 from ._incident import SEVERITIES, Finding, Incident
 from ._index import MODULE, PARAMETER, Bools, Floats, Index, select_paths
@@ -88,6 +89,7 @@ __all__ = [
     "column_of",
     "columns",
     "consequences",
+    "cost_of_steps",
     "gain_of",
     "heading",
     "is_scalar_name",

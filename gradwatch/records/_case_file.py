@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._markup import Prints, card, escape, table
+from .._text import replay_command
 from ._causes import rank_incidents
 from ._histogram import NUM_BINS, Histogram
 from ._incident import Incident, _plain
@@ -64,8 +65,8 @@ class CaseFile(Prints):
 
     Attributes:
         rule, name, id, step: of the incident, and its first step: what tells incidents apart.
-        value, bar, worst_path: what the rule saw, what it held it against, and where ("": in the whole model). A limit
-            is another thing: what a treatment clips to.
+        value, bar, worst_path, worst_step: what the rule saw at its worst, what it held it against, where ("": in the
+            whole model) and when (-1: not known). A limit is another thing: what a treatment clips to.
         epoch, batch_idx: as the trainer counts; -1 where it does not.
         num_samples: in the step's batches; 0 where unknown.
         rank, num_ranks: whose batch it was.
@@ -89,6 +90,7 @@ class CaseFile(Prints):
         what_if: which change of the training cures it, with `what_if=True`; None where that was not tried.
         notes: what is not here, and why.
         complete: what came after is here, too.
+        folder: of the run, where it lies now; "" where it has none. No part of `to_json`.
     """
 
     rule: str
@@ -98,6 +100,7 @@ class CaseFile(Prints):
     value: float = float("nan")
     bar: float = float("nan")
     worst_path: str = ""
+    worst_step: int = -1
     epoch: int = -1
     batch_idx: int = -1
     num_samples: int = 0
@@ -121,6 +124,7 @@ class CaseFile(Prints):
     what_if: WhatIf | None = None
     notes: tuple[str, ...] = ()
     complete: bool = False
+    folder: str = ""
 
     def is_of(self, incident: Incident) -> bool:
         """Return whether it is this incident's."""
@@ -143,7 +147,7 @@ class CaseFile(Prints):
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; non-finite floats as "nan", "inf" and "-inf", histograms by their filled bins alone."""
-        apart = ("histograms", "samples", "what_if")
+        apart = ("histograms", "samples", "what_if", "folder")
         plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in apart}
         plain["samples"] = [sample.to_json() for sample in self.samples]
         plain["what_if"] = None if self.what_if is None else self.what_if.to_dict()
@@ -156,7 +160,7 @@ class CaseFile(Prints):
         Raises:
             KeyError, TypeError, ValueError: it is none.
         """
-        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
+        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__ and k != "folder"}
         known["curves"] = {str(k): tuple(map(float, v)) for k, v in data.get("curves", {}).items()}
         known["layers"] = tuple(CaseLayer(str(p), float(b), float(a)) for p, b, a in data.get("layers", ()))
         known["histograms"] = tuple(map(_unpacked, data.get("histograms", ())))
@@ -171,9 +175,8 @@ class CaseFile(Prints):
         known["modules"] = tuple(dict(row) for row in data.get("modules", ()))
         for name in ("value", "bar"):
             known[name] = float(known.get(name, "nan"))
-        for name in ("step", "id", "epoch", "batch_idx", "num_samples", "num_micro_batches", "rank", "num_ranks"):
-            if name in known:
-                known[name] = int(known[name])
+        for name in _COUNTS & known.keys():
+            known[name] = int(known[name])
         return cls(**known)
 
     def lines(self) -> list[tuple[str, str]]:
@@ -182,10 +185,10 @@ class CaseFile(Prints):
             ("where", self._where()),
             ("what if", "" if self.what_if is None else self.what_if.sentence()),
             ("loss", self._around("loss")),
-            ("global norm", self._around("global_norm")),
+            ("global norm", self._around("global_norm") + self._usual()),
             ("bar", self._bar()),
             ("limit", self._limit()),
-            ("layers", "; ".join(map(_layer, self.layers[:3]))),
+            ("layers", "; ".join(map(_layer, self._standing_out()[:3]))),
             ("born in", f"{self.born_in} ({self.phase})" if self.born_in else ""),
             ("carried by", "; ".join(map(str, self.samples[:2]))),
             ("done", self._done()),
@@ -223,7 +226,7 @@ class CaseFile(Prints):
     def batch(self) -> str:
         """Which batch it was, in words; "" where nobody counts."""
         parts = [f"batch {self.batch_idx:,}"] if self.batch_idx >= 0 else []
-        parts += [f"of epoch {self.epoch:,}"] if self.epoch >= 0 else []
+        parts += [f"{'of' if parts else 'a batch of'} epoch {self.epoch:,}"] if self.epoch >= 0 else []
         parts += [f"of rank {self.rank} of {self.num_ranks}"] if self.num_ranks > 1 else []
         return " ".join(parts)
 
@@ -250,10 +253,17 @@ class CaseFile(Prints):
     def _bar(self) -> str:
         if np.isnan(self.bar):
             return ""
+        when = f" at step {self.worst_step:,}" if self.worst_step not in (-1, self.step) else ""
         where = self.worst_path or "the whole model"
+        return f"{self.value:.3g} in {where}{when}, against the rule's bar of {self.bar:.3g}"
+
+    def _usual(self) -> str:
         accepted = self.at("accepted")
-        usual = f"; global norms up to {accepted:.3g} pass as usual" if np.isfinite(accepted) else ""
-        return f"{self.value:.3g} in {where}, against the rule's bar of {self.bar:.3g}{usual}"
+        return f"; up to {accepted:.3g} would have passed as usual" if np.isfinite(accepted) else ""
+
+    def _standing_out(self) -> list[CaseLayer]:
+        """The one that the rule's number is of, and those far above their own level."""
+        return [layer for layer in self.layers if layer.path == self.worst_path or not layer.growth < JUMP]
 
     def _limit(self) -> str:
         limit = self.at("limit")
@@ -268,13 +278,20 @@ class CaseFile(Prints):
             words.append(f"{treatment.name} at step {treatment.step:,}: {what}")
         return "; ".join(words) + _more(len(now) - 3)
 
+    def with_command(self) -> list[tuple[str, str]]:
+        """Return the lines, and what tells what other rules would have said, where the run has a folder."""
+        return [*self.lines(), *([("replay", replay_command(self.folder))] if self.folder else [])]
+
     def _repr_html_(self) -> str:
-        rows = [(f"<b>{escape(head)}</b>", escape(text)) for head, text in self.lines()]
+        rows = [(f"<b>{escape(head)}</b>", escape(text)) for head, text in self.with_command()]
         return card(f"case of {self.name or self.rule}, step {self.step:,}", "info", table(("", ""), rows))
 
     def __str__(self) -> str:
         head = f"case of {self.name or self.rule}, step {self.step:,}"
-        return "\n".join([head, *(f"  {head:<14} {text}" for head, text in self.lines())])
+        return "\n".join([head, *(f"  {head:<14} {text}" for head, text in self.with_command())])
+
+
+_COUNTS = {"step", "id", "worst_step", "epoch", "batch_idx", "num_samples", "num_micro_batches", "rank", "num_ranks"}
 
 
 def with_cases(incidents: Sequence[Incident], cases: Sequence[CaseFile]) -> list[Incident]:

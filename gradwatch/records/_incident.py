@@ -50,7 +50,8 @@ class Incident(Prints):
         first_path: where it began, where that means something; "" for the whole model.
         first_step, last_step: of the findings.
         value, limit, message: of the worst finding; `message` is one sentence that says what was seen.
-        worst_path: which path they are of; "" for the whole model, None where that is not on record.
+        worst_path, worst_step: which path they are of ("" for the whole model), and of which step; None where that is
+            not on record.
         treatments: names of the treatments and actions that ran for it.
         advice: what usually causes it and what to try, in order.
         resolved: it is over; `resolved_step` says since when.
@@ -78,6 +79,7 @@ class Incident(Prints):
     count: int = 1
     id: int = 0
     worst_path: str | None = None
+    worst_step: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     case: CaseFile | None = field(default=None, compare=False, repr=False)

@@ -136,6 +136,7 @@ class Verdict(Prints):
         coverage: of every rule.
         num_steps: on record.
         first: rule, first step and id of the incident to look at first; None where there is none.
+        since: the step from which on it is not healthy; -1 where it is not unhealthy.
     """
 
     state: str
@@ -146,6 +147,7 @@ class Verdict(Prints):
     coverage: tuple[RuleCoverage, ...] = ()
     num_steps: int = 0
     first: tuple[str, int, int] | None = None
+    since: int = -1
 
     def __str__(self) -> str:
         return self.headline
@@ -171,6 +173,7 @@ class Verdict(Prints):
             "unjudged": dict(self.unjudged),
             "num_steps": self.num_steps,
             "first": None if self.first is None else list(self.first),
+            "since": self.since,
             "coverage": [entry.to_json() for entry in self.coverage],
         }
 
@@ -215,13 +218,15 @@ def judge_run(
     judged = tuple(c.name for c in rules if c.is_enough)
     unjudged = {c.name: c.need for c in rules if not c.is_enough}
     reasons = _missing(rules, coverage is None, num_steps, ended, how)
+    leading, since = _leading(left or bad or incidents), -1
     if left:
-        state, headline = NOT_HEALTHY, _ill(left, bad)
+        leading = _root(left, bad)
+        since = min(i.first_step for i in (leading, *left))
+        state, headline = NOT_HEALTHY, _ill(leading, since, left, bad)
     elif reasons:
         state, headline = NOT_ENOUGH_SEEN, _unseen(reasons, bad, num_steps)
     else:
         state, headline = HEALTHY, _well(rules, bad, num_steps, ended, is_quiet=not incidents)
-    leading = _leading(left or bad or incidents)
     return Verdict(
         state=state,
         headline=headline,
@@ -231,6 +236,7 @@ def judge_run(
         coverage=rules,
         num_steps=num_steps,
         first=None if leading is None else (leading.rule, leading.first_step, leading.id),
+        since=since,
     )
 
 
@@ -242,6 +248,12 @@ def _leading(incidents: Sequence[Incident]) -> Incident | None:
     """Return the one to look at first."""
     ranked = rank_incidents(incidents)
     return ranked[0].incident if ranked else None
+
+
+def _root(left: Sequence[Incident], bad: Sequence[Incident]) -> Incident:
+    """Return what the first of those left follows from, be it handled, or that one itself."""
+    kept = set(map(id, left))
+    return next(r.cause or r.incident for r in rank_incidents(bad) if id(r.incident) in kept)
 
 
 def _is_handled(incident: Incident) -> bool:
@@ -288,16 +300,18 @@ def _count(number: int) -> str:
     return "one incident" if number == 1 else f"{number:,} incidents"
 
 
-def _ill(left: Sequence[Incident], bad: Sequence[Incident]) -> str:
-    first = _leading(left)
-    assert first is not None
+def _ill(first: Incident, since: int, left: Sequence[Incident], bad: Sequence[Incident]) -> str:
     where = f" in {first.first_path}" if first.first_path else ""
     more = f", {len(bad) - 1} more after or beside it" if len(bad) > 1 else ""
-    over = ""
+    # Of a cause that was handled, and what follows from it was not: which of them was left.
+    names = list(dict.fromkeys(i.name or i.rule for i in left))
+    is_left = any(i is first for i in left)
+    what = "it" if is_left else _listed(names)
+    over = "" if is_left else f"; nothing was done about {what}"
     if all(i.resolved for i in left):
         last = max((i.resolved_step if i.resolved_step is not None else i.last_step) for i in left)
-        over = f"; over at {last:,}, and nothing was done about it"
-    return f"Not healthy since step {min(i.first_step for i in left):,}: {first.name or first.rule}{where}{more}{over}."
+        over = f"; over at {last:,}, and nothing was done about {what}"
+    return f"Not healthy since step {since:,}: {first.name or first.rule}{where}{more}{over}."
 
 
 def _unseen(reasons: Sequence[str], handled: Sequence[Incident], num_steps: int) -> str:

@@ -157,7 +157,7 @@ class ReportData:
         index = kept[-1].index if kept else Index.of_parameters(())
         scalars: dict[str, tuple[list[int], list[float]]] = {}
         for record in kept:
-            for key, value in iter_scalars(record):
+            for key, value in (*iter_scalars(record), ("time", record.time)):
                 steps, values = scalars.setdefault(key, ([], []))
                 steps.append(record.step)
                 values.append(value)

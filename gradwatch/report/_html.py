@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tensorboard_plugin_gradwatch import MISSING, STATIC, pool
 
 from .._markup import escape
+from .._text import replay_command
 from ..records import (
     MODULE,
     PARAMETER,
@@ -31,7 +32,7 @@ from ..records import (
 from ._bundle import bundle, styles
 from ._data import COLUMNS, ReportData, Table
 from ._quantise import encode_histograms, encode_tables, squeeze
-from ._summary import Story, Summary, replay_command, summarise, verdict_of
+from ._summary import Story, Summary, summarise, verdict_of
 from ._svg import static_picture
 
 __all__ = ["LIMIT", "to_html"]
@@ -253,7 +254,12 @@ def _coverage(verdict: Verdict) -> str:
     )
 
 
-PARTS = {"first": "Look here first", "after": "Came with it, and may be its consequence", "note": "Worth knowing"}
+PARTS = {
+    "first": "Look here first",
+    "after": "Came with it, and may be its consequence",
+    "handled": "Treated, and over",
+    "note": "Worth knowing",
+}
 
 
 def _marked(text: str) -> str:

@@ -14,7 +14,7 @@ from ._summary import Story, number, summarise
 
 __all__ = ["to_markdown"]
 
-PARTS = {"first": "look here first", "after": "came with it", "note": "worth knowing"}
+PARTS = {"first": "look here first", "after": "came with it", "handled": "treated, and over", "note": "worth knowing"}
 
 
 def to_markdown(data: ReportData, *, layers: int = 12) -> str:

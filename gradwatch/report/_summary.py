@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .._markup import number
-from .._text import as_typed
-from ..records import HEALTHY, NOT_ENOUGH_SEEN, SEVERITIES, Incident, Verdict, judge_run, rank_incidents
+from ..records import HEALTHY, NOT_ENOUGH_SEEN, SEVERITIES, Incident, Verdict, cost_of_steps, judge_run, rank_incidents
 from ._data import ReportData
 from ._words import explain
 
-__all__ = ["Story", "Summary", "number", "replay_command", "summarise", "verdict_of"]
+__all__ = ["Story", "Summary", "number", "summarise", "verdict_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Story:
         severity: the worst.
         title, meaning: what happened and why it matters.
         place: when and where, as a sentence.
-        part: what it is to the others: "first", "after", "note".
+        part: what it is to the others: "first", "after", "handled" (before them, and over), "note".
         advice: what to do.
         treated: what was done about it, as a sentence, or "".
         incidents: in order of their first step.
@@ -74,8 +74,9 @@ def summarise(data: ReportData) -> Summary:
     for incident, _ in rank_incidents(data.incidents):
         groups.setdefault(incident.name or incident.rule, []).append(incident)
     ordered = sorted(groups.values(), key=_is_note)
-    stories = tuple(_story(group, _part(i, group)) for i, group in enumerate(ordered))
     verdict = verdict_of(data)
+    first = next((i for i, group in enumerate(ordered) if any(_key(one) == verdict.first for one in group)), 0)
+    stories = tuple(_story(group, _part(i - first, group)) for i, group in enumerate(ordered))
     return Summary(
         verdict=verdict,
         state=_state(verdict, stories),
@@ -104,7 +105,13 @@ def _is_note(group: Sequence[Incident]) -> bool:
 def _part(place: int, group: Sequence[Incident]) -> str:
     if _is_note(group):
         return "note"
+    if place < 0:
+        return "handled"
     return "first" if place == 0 else "after"
+
+
+def _key(incident: Incident) -> tuple[str, int, int]:
+    return incident.rule, incident.first_step, incident.id
 
 
 def _state(verdict: Verdict, stories: Sequence[Story]) -> str:
@@ -119,12 +126,11 @@ def _headline(verdict: Verdict, stories: Sequence[Story]) -> str:
     only_notes = bool(stories) and all(s.part == "note" for s in stories)
     if verdict.state == NOT_ENOUGH_SEEN or (verdict.state == HEALTHY and not only_notes):
         return verdict.headline
-    first = stories[0]
+    first = next((s for s in stories if s.part == "first"), stories[0])
     title = first.title[0].lower() + first.title[1:]
     if verdict.state == HEALTHY:
         return f"Healthy, with something to know: {title}."
-    since = min(i.first_step for s in stories if s.part != "note" for i in s.incidents)
-    return f"Not healthy since step {since:,}. The likely cause: {title}."
+    return f"Not healthy since step {verdict.since:,}. The likely cause: {title}."
 
 
 def _story(group: Sequence[Incident], part: str) -> Story:
@@ -202,10 +208,16 @@ def _facts(data: ReportData) -> list[str]:
 
 
 def _cost(data: ReportData) -> str:
-    steps = max(data.num_steps, 1)
-    own = data.overhead_seconds / steps
-    whole = f", of {_seconds(data.total_seconds / steps)} that a step took" if data.total_seconds > 0 else ""
-    return f"gradwatch itself took {_seconds(own)} a step{whole}; {_seconds(data.overhead_seconds)} in all."
+    in_all = f"; {_seconds(data.overhead_seconds)} in all"
+    if {"time", "overhead_seconds"} <= data.scalars.keys():
+        steps, times = data.scalars["time"]
+        spent = dict(zip(*(column.tolist() for column in data.scalars["overhead_seconds"]), strict=True))
+        cost = cost_of_steps(steps, times, np.asarray([spent.get(step, math.nan) for step in steps.tolist()]))
+        return f"gradwatch itself: {cost}{in_all}." if cost else f"gradwatch itself: {in_all[2:]}."
+    num_steps = max(data.num_steps, 1)
+    own = data.overhead_seconds / num_steps
+    whole = f", of {_seconds(data.total_seconds / num_steps)}" if data.total_seconds > 0 else ""
+    return f"gradwatch itself: {_seconds(own)} a step{whole}{in_all}."
 
 
 def _seconds(seconds: float) -> str:
@@ -218,8 +230,3 @@ def _times(count: int) -> str:
 
 def _join(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def replay_command(folder: str) -> str:
-    """Return what tells what other rules would have said of a run folder."""
-    return f"gradwatch replay {shlex.quote(as_typed(folder))} --rules rules.yaml"

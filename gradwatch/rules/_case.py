@@ -29,6 +29,7 @@ class Case:
     limit: float = float("nan")
     message: str = ""
     worst_path: str | None = None
+    worst_step: int | None = None
     treatments: list[str] = field(default_factory=list)
     count: int = 0
     resolved_step: int | None = None
@@ -65,6 +66,7 @@ class Case:
         if self.count and (better_known or not finite):
             return
         self.value, self.limit, self.message = value, float(findings.limits[i]), findings.message(i)
+        self.worst_step = record.step
         position, paths = int(findings.positions[i]), record.index.paths
         self.worst_path = paths[position] if position < len(paths) else ""
 
@@ -85,6 +87,7 @@ class Case:
             advice=rule.advice,
             message=self.message,
             worst_path=self.worst_path,
+            worst_step=self.worst_step,
             resolved=self.resolved_step is not None,
             resolved_step=self.resolved_step,
             count=self.count,
@@ -95,7 +98,10 @@ class Case:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        names = ("id", "first_step", "last_step", "first_path", "value", "limit", "message", "worst_path", "count")
+        names = (
+            *("id", "first_step", "last_step", "first_path", "value", "limit", "message", "count"),
+            *("worst_path", "worst_step"),
+        )
         lists = {"paths": list(self.paths), "treatments": list(self.treatments), "details": dict(self.details)}
         return {**{n: getattr(self, n) for n in (*names, "resolved_step")}, **lists}
 

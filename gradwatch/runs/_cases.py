@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from .._warn import warn
@@ -35,7 +36,8 @@ class CaseReader:
             return None
         mark = (stat.st_mtime_ns, stat.st_size)
         if path not in self._known or self._known[path][0] != mark:
-            self._known[path] = mark, _read(path)
+            case = _read(path)
+            self._known[path] = mark, case if case is None else replace(case, folder=str(self._folder))
         return self._known[path][1]
 
 

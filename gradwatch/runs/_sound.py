@@ -39,7 +39,7 @@ def sound_incident(data: Mapping[str, Any]) -> Incident | None:
         return None
     texts = [getattr(incident, name) for name in TEXTS] + [*incident.paths, *incident.treatments]
     counts = [getattr(incident, name) for name in COUNTS]
-    counts += [] if incident.resolved_step is None else [incident.resolved_step]
+    counts += [step for step in (incident.resolved_step, incident.worst_step) if step is not None]
     is_sound = (
         all(isinstance(text, str) for text in texts)
         and all(map(is_count, counts))

@@ -37,11 +37,13 @@ class CaseFiles:
 
     Attributes:
         say: shows one line to the user.
+        folder: of the run; "" where it has none.
     """
 
     def __init__(self, engine: Engine, *, saves_batches: bool, what_ifs: WhatIfs | None = None) -> None:
         self._what_ifs = what_ifs
         self.say: Callable[[str], object] = lambda line: None
+        self.folder = ""
         self._engine = engine
         self.batches = Batches(keeps=saves_batches, limit_bytes=engine.options.memory_limit_bytes // 4)
         self.loader: Callable[[], Any] = lambda: None
@@ -83,7 +85,7 @@ class CaseFiles:
             return
         rank, num_ranks = rank_and_size()
         case = gathered(incident, self._history(), self._engine.autopsy, self._engine.alarmed)
-        case = replace(case, rank=rank, num_ranks=num_ranks, what_if=self._tried(incident))
+        case = replace(case, rank=rank, num_ranks=num_ranks, what_if=self._tried(incident), folder=self.folder)
         self._open.add(key)
         self._cases[key] = self._with_batch(key, self._with_samples(case))
         sinks.case(self._cases[key], self._take_batch(key))
@@ -132,7 +134,8 @@ class CaseFiles:
         incident = incidents.get(key)
         if incident is not None:
             fresh = gathered(incident, self._history(), self._engine.autopsy, self._engine.alarmed)
-            case = replace(case, **{name: getattr(fresh, name) for name in _LATER if getattr(fresh, name)})
+            later = [*_WORST, *(name for name in _LATER if getattr(fresh, name))]
+            case = replace(case, **{name: getattr(fresh, name) for name in later})
         if key in self._waiting:
             self._waiting[key].wait()
         self._cases[key] = replace(case, complete=True)
@@ -158,7 +161,7 @@ class CaseFiles:
     def _with_batch(self, key: tuple[int, str, int], case: CaseFile) -> CaseFile:
         seen = self.batches.of(case.step)
         if seen is None:
-            notes = () if case.sample_ids else ("which samples it were: nobody tells (see the page on case files)",)
+            notes = () if case.sample_ids else ("which samples: nobody tells (see the page on case files)",)
             return replace(case, notes=(*case.notes, *notes))
         saves = bool(seen.batches) and self._num_saved < MAX_BATCHES
         self._num_saved += saves
@@ -188,11 +191,13 @@ class CaseFiles:
         return self._waiting.pop(key).packed(about)
 
 
+_WORST = ("value", "bar", "worst_path", "worst_step")
+"""A number, where and when it was, and its bar: of one finding, so that none stays behind when another is worse."""
 _LATER = (
-    *("value", "bar", "worst_path", "curves", "steps", "layers", "histograms", "treatments"),
+    *("curves", "steps", "layers", "histograms", "treatments"),
     *("born_in", "phase", "modules", "flight_recorder"),
 )
-"""What is known better when the steps after an incident are over."""
+"""What is known better when the steps after an incident are over, where it is known at all."""
 
 
 def _key(incident: Incident) -> tuple[int, str, int]:

@@ -36,7 +36,7 @@ def gathered(incident: Incident, history: Sequence[StepRecord], autopsy: Autopsy
     before = [r for r in history if r.step < first][-AROUND:]
     since = [r for r in history if r.step >= first][:AROUND]
     at = since[0] if since and since[0].step == first else None
-    layers = _layers(before, at)
+    layers = _layers(before, at, incident.worst_path or "")
     born = str(incident.details.get("born_in", ""))
     return CaseFile(
         rule=incident.rule,
@@ -46,6 +46,7 @@ def gathered(incident: Incident, history: Sequence[StepRecord], autopsy: Autopsy
         value=float(incident.value),
         bar=float(incident.limit),
         worst_path=incident.worst_path or "",
+        worst_step=-1 if incident.worst_step is None else incident.worst_step,
         epoch=-1 if at is None else at.epoch,
         batch_idx=-1 if at is None else at.batch_idx,
         num_samples=0 if at is None else at.num_samples,
@@ -98,8 +99,9 @@ def _clip_of(record: StepRecord) -> float:
     return smallest if isfinite(smallest) else nan
 
 
-def _layers(before: Sequence[StepRecord], at: StepRecord | None) -> tuple[CaseLayer, ...]:
-    """Return the parameters whose gradients are furthest above their own level; what is not finite is furthest."""
+def _layers(before: Sequence[StepRecord], at: StepRecord | None, worst_path: str) -> tuple[CaseLayer, ...]:
+    """Return the parameter that the rule's number is of, and those whose gradients are furthest above their own level;
+    what is not finite is furthest."""
     if at is None or "grad_norm" not in at.columns:
         return ()
     index = at.index
@@ -114,6 +116,7 @@ def _layers(before: Sequence[StepRecord], at: StepRecord | None) -> tuple[CaseLa
         level[told] = np.nanmedian(stacked[:, told], axis=0)
     with np.errstate(all="ignore"):
         growth = np.where(level > 0, now / level, now)
+    growth = np.where([index.paths[row] == worst_path for row in rows.tolist()], inf, growth)
     order = np.argsort(-np.nan_to_num(growth, nan=inf, posinf=inf), kind="stable")[:MAX_LAYERS]
     return tuple(CaseLayer(index.paths[rows[i]], float(level[i]), float(now[i])) for i in order.tolist())
 

@@ -106,6 +106,7 @@ class Session:
         )
         self.what_ifs = what_ifs_of(settings, self.model, optimizers)
         self.cases = CaseFiles(self.engine, saves_batches=settings.options.save_batch, what_ifs=self.what_ifs)
+        self.cases.folder = "" if self.run_dir is None else str(self.run_dir)
         self._told = ToldIncidents(self.run_dir, say or log, self.cases)
         self.cases.say = weakly(self._told.print)
         self._check_treatments()

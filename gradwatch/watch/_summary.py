@@ -7,14 +7,23 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from .._text import printable
-from ..records import HEALTHY, Floats, Incident, StepRecord, Verdict, heading, kinds_in, rank_incidents, told_kinds
+from ..records import (
+    HEALTHY,
+    Floats,
+    Incident,
+    StepRecord,
+    Verdict,
+    cost_of_steps,
+    heading,
+    kinds_in,
+    rank_incidents,
+    told_kinds,
+)
 
 __all__ = ["summarize"]
 
 MAX_LAYERS = 40
 LEAST_LAYERS = 8
-LEAST_COST = 20
-"""Steps from which on it is said what a step cost."""
 STEPS_A_LAYER = 12
 """A short run has a short summary: one line of the table for so many steps."""
 
@@ -73,18 +82,9 @@ def summarize(
 
 
 def _cost(history: Sequence[StepRecord]) -> list[str]:
-    """Return what gradwatch itself took of a step, and the step in all: medians, so that what is done once in a run (a
-    compilation, the first step) counts for no step."""
     spent = np.asarray([r.scalars.get("overhead_seconds", np.nan) for r in history])
-    whole = np.diff([r.time for r in history]) / np.maximum(np.diff([r.step for r in history]), 1)
-    own = _median(spent)
-    if len(history) < LEAST_COST or not np.isfinite(own):
-        return []
-    return [f"gradwatch itself: {_millis(float(own))} a step, of {_millis(float(np.median(whole)))}"]
-
-
-def _millis(seconds: float) -> str:
-    return f"{1e3 * seconds:.2g} ms" if seconds < 0.1 else f"{seconds:.2g} s"
+    cost = cost_of_steps(np.asarray([r.step for r in history]), np.asarray([r.time for r in history]), spent)
+    return [f"gradwatch itself: {cost}"] if cost else []
 
 
 def _flat(text: str) -> str:

@@ -146,7 +146,7 @@ def test_json_gives_the_story_to_programs(data):
     told = json.loads(to_json(data))
     assert (told["state"], told["schema"], told["steps"]["recorded"]) == ("critical", 1, 400)
     assert [s["rule"] for s in told["stories"]] == ["exploding", "non_finite", "vanishing"]
-    assert told["stories"][0]["part"] == "first"
+    assert [s["part"] for s in told["stories"]] == ["handled", "handled", "first"]
     assert told["treatments"][0] == {
         "name": "clip_to_limit", "rule": "exploding", "count": 4, "first_step": 240, "last_step": 243,
         "least_share": pytest.approx(0.004, rel=0.3),

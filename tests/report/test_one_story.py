@@ -116,6 +116,17 @@ def rules_of(story: list[tuple[str, int]]) -> list[str]:
     return list(dict.fromkeys(rule for rule, _ in story))
 
 
+def test_what_gradwatch_itself_took_is_one_number_at_every_door(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = train(tmp_path / "run", "healthy")
+    (told,) = re.findall(r"gradwatch itself: (.* a step, of .*)", watch.summary())
+    assert told in read_run(tmp_path / "run").summary
+    for data in (ReportData.from_run(read_run(tmp_path / "run")), ReportData.from_records(watch.history)):
+        assert any(fact.startswith(f"gradwatch itself: {told};") for fact in summarise(data).facts)
+    assert f"gradwatch itself: {told};" in terminal(tmp_path / "run", capsys)[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tab_report_and_terminal_tell_one_story(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
@@ -153,7 +164,11 @@ def test_tab_report_and_terminal_tell_one_story(kind: str, tmp_path: Path, capsy
     assert summary.headline in " ".join(printed.split())  # folded where a terminal is narrow
     assert f'"verdict": {{\n  "state": "{verdict.state}"' in to_json(data)
 
-    # The page's first incident is the verdict's.
+    # What the verdict names is what the report says to look at first, and both say since when.
     if story:
         assert said.first is not None
-        assert said.first[:2] == (told[0]["rule"], told[0]["first_step"])
+        looked_at = next((s for s in summary.stories if s.part == "first"), summary.stories[0])
+        assert said.first in [(i.rule, i.first_step, i.id) for i in looked_at.incidents]
+    if verdict.state == "not healthy":
+        assert f"since step {verdict.since}:" in verdict.headline
+        assert f"since step {verdict.since}." in summary.headline

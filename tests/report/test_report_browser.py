@@ -61,7 +61,7 @@ def test_report_from_disk_asks_for_nothing(driver, show, data):
     assert complaints(driver) == []
     assert len(colors(driver)) > 100
     assert 0xFF2E00E5 in colors(driver), "the step of nan is red"
-    assert "Not healthy since step 240. The likely cause: the gradient exploded." in text(driver, ".gw-headline")
+    assert "Not healthy since step 300. The likely cause: the gradient vanishes." in text(driver, ".gw-headline")
 
 
 def test_story_leads_to_its_place_in_the_picture(driver, show, data):

@@ -97,8 +97,69 @@ def test_incidents_of_one_rule_are_one_story():
 
 
 def test_headline_names_the_first_step_and_the_cause(data):
-    assert summarise(data).headline == "Not healthy since step 240. The likely cause: the gradient exploded."
-    assert summarise(data).state == "critical"
+    told = summarise(data)
+    # What exploded at 240 was treated, and is over.
+    assert told.headline == "Not healthy since step 300. The likely cause: the gradient vanishes."
+    assert told.state == "critical"
+    assert (told.stories[0].rule, told.stories[0].part) == ("exploding", "handled")
+
+
+TREATED = {"treatments": ("clip_to_limit",), "resolved": True}
+
+
+@pytest.mark.parametrize(
+    ("incidents", "since", "cause", "headline"),
+    [
+        pytest.param(
+            [
+                incident("exploding", 151, first_path="a", resolved_step=176, **TREATED),
+                incident("loss_spike", 152, resolved=True, resolved_step=177),
+            ],
+            151,
+            "exploding",
+            "Not healthy since step 151: exploding in a, 1 more after or beside it; over at 177, and nothing was done "
+            "about loss_spike.",
+            id="what-follows-from-a-handled-cause-was-left",
+        ),
+        pytest.param(
+            [
+                incident("exploding", 151, first_path="a", resolved_step=176, **TREATED),
+                incident("diverging", 152),
+            ],
+            151,
+            "exploding",
+            "Not healthy since step 151: exploding in a, 1 more after or beside it; nothing was done about diverging.",
+            id="and-is-not-over",
+        ),
+        pytest.param(
+            [
+                incident("exploding", 20, first_path="a", resolved_step=40, **TREATED),
+                incident("not_updating", 200, first_path="b", severity="critical"),
+            ],
+            200,
+            "not_updating",
+            "Not healthy since step 200: not_updating in b, 1 more after or beside it.",
+            id="a-handled-one-that-has-nothing-to-do-with-it",
+        ),
+        pytest.param(
+            [incident("dead", 30, first_path="b"), incident("not_learning", 20)],
+            20,
+            "dead",
+            "Not healthy since step 20: dead in b, 1 more after or beside it.",
+            id="a-cause-that-was-found-later",
+        ),
+    ],
+)
+def test_headline_and_verdict_name_one_step_and_one_cause(incidents, since, cause, headline):
+    data = well(400, *incidents)
+    told = summarise(data)
+    assert data.verdict is not None
+    assert data.verdict.headline == headline
+    assert (data.verdict.since, data.verdict.first[0]) == (since, cause)
+    (first,) = [s for s in told.stories if s.part == "first"]
+    assert first.rule == cause
+    title = first.title[0].lower() + first.title[1:]
+    assert told.headline == f"Not healthy since step {since}. The likely cause: {title}."
 
 
 def test_facts_say_what_was_treated(data):
@@ -114,7 +175,7 @@ def test_facts_say_that_nothing_was_changed_where_nothing_was():
 
 def test_facts_say_what_gradwatch_itself_took():
     facts = summarise(ReportData(num_steps=1000, overhead_seconds=1.5, total_seconds=100.0)).facts
-    assert facts[-1] == "gradwatch itself took 1.5 ms a step, of 0.1 s that a step took; 1.5 s in all."
+    assert facts[-1] == "gradwatch itself: 1.5 ms a step, of 0.1 s; 1.5 s in all."
 
 
 def test_treatment_that_left_little_says_how_little():

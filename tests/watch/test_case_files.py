@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,13 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from gradwatch import RememberedBatches, Watch
 from gradwatch.errors import ConfigError
-from gradwatch.records import CaseFile, Histogram
+from gradwatch.records import CaseFile, Histogram, Incident
+from gradwatch.rules import Expression
 from gradwatch.runs import read_run
 from gradwatch.stats import Gradients, exponent_histograms
 from gradwatch.watch._alarmed import Alarmed, note_histograms
 from gradwatch.watch._batches import NUM_STEPS, Batches
-from gradwatch.watch._case_files import MAX_BATCHES, MAX_CASES
+from gradwatch.watch._case_files import MAX_BATCHES, MAX_CASES, CaseFiles
 from gradwatch.watch._loaders import samples_of
 from gradwatch.watch._prediction import Forward
 
@@ -103,6 +105,89 @@ def test_the_alarm_s_bar_and_the_clip_s_limit_are_two_numbers() -> None:
     (done,) = [t for t in case.treatments if t.step == SPIKE]
     assert done.before == pytest.approx(case.at("global_norm"))
     assert done.after == pytest.approx(case.at("global_norm_after")) != done.before
+
+
+@pytest.mark.parametrize("worst", [SPIKE, SPIKE + 1])
+def test_a_number_stands_with_the_step_that_it_is_of(worst: int, tmp_path: Path) -> None:
+    """Also where it became worse after the case was opened."""
+    higher = {SPIKE: 30.0, SPIKE + 1: 20.0, worst: 90.0}
+    rule = Expression("loss > 20 * median(loss, 40)", name="high")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    with Watch(model, optimizer, on_error="raise", rules=[rule], run_dir=tmp_path / "run") as watch:
+        for step in range(100):
+            batch = batch_of(step, ())
+            loss = (model(batch["x"]) - batch["y"] * higher.get(step, 1.0)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            watch.step(loss, batch=batch)
+    (incident,) = watch.incidents
+    (case,) = read_run(tmp_path / "run").cases
+    records = {r.step: r for r in watch.history}
+    assert incident.worst_step == case.worst_step == worst
+    assert incident.value == case.value == records[worst].loss
+    assert case.step == SPIKE
+    bar = dict(case.lines())["bar"]
+    assert bar.startswith(f"{case.value:.3g} in the whole model" + (f" at step {worst}," if worst > SPIKE else ","))
+
+
+def test_a_case_takes_up_the_place_and_the_number_of_what_is_worse_together() -> None:
+    """None of the four stays behind: a number of the whole model is not told of a layer."""
+    model = nn.Linear(8, 1)
+    watch = Watch(model, torch.optim.SGD(model.parameters(), lr=1e-4), on_error="raise")
+    for step in range(4):
+        batch = batch_of(step)
+        (model(batch["x"]) - batch["y"]).square().mean().backward()
+        watch.step(batch=batch)
+    known = watch.session.engine
+    first = Incident(rule="r", first_step=2, last_step=2, value=3.0, limit=1.0, worst_path="weight", worst_step=2)
+    worse = replace(first, last_step=3, value=0.0, limit=float("nan"), worst_path="", worst_step=3)
+    engine = SimpleNamespace(
+        completion=known.completion,
+        autopsy=None,
+        alarmed=known.alarmed,
+        options=known.options,
+        judge=SimpleNamespace(incidents=[worse]),
+    )
+    cases = CaseFiles(engine, saves_batches=False)  # type: ignore[arg-type]
+    cases.open(first, watch.session.sinks)
+    assert (cases.cases[0].worst_path, cases.cases[0].value) == ("weight", 3.0)
+    cases.finish(watch.session.sinks)
+    (case,) = cases.cases
+    assert (case.worst_path, case.value, case.worst_step) == ("", 0.0, 3)
+    assert np.isnan(case.bar)
+    watch.close()
+
+
+def test_the_layer_that_the_number_is_of_stands_first_with_its_own_norm() -> None:
+    rule = Expression("grad_norm < 1e9 and step == 60", name="small", paths="0.weight")
+    case = train(rules=[rule], spikes=()).incidents[0].case
+    assert case is not None
+    assert case.worst_path == case.layers[0].path == "0.weight"
+    told = dict(case.lines())
+    assert told["layers"].startswith(f"0.weight {case.layers[0].at:.3g} (before ")
+    # Of what keeps its level there is nothing to say.
+    assert "2.weight" in [layer.path for layer in case.layers]
+    assert "2.weight" not in told["layers"]
+
+
+def test_a_case_tells_how_to_judge_its_run_anew_where_the_run_lies_now(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    live = spike_case(train(run_dir="a run"))
+    assert "replay         gradwatch replay 'a run' --rules rules.yaml" in str(live)
+    Path("a run").rename("moved")
+    (case,) = read_run("moved").cases
+    assert "replay         gradwatch replay moved --rules rules.yaml" in str(case)
+    assert "gradwatch replay moved --rules rules.yaml" in case._repr_html_()
+    assert "moved" not in json.dumps(case.to_json())
+    assert "replay" not in str(spike_case(train()))
+
+
+def test_what_passes_as_usual_is_said_of_the_global_norm_alone() -> None:
+    told = dict(spike_case(train(rules="autoclip")).lines())
+    assert "would have passed as usual" in told["global norm"]
+    assert "usual" not in told["bar"]
 
 
 def test_histograms_stand_before_at_and_after_the_step() -> None:
@@ -215,8 +300,6 @@ def test_a_batch_shown_twice_is_kept_once_and_every_micro_batch() -> None:
 
 
 def test_cases_and_batches_of_a_run_are_bounded(tmp_path: Path) -> None:
-    from gradwatch.rules import Expression
-
     rules = [Expression("loss >= 0", name=f"r{i}") for i in range(MAX_CASES + 8)]
     train(30, run_dir=tmp_path / "run", rules=rules, save_batch=True)
     assert len(read_run(tmp_path / "run").cases) == MAX_CASES
@@ -275,8 +358,6 @@ def test_watch_batches_count_epochs_and_batches_and_tell_the_samples() -> None:
     loader = DataLoader(data, batch_size=16)
     model = nn.Linear(8, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    from gradwatch.rules import Expression
-
     rules = [Expression("step == 6", name="six")]
     with Watch(model, optimizer, on_error="raise", rules=rules) as watch:
         for _ in range(2):
