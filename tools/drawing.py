@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from gradwatch.report import ReportData
+from gradwatch.report._svg import NORMS
 
 __all__ = ["draw", "draw_norms", "draw_tasks"]
 
 MISSING = -np.inf
-RED, GREY, GREEN, ORANGE, BLUE = "#e5002e", "#8b8b8b", "#1a9c6b", "#e07b00", "#1f6feb"
+RED, BLUE = "#e5002e", "#1f6feb"
 
 
 def draw(data: ReportData, path: Path, title: str, statistic: str = "grad_norm") -> None:
@@ -77,10 +78,11 @@ def draw_norms(data: ReportData, path: Path, title: str, names: dict[str, str]) 
         names: scalar -> what the legend calls it.
     """
     figure, axes = axes_of(title)
-    colors = {"global_norm": GREY, "global_norm_applied": GREEN, "limit": ORANGE}
+    styles = {curve.name: curve for curve in NORMS}
     for name, label in names.items():
         steps, values = data.scalars[name]
-        axes.plot(steps, values, color=colors[name], lw=1.2, label=label)
+        dashes = "--" if styles[name].dashes else "-"
+        axes.plot(steps, values, color=f"#{styles[name].color}", ls=dashes, lw=1.2, label=label)
     told = [incident for incident in data.incidents if incident.severity != "info"]
     for row, incident in enumerate(told):
         over = incident.resolved_step or data.last_step

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape as escape_html
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +28,28 @@ VIRIDIS = (
     *("22a884", "44bf70", "7ad151", "bddf26", "d8e219", "fde725"),
 )
 MISSING_COLOR, ZERO_COLOR, BAD_COLOR = "e4e4e8", "969696", "e5002e"
-CURVES = (
-    ("loss", "loss", "1f6fc4"),
-    ("global_norm", "global norm", "1f6fc4"),
-    ("global_norm_after", "after treatment", "e07b00"),
+
+
+class Curve(NamedTuple):
+    """A scalar's line; `apart_from`: drawn where it leaves that one alone, which it would hide."""
+
+    name: str
+    label: str
+    color: str
+    dashes: str = ""
+    apart_from: str = ""
+
+
+LOSS = (Curve("loss", "loss", "1f6fc4"),)
+NORMS = (
+    Curve("global_norm", "global norm", "1f6fc4"),
+    Curve("global_norm_after", "after treatment", "e07b00", apart_from="global_norm"),
+    Curve("global_norm_applied", "as the optimizer got it", "1a9c6b", apart_from="global_norm_after"),
+    Curve("limit", "the alarm’s bar", "cf0029", "6 4"),
+    Curve("clip_limit", "a clip’s limit", "1f2328", "2 3"),
 )
+"""In the colours of the page's own norms."""
+SEVERITIES = {"critical": "cf0029", "warning": "b25e00", "info": "1f6fc4"}
 
 
 def static_picture(data: ReportData) -> str:
@@ -40,8 +58,8 @@ def static_picture(data: ReportData) -> str:
         return ""
     parts: list[str] = []
     top = 14
-    for names in (("loss",), ("global_norm", "global_norm_after")):
-        drawn = list(_curves(data, names, top))
+    for curves in (LOSS, NORMS):
+        drawn = list(_curves(data, curves, top))
         if drawn:
             parts += [*drawn, *_incidents(data, top, CURVE)]
             top += CURVE + GAP
@@ -60,11 +78,10 @@ def _x(data: ReportData, steps: Floats) -> Floats:
     return GUTTER + (steps - data.first_step) / span * (WIDTH - GUTTER - 10)
 
 
-def _curves(data: ReportData, names: Sequence[str], top: int) -> Iterator[str]:
+def _curves(data: ReportData, curves: Sequence[Curve], top: int) -> Iterator[str]:
     """Yield the lines of one chart, on a logarithmic axis where all is above zero and spans a hundredfold."""
-    chosen = [curve for curve in CURVES if curve[0] in names and curve[0] in data.scalars]
-    known = [(label, color, *data.scalars[name]) for name, label, color in chosen]
-    finite = np.concatenate([v[np.isfinite(v)] for _, _, _, v in known]) if known else np.zeros(0)
+    when, values_CT = _values(data, curves)
+    finite = values_CT[np.isfinite(values_CT)]
     if not len(finite):
         return
     is_log = bool(finite.min() > 0 and finite.max() >= 100 * finite.min())
@@ -74,28 +91,56 @@ def _curves(data: ReportData, names: Sequence[str], top: int) -> Iterator[str]:
     yield f'<path d="M{GUTTER} {top}v{CURVE}H{WIDTH - 10}" fill="none" stroke="#b9c0c9"/>'
     for value, y in ((high, top + 8), (low, top + CURVE)):
         yield _label(GUTTER - 6, y, f"{10**value if is_log else value:.3g}", anchor="end")
-    for place, (label, color, steps, values) in enumerate(known):
-        when, pooled = pool(np.asarray(steps, np.float64), np.asarray(values, np.float32)[:, None], 4 * MAX_COLUMNS)
-        sizes = pooled[:, 0].astype(np.float64)
+    drawn = [(curve, row) for curve, row in zip(curves, values_CT, strict=True) if np.isfinite(row).any()]
+    for place, (curve, values) in enumerate(drawn):
         with np.errstate(all="ignore"):
-            height = (np.log10(sizes) if is_log else sizes) - low
+            height = (np.log10(values) if is_log else values) - low
         heights = top + CURVE - height / span * (CURVE - 8)
-        yield f'<path d="{_line(_x(data, when), heights)}" fill="none" stroke="#{color}" stroke-width="1.4"/>'
-        yield f'<rect x="8" y="{top + 22 + 16 * place}" width="10" height="3" fill="#{color}"/>'
-        yield _label(24, top + 28 + 16 * place, label)
+        style = f'fill="none" stroke="#{curve.color}" stroke-width="1.4"'
+        style += f' stroke-dasharray="{curve.dashes}"' if curve.dashes else ' stroke-linecap="round"'
+        yield f'<path d="{_line(_x(data, when), heights)}" {style}/>'
+        yield f'<path d="M6 {top + 24 + 16 * place}h14" {style.replace("1.4", "2.5")}/>'
+        yield _label(26, top + 28 + 16 * place, curve.label)
+
+
+def _values(data: ReportData, curves: Sequence[Curve]) -> tuple[Floats, Floats]:
+    """Return steps (T,) and the curves' values over them (C, T), pooled; `MISSING` where there is none to draw."""
+    held = [data.scalars[curve.name] for curve in curves if curve.name in data.scalars]
+    steps = np.unique(np.concatenate([np.asarray(when, np.float64) for when, _ in held])) if held else np.zeros(0)
+    table = np.full((len(steps), len(curves)), MISSING, np.float32)
+    for place, curve in enumerate(curves):
+        when, values = data.scalars.get(curve.name, ((), ()))
+        table[np.searchsorted(steps, np.asarray(when, np.float64)), place] = np.asarray(values, np.float64)
+    when, pooled = pool(steps, table, 4 * MAX_COLUMNS)
+    values_CT = pooled.T.astype(np.float64)
+    names = [curve.name for curve in curves]
+    shown = values_CT.copy()
+    for place, curve in enumerate(curves):
+        if curve.apart_from:
+            shown[place, _lies_on(values_CT[place], values_CT[names.index(curve.apart_from)])] = MISSING
+    return when, shown
+
+
+def _lies_on(values: Floats, others: Floats) -> NDArray[np.bool_]:
+    """Return where a curve lies on another, also at its neighbours: next to where it leaves it, it is drawn."""
+    with np.errstate(all="ignore"):
+        lies = np.pad(np.abs(values - others) <= 1e-6 * np.abs(others), 1, constant_values=True)
+    return lies[:-2] & lies[1:-1] & lies[2:]
 
 
 def _line(x: Floats, y: Floats) -> str:
+    """Return a path over what is finite; a point that stands alone is a dot."""
     known = np.isfinite(y)
     begins = known & ~np.append(False, known[:-1])
-    return "".join(f"{'M' if b else 'L'}{a:.0f} {c:.0f}" for a, c, k, b in zip(x, y, known, begins, strict=True) if k)
+    alone = begins & ~np.append(known[1:], False)
+    marks = zip(x, y, known, begins, alone, strict=True)
+    return "".join(f"{'M' if b else 'L'}{a:.0f} {c:.0f}{'h1' if one else ''}" for a, c, k, b, one in marks if k)
 
 
 def _incidents(data: ReportData, top: int, height: int) -> Iterator[str]:
-    colors = {"critical": "cf0029", "warning": "b25e00"}
     for incident in data.incidents[:60]:
         x = float(_x(data, np.array([incident.first_step], np.float64))[0])
-        color = colors.get(incident.severity, "1f6fc4")
+        color = SEVERITIES.get(incident.severity, SEVERITIES["info"])
         yield f'<path d="M{x:.0f} {top}v{height}" stroke="#{color}" stroke-dasharray="3 3"/>'
 
 

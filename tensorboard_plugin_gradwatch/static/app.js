@@ -107,7 +107,8 @@ export class App {
   }
 
   draw() {
-    const {state, panels} = this, dark = this.view.dark();
+    // Paper is white, whatever the screen is.
+    const {state, panels} = this, dark = this.view.dark() && !this.printing;
     document.body.classList.toggle('gw-dark', dark);
     const about = Object.assign({}, ...panels.map((p) => p.data.info?.statistics || {}));
     const stat = (this.stat = describe(state.stat, about[state.stat]?.about));
@@ -123,10 +124,10 @@ export class App {
     const full = (this.full = this.printing ? PAPER : Math.max(280, this.root.clientWidth - 32));
     const beside = panels.length === 2 && full >= 1100;
     const width = beside ? Math.floor((full - 24) / 2) : full;
-    const gutter = Math.round(Math.min(230, Math.max(150, width * 0.2)));
+    const gutter = gutterOf(width);
     this.panelsBox.classList.toggle('gw-beside', beside);
     const range = (this.range = rangeOf(panels.flatMap((p) => p.displayed(state, stat, foldedSet(state))), stat.linear));
-    this.over.draw({panels, stat, state, width: full, gutter: Math.round(Math.min(230, Math.max(150, full * 0.2)))});
+    this.over.draw({panels, stat, state, width: full, gutter: gutterOf(full)});
     keep(this.panelsBox, ...panels.map((p) => p.root));
     for (const panel of panels) panel.draw({state, stat, range, dark, width, gutter, folded: foldedSet(state), titled: panels.length > 1});
     this.#legend(range, dark, stat);
@@ -228,8 +229,10 @@ export class App {
       this.panels.map((p) => ({run: p.data.id, verdict: p.data.verdict})), this.panels.every((p) => !p.data.error));
     const unread = this.panels.length && this.panels.every((p) => !p.data.info);
     this.verdict.className = `gw-verdict ${unread ? 'gw-info' : said.className}`;
-    clear(this.verdict, unread ? 'This run can’t be shown; the reason is below.' : said.text,
-      !unread && said.first ? el('button', {type: 'button', onclick: () => this.goTo(said.first.incident, said.first.run)}, 'Show it') : null);
+    const several = said.lines.length > 1;
+    clear(this.verdict, ...(unread ? ['This run can’t be shown; the reason is below.'] : said.lines.map(({run, text, className, first}) => el('div', {className},
+      several ? el('span', {className: 'gw-dot'}) : null, run ? el('b', {}, `${run}: `) : null, text,
+      first ? el('button', {type: 'button', onclick: () => this.goTo(first.incident, first.run)}, 'Show it') : null))));
     incidentTable(this.table, entries, {several: this.panels.length > 1,
       chosen: entries.find((e) => isSame(e.incident, this.incident)), onChoose: (e) => this.goTo(e.incident, e.run)});
   }
@@ -338,6 +341,11 @@ export class App {
       timer = setTimeout(() => this.panels.length && this.draw(), 80);
     });
   }
+}
+
+/** Room for names of rows, left of the pictures. */
+function gutterOf(width) {
+  return Math.round(Math.min(230, Math.max(Math.min(150, 0.27 * width), 0.2 * width)));
 }
 
 /** The run that was written to last. */

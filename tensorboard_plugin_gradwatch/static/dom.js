@@ -55,7 +55,10 @@ export function power(exponent) {
   return `1e${exponent}`;
 }
 
-/** A canvas of CSS size w x h, sharp on dense screens; returns its context in CSS pixels. */
+/**
+ * An empty canvas of CSS size w x h, sharp on dense screens; returns its context in CSS pixels. Setting the size empties it: on
+ * paper a `clearRect` paints white over what lies below.
+ */
 export function sizeCanvas(canvas, w, h) {
   const ratio = window.devicePixelRatio || 1;
   canvas.width = Math.max(1, Math.round(w * ratio));

@@ -27,7 +27,6 @@ export class Flow {
     const below = named ? 24 + Math.min(126, 5.2 * Math.max(4, ...rows.map((row) => shortName(row).length))) : 24;
     const height = 280 + below;
     const g = sizeCanvas(this.canvas, width, height);
-    g.clearRect(0, 0, width, height);
     g.font = '11px system-ui, sans-serif';
     if (!matrix.count || !rows.length) return;
     const at = columnAt(matrix.steps, view.step === '' ? matrix.steps[matrix.count - 1] : view.step);

@@ -58,7 +58,6 @@ export class Heatmap {
     if (!this.view) return;
     const {layout} = this.view;
     const g = sizeCanvas(this.overlay, this.width, layout.height);
-    g.clearRect(0, 0, this.width, layout.height);
     const row = path && layout.rows.find((r) => r.path === path);
     if (row) {
       g.strokeStyle = cssColor('--gw-mark');

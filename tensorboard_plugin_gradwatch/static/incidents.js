@@ -42,11 +42,13 @@ function line(entry, {several, chosen, onChoose}) {
     el('td', {className: 'gw-path', title: (incident.paths || []).join('\n')}, ...breakable(where), more > 0 ? el('small', {}, `and ${more} more`) : null),
     el('td', {className: 'gw-num'}, limited(incident.value, incident.rule === 'non_finite'), elsewhere(incident)),
     el('td', {className: 'gw-num'}, limited(incident.limit)),
-    el('td', {}, (incident.treatments || []).join(', ') || '–'),
+    el('td', {className: incident.treatments?.length ? '' : 'gw-none'}, (incident.treatments || []).join(', ') || '–'),
     el('td', {className: 'gw-advice'}, el('div', {}, incident.message ? el('b', {}, incident.message) : null,
       incident.message && incident.advice ? ' ' : null, ...marked(incident.advice || '')), entry === chosen ? caseFile(incident) : null),
   ];
   if (several) cells.unshift(el('td', {}, run));
+  const heads = several ? ['run', ...HEADS] : HEADS;
+  cells.forEach((cell, i) => (cell.dataset.head = heads[i]));
   row.append(...cells);
   return row;
 }
@@ -62,10 +64,13 @@ function span(incident) {
   return b > a ? `${a}–${b}` : String(a);
 }
 
-/** Which path the value is of, where it is not the one it began in. */
-function elsewhere({worst_path: path, first_path: first, value}) {
-  if (path === undefined || path === null || path === first || !Number.isFinite(value)) return null;
-  return path ? el('small', {title: path}, ...breakable(path)) : el('small', {}, 'whole model');
+/** Which path and step the value is of, where they are not those it began at. */
+function elsewhere({worst_path: path, first_path: first, worst_step: step, first_step: began, value}) {
+  if (!Number.isFinite(value)) return null;
+  const where = path === undefined || path === null || path === first ? null : path || 'whole model';
+  const when = step === undefined || step === null || step === began ? '' : `at step ${step}`;
+  if (where === null && !when) return null;
+  return el('small', {title: where || ''}, ...(where === null ? [] : breakable(where)), where !== null && when ? ' ' : null, when);
 }
 
 /** NaN means that there is no such number, except where a rule looks for NaN. */
@@ -74,24 +79,31 @@ function limited(value, meant = false) {
   return (text === 'NaN' && !meant) || text === '' ? '–' : text;
 }
 
-/** One line above the pictures: what is said of each run, and what to look at first. `told`: [{run, verdict}]. */
+/**
+ * What stands above the pictures: what is said of each run, on a line of its own, and what to look at first. `told`: [{run, verdict}].
+ * @returns {{className: string, lines: {run: string, text: string, className: string, first: object}[]}}
+ */
 export function verdict(entries, told, whole) {
-  const said = told.filter((t) => t.verdict);
-  if (!said.length) return {className: 'gw-info', text: whole ? 'Nothing can be said of this log.' : 'Parts of this log can’t be read.'};
-  const ill = said.filter((t) => t.verdict.tone === 'bad').length;
-  const unseen = said.filter((t) => t.verdict.tone === 'unseen').length;
-  const worst = entries.some((e) => e.incident.severity === 'critical') ? 'gw-critical' : 'gw-warning';
-  const text = said.map((t) => (said.length > 1 ? `${t.run}: ${t.verdict.headline}` : t.verdict.headline)).join(' ');
-  return {className: ill ? worst : unseen || !whole ? 'gw-info' : 'gw-good', first: leading(entries, said),
-    text: whole ? text : `${text} Parts of this log can’t be read.`};
+  const said = told.filter((t) => t.verdict), unread = 'Parts of this log can’t be read.';
+  const alone = (text) => ({className: 'gw-info', lines: [{run: '', text, className: 'gw-info'}]});
+  if (!said.length) return alone(whole ? 'Nothing can be said of this log.' : unread);
+  const lines = said.map((one) => ({run: said.length > 1 ? one.run : '', text: one.verdict.headline,
+    className: toneOf(one, entries), first: leading(entries, one)}));
+  if (!whole) lines.push({...alone(unread).lines[0]});
+  const tones = lines.map((one) => one.className);
+  return {className: TONES.find((tone) => tones.includes(tone)), lines};
 }
 
-/** The incident that the first of the verdicts with one names. */
-function leading(entries, said) {
-  for (const {run, verdict: {first}} of said) {
-    const found = first && entries.find((e) => e.run === run && e.incident.rule === first[0] && e.incident.first_step === first[1]
-      && e.incident.id === first[2]);
-    if (found) return found;
-  }
-  return entries[0];
+const TONES = ['gw-critical', 'gw-warning', 'gw-info', 'gw-good'];
+
+function toneOf({run, verdict: {tone}}, entries) {
+  if (tone !== 'bad') return tone === 'unseen' ? 'gw-info' : 'gw-good';
+  return entries.some((e) => e.run === run && e.incident.severity === 'critical') ? 'gw-critical' : 'gw-warning';
+}
+
+/** The incident that a run's verdict names; its first where it names none. */
+function leading(entries, {run, verdict: {first}}) {
+  const own = entries.filter((e) => e.run === run);
+  const named = first && own.find(({incident: i}) => i.rule === first[0] && i.first_step === first[1] && i.id === first[2]);
+  return named || own[0];
 }

@@ -1,7 +1,7 @@
 // Curves over steps, by uPlot. On a logarithmic axis zeros and non-finite values have no place: they become ticks.
 
 import uPlot from './vendor/uPlot.js';
-import {cssColor, number} from './dom.js';
+import {cssColor, number, ticks} from './dom.js';
 
 /** Kept free on the right, so that the last label of the axis is not cut off. The heatmap keeps the same. */
 export const MARGIN = 16;
@@ -12,7 +12,7 @@ const SEVERITY = {critical: '--gw-critical', warning: '--gw-warning', info: '--g
  * One chart of several series over common steps.
  *
  * @param {HTMLElement} place where it is drawn; emptied first.
- * @param {object} spec {title, steps, series: [{label, values, color, width, dash}], width, height, gutter, linear,
+ * @param {object} spec {title, steps, series: [{label, values, color, width, dash, apartFrom: values of a curve it is drawn beside only where it leaves it}], width, height, gutter, linear,
  *   range: [min, max], quiet: no legend, bands: [{series: [upper, lower], fill}], spans: true where a curve goes on over steps it has no point at,
  *   guide: {value, label}, incidents, low, high, step, on: {zoom, step}}.
  */
@@ -26,6 +26,8 @@ export class LineChart {
     this.spec = spec;
     this.plot?.destroy();
     const drawn = spec.series.map((one) => clean(one.values, spec.linear));
+    this.counts = drawn.map((values) => values.filter((v) => v !== null).length);
+    spec.series.forEach((one, i) => one.apartFrom && (drawn[i] = apart(drawn[i], one.values, one.apartFrom)));
     this.bad = spec.series.map((one) => one.values);
     this.plot = new uPlot(this.#options(spec, drawn), [Array.from(spec.steps), ...drawn], this.place);
   }
@@ -42,17 +44,19 @@ export class LineChart {
   }
 
   #options(spec, drawn) {
+    const last = Math.max(spec.high, spec.low + 1), room = spec.width - spec.gutter - MARGIN;
     const muted = () => cssColor('--gw-muted'), grid = {stroke: () => cssColor('--gw-grid'), width: 1};
     return {
       width: spec.width, height: spec.height, padding: [8, MARGIN, 0, 0],
       title: spec.title || '', legend: {live: true, show: !spec.quiet},
       cursor: {drag: {x: true, y: false, setScale: false}, points: {size: 5}},
       scales: {
-        x: {time: false, range: () => [spec.low, Math.max(spec.high, spec.low + 1)]},
+        x: {time: false, range: () => [spec.low, last]},
         y: spec.linear ? {range: spec.range || ((u, a, b) => padded(a, b))} : {distr: 3, range: (u, a, b) => decades(a, b, spec)},
       },
       axes: [
-        {stroke: muted, grid, ticks: grid, size: 28, font: '11px system-ui, sans-serif', space: 80},
+        // The heatmap's own steps.
+        {stroke: muted, grid, ticks: grid, size: 28, font: '11px system-ui, sans-serif', splits: () => ticks(spec.low, last - 1, Math.max(2, room / 90))},
         {stroke: muted, grid, ticks: {show: false}, size: spec.gutter, font: '11px system-ui, sans-serif',
           ...(spec.linear ? {} : {splits: (u, i, low, high) => powers(low, high), filter: (u, splits) => splits}),
           values: (u, splits) => splits.map((v) => (v === null ? '' : number(v)))},
@@ -61,7 +65,7 @@ export class LineChart {
         {label: 'step', value: (u, v) => (v === null ? '' : String(v))},
         ...spec.series.map((one, i) => ({
           label: one.label, stroke: one.color, width: one.width || 1.5, dash: one.dash, spanGaps: Boolean(spec.spans),
-          points: {show: drawn[i].filter((v) => v !== null).length < 60, size: 4},
+          points: {size: 4, ...pointsOf(drawn[i], this.counts[i] < 60 && !one.dash)},
           value: (u, v, s, at) => (at === null || at === undefined ? '' : said(this.bad[i][at])),
         })),
       ],
@@ -135,6 +139,19 @@ export class LineChart {
 
 function clean(values, linear) {
   return Array.from(values, (v) => (Number.isFinite(v) && (linear || v > 0) ? v : null));
+}
+
+/** Few points are drawn as such; of many, and of dashes, those alone that no line reaches. */
+function pointsOf(drawn, all) {
+  if (all) return {show: true};
+  const alone = drawn.flatMap((v, i) => (v !== null && (drawn[i - 1] ?? null) === null && (drawn[i + 1] ?? null) === null ? [i] : []));
+  return {show: false, filter: () => (alone.length ? alone : null)};
+}
+
+/** Without the points at which a curve lies on another, and would hide it; next to where it leaves it they stay. */
+function apart(drawn, values, others) {
+  const lies = Array.from(values, (v, i) => Math.abs(v - others[i]) <= 1e-6 * Math.abs(others[i]));
+  return drawn.map((v, i) => ((lies[i - 1] ?? true) && lies[i] && (lies[i + 1] ?? true) ? null : v));
 }
 
 function said(value) {

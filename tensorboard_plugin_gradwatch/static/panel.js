@@ -123,17 +123,17 @@ export class Panel {
     const limit = scalarColumn(headline, 'limit'), most = scalarColumn(headline, 'global_norm_max');
     const series = [];
     if (most && differs(most, before)) series.push({label: 'largest since the last point', values: most, color: cssColor('--gw-faint'), width: 1});
-    series.push({label: 'global norm before treatment', values: before, color: cssColor('--gw-line-1')});
-    if (after && differs(after, before)) series.push({label: 'after', values: after, color: cssColor('--gw-line-2')});
+    series.push({label: 'global norm before treatment', values: before, color: cssColor('--gw-produced')});
+    if (after && differs(after, before)) series.push({label: 'after treatment', values: after, color: cssColor('--gw-treated'), apartFrom: before});
     const applied = scalarColumn(headline, 'global_norm_applied');
     if (applied && differs(applied, after || before)) {
-      series.push({label: 'as the optimizer got it', values: applied, color: cssColor('--gw-line-3')});
+      series.push({label: 'as the optimizer got it', values: applied, color: cssColor('--gw-applied'), apartFrom: after || before});
     }
     // Event files, whose points are windows of steps, hold one number for both, the smaller.
     const clip = scalarColumn(headline, 'clip_limit');
     const name = scalarColumn(headline, 'window') ? 'a rule’s bar, a clip’s limit' : 'the alarm’s bar';
-    if (isSeen(limit)) series.push({label: name, values: limit, color: cssColor('--gw-critical'), width: 1, dash: [6, 4]});
-    if (isSeen(clip)) series.push({label: 'a clip’s limit', values: clip, color: cssColor('--gw-line-2'), width: 1, dash: [2, 3]});
+    if (isSeen(limit)) series.push({label: name, values: limit, color: cssColor('--gw-alarm'), width: 1, dash: [6, 4]});
+    if (isSeen(clip)) series.push({label: 'a clip’s limit', values: clip, color: cssColor('--gw-limit'), width: 1.5, dash: [2, 3]});
     this.norm.draw({steps: headline.steps, series, width, height: 190, gutter, incidents, low, high, step: state.step,
       on: {zoom: this.on.zoom, step: (step) => this.on.select(step, null)}});
   }

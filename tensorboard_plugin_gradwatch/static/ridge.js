@@ -18,7 +18,6 @@ export class Ridge {
     const [{data}] = runs, others = runs.slice(1).filter((run) => run.data.count && run.data.rows > 2);
     this.outline = others.length ? runs[0].color : cssColor('--gw-page');
     const g = sizeCanvas(this.canvas, width, height);
-    g.clearRect(0, 0, width, height);
     g.font = '11px system-ui, sans-serif';
     const bins = data.rows - 2;
     if (!data.count || bins <= 0) {
@@ -85,7 +84,7 @@ export class Ridge {
       g.fillStyle = cssColor('--gw-grid');
       g.fillRect(x(e), box.top - 8, 1, box.bottom - box.top + 8);
       g.fillStyle = cssColor('--gw-muted');
-      g.fillText(power(e), x(e), box.bottom + 14);
+      if (x(e) - box.left > 12) g.fillText(power(e), x(e), box.bottom + 14);
     }
     if (low < HALF_SMALLEST && HALF_SMALLEST < high) {
       g.strokeStyle = cssColor('--gw-warning');

@@ -251,3 +251,116 @@ def test_where_there_is_no_static_picture_the_drawn_one_fits_the_paper(driver, s
         assert driver.execute_script("return document.querySelector('.gw-axis').getBoundingClientRect().width") > 1000
     finally:
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def legend_colors(driver, place: str) -> dict[str, str]:
+    """Label -> colour of the curve beside it, of a chart's legend."""
+    script = """return [...document.querySelectorAll(arguments[0] + ' .u-series')]
+      .map((n) => [n.querySelector('.u-label').textContent, n.querySelector('.u-marker')])
+      .map(([label, marker]) => [label, marker ? getComputedStyle(marker).borderColor : ''])"""
+    return {label: color for label, color in driver.execute_script(script, place) if label != "step"}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_norm_has_a_colour_of_its_own(driver, show, runs, theme):
+    driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    )
+    try:
+        show(runs["spike"])
+        found = legend_colors(driver, ".gw-norm")
+    finally:
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert {"global norm before treatment", "after treatment", "a clip’s limit"} <= found.keys()
+    assert len(set(found.values())) == len(found)
+
+
+COLOR_COUNT = """
+const probe = document.createElement('canvas').getContext('2d');
+probe.fillStyle = getComputedStyle(document.body).getPropertyValue(arguments[0]).trim();
+probe.fillRect(0, 0, 1, 1);
+const [r, g, b] = probe.getImageData(0, 0, 1, 1).data;
+const canvas = document.querySelector('.gw-norm canvas');
+const seen = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+let count = 0;
+for (let i = 0; i < seen.length; i += 4) {
+  count += Math.abs(seen[i] - r) + Math.abs(seen[i + 1] - g) + Math.abs(seen[i + 2] - b) < 12;
+}
+return count;
+"""
+
+
+def test_a_norm_that_was_not_changed_is_not_hidden_behind_the_one_after_treatment(driver, show, runs):
+    show(runs["spike"])  # clipped at 4 steps of 400
+    produced, treated = (driver.execute_script(COLOR_COUNT, name) for name in ("--gw-produced", "--gw-treated"))
+    assert produced > 20 * treated > 0
+
+
+def test_a_dark_page_is_printed_as_a_light_one(driver, show, runs):
+    driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
+    is_dark = "return document.body.classList.contains('gw-dark')"
+    try:
+        show(runs["spike"])
+        assert driver.execute_script(is_dark)
+        driver.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+        assert not driver.execute_script(is_dark)
+        driver.execute_script("window.dispatchEvent(new Event('afterprint'))")
+        assert driver.execute_script(is_dark)
+    finally:
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_nothing_that_lies_over_the_cells_wipes_them_out_on_paper(driver, show, runs):
+    """A canvas is printed stroke by stroke, and a `clearRect` among them as a white one."""
+    show(runs["small"])
+    driver.execute_script(
+        """window.wiped = [];
+        const clear = CanvasRenderingContext2D.prototype.clearRect;
+        CanvasRenderingContext2D.prototype.clearRect = function (...box) {
+          window.wiped.push(this.canvas.className);
+          return clear.apply(this, box);
+        };
+        document.querySelector('.gw-plot').focus();"""
+    )
+    for name in ("ArrowLeft", "ArrowDown", "f", "f"):
+        key(driver, name)
+    driver.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+    wiped = driver.execute_script("return window.wiped")
+    driver.execute_script("window.dispatchEvent(new Event('afterprint'))")
+    assert wiped  # the charts', each of which has a place of its own
+    assert set(wiped) == {""}
+
+
+def test_of_several_runs_each_has_its_own_line_and_leads_to_its_own_incident(driver, show, runs):
+    show(*runs.values())
+    driver.execute_script("document.querySelector('.gw-verdict').hidden = false")
+    lines = texts(driver, ".gw-verdict > div")
+    assert [line.split(":")[0] for line in lines] == ["spike", "small", "third"]
+    shown = "return [...document.querySelectorAll('.gw-verdict > div')].map((n) => Boolean(n.querySelector('button')))"
+    has = [bool(data.incidents) for data in runs.values()]
+    assert driver.execute_script(shown) == has
+    last = max(place for place, told in enumerate(has) if told)
+    driver.execute_script(f"document.querySelectorAll('.gw-verdict > div')[{last}].querySelector('button').click()")
+    first = list(runs.values())[last].verdict.first[1]
+    wait_until(lambda: texts(driver, ".gw-step output")[0] == f"step {first}", "the run's own incident")
+
+
+@pytest.mark.parametrize("width", [400, 900])
+def test_incidents_are_read_without_scrolling_sideways(driver, show, runs, width):
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        show(*runs.values())
+        for place in (".gw-incidents .gw-scroll", "html"):
+            node = f"document.querySelector({place!r})"
+            assert driver.execute_script(f"return {node}.scrollWidth - {node}.clientWidth") <= 0
+        ends = "return [...document.querySelectorAll('.gw-line td')].map((n) => n.getBoundingClientRect().right)"
+        assert max(driver.execute_script(ends)) <= width
+        # What stands alone in a cell is named there, for the heads are gone.
+        named = "return getComputedStyle(document.querySelector('.gw-line td[data-head=bar]'), '::before').content"
+        assert "bar" in driver.execute_script(named)
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
