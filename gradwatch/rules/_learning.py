@@ -104,6 +104,7 @@ class NotLearning(Rule):
             "guesses": (),
             "lr": math.nan,
             "update": math.nan,
+            "rate": math.nan,
             "follows": False,
             "values": False,
             "tuned": False,
@@ -158,7 +159,7 @@ class NotLearning(Rule):
             chosen = select(record.index, self.paths, min_ndim=2) & record.measured("update_ratio")
             ratios = record.columns["update_ratio"][chosen]
             if len(ratios):
-                state = {**state, "update": float(np.median(ratios))}
+                state = {**state, "update": float(np.median(ratios)), "rate": record.lr}
         found = self._level(record)
         if found is None or Progress(*state["loss"]).seen < 40:
             return state
@@ -202,9 +203,9 @@ class NotLearning(Rule):
     @staticmethod
     def _because(record: StepRecord, state: State) -> str:
         update, frozen = state["update"], _frozen_share(record.index)
-        # The record that ends a run has none of its own.
-        rate = record.lr if math.isfinite(record.lr) else state["lr"]
-        rate = f" ({rate:.2g})" if math.isfinite(rate) else ""
+        # The record that ends a run has no learning rate of its own, nor had states of older releases.
+        known = record.lr if math.isfinite(record.lr) else state.get("rate", math.nan)
+        rate = f" ({known:.2g})" if math.isfinite(known) else ""
         if frozen > _MOSTLY:
             return f"; {frozen:.0%} of the model is frozen: check `requires_grad`"
         if clipped := clipped_to_nothing(record):

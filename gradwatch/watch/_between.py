@@ -41,8 +41,8 @@ class Between:
         """Return whether norms of gradients went from `before` to `now` by a clip; both of shape (n,)."""
         large, small = whole(before), whole(now)
         if not math.isfinite(large):
-            # A clip by the norm spreads what is not finite: before it, the place is known.
-            return True
+            # A clip by the norm spreads what is not finite: before it, the place is known. What stayed was not clipped.
+            return not np.allclose(before, now, rtol=_SAME, atol=0, equal_nan=True)
         if not math.isfinite(small) or small == 0 or math.isclose(large, small, rel_tol=_SAME):
             return False
         if (now > before * (1 + 1e-3)).any() or small > large:

@@ -193,7 +193,8 @@ def test_a_recording_that_failed_is_not_said_to_be_written(tmp_path, capsys, mon
     assert "No space left on device" in out
 
 
-def test_what_is_said_at_the_end_of_a_run_names_the_learning_rate_that_it_had():
+@pytest.mark.parametrize("tells_targets", [True, False])
+def test_what_is_said_at_the_end_of_a_run_names_the_learning_rate_that_it_had(tells_targets):
     torch.manual_seed(0)
     net = nn.Linear(8, 10)
     optimizer = torch.optim.SGD(net.parameters(), 1e-7)
@@ -202,8 +203,25 @@ def test_what_is_said_at_the_end_of_a_run_names_the_learning_rate_that_it_had():
             outputs, targets = net(torch.randn(32, 8)), torch.randint(0, 10, (32,))
             loss = nn.functional.cross_entropy(outputs, targets)
             loss.backward()
-            watch.step(loss=loss, outputs=outputs, targets=targets)
+            watch.step(loss=loss, **({"outputs": outputs, "targets": targets} if tells_targets else {}))
             optimizer.zero_grad()
     (told,) = [i for i in watch.incidents if i.rule == "not_learning"]
     assert told.first_step == 299
     assert "raise the learning rate (1e-07)" in told.message
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_gradients_that_are_not_finite_were_clipped_by_nobody_unless_somebody_did(clips):
+    torch.manual_seed(0)
+    net = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    with Watch(net, optimizer) as watch:
+        for step in range(90):
+            bad = torch.tensor([1.0, float("inf") if step > 20 else 1.0])
+            (net(torch.randn(8, 4)) * bad).square().mean().backward()
+            if clips:
+                nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            watch.step()
+            optimizer.zero_grad()
+    assert ("clipped the gradients" in watch.summary()) == clips
+    assert "the norm nan became nan" not in watch.summary()
