@@ -190,9 +190,11 @@ class ReportData:
 
 
 def _name(run: Run) -> str:
-    """The folder's name; that of the folder above where it is merely called as the callback (`version_3/gradwatch`)."""
-    folder = run.path.resolve()
-    return folder.parent.name if folder.name == run.meta.get("name") and folder.parent.name else folder.name
+    """The folder's name; that of the folder above where it is merely called as the callback (`version_3/gradwatch`). A
+    log of another program is called by its own."""
+    folder, meta = run.path.resolve(), run.meta
+    is_callbacks = meta.get("format") == "gradwatch-run" and folder.name == meta.get("name")
+    return folder.parent.name if is_callbacks and folder.parent.name else folder.name
 
 
 def table_of(steps: NDArray[Any], values_TN: Floats, measured_TN: NDArray[np.bool_]) -> Table:

@@ -3,6 +3,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from gradwatch.errors import ConfigError, RunFormatError, UnknownNameError
+from gradwatch.report import ReportData
 from gradwatch.rules import Exploding, NonFinite, RuleBook
 from gradwatch.runs import read_log, replay
 
@@ -130,3 +131,13 @@ def test_garbage_is_an_error_and_no_crash(tmp_path):
     (tmp_path / "events.out.tfevents.1").write_bytes(b"\0" * 100)
     with pytest.raises(RunFormatError):
         read_log(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["run", "gradwatch", "metrics.csv"])
+def test_a_log_is_called_by_its_own_name(tmp_path, name):
+    """Two runs of one folder would otherwise share one."""
+    if name.endswith(".csv"):
+        (tmp_path / name).write_text("step,loss\n0,1\n")
+    else:
+        events(tmp_path / name, loss={0: 1.0})
+    assert ReportData.from_run(read_log(tmp_path / name)).name == name
