@@ -26,9 +26,13 @@ _CARD = "max-width:760px;font-size:13px;line-height:1.45"
 
 
 class Prints:
-    """Shown in a notebook's plain text as `str` gives it."""
+    """Shown in a notebook's plain text, and at IPython's prompt, as `str` gives it."""
 
     __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        # IPython goes from class to class, and takes a class's own `__repr__` before what its base says.
+        cls._repr_pretty_ = cls._repr_pretty_  # type: ignore[method-assign]
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(type(self).__name__ if cycle else printable(self))

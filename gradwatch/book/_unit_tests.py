@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .._markup import Prints
 from .._text import shown
 from .._warn import one_line
 from ..errors import ConfigError, UnknownNameError
@@ -52,7 +53,7 @@ class RuleTestResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuleTestReport:
+class RuleTestReport(Prints):
     """All tests of a rules file. Prints as the lines a user reads."""
 
     path: str

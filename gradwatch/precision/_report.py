@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._markup import Prints
 from ..records import StepRecord
 from ._exponents import lost, scale_exponents
 from ._formats import FORMATS, Format, cast_loss, format_named
@@ -22,7 +23,7 @@ _LOSS_SCALES = range(25)
 
 
 @dataclass(frozen=True)
-class FormatLoss:
+class FormatLoss(Prints):
     """What all tensors together, and the worst of them, would lose in one format.
 
     Attributes:
@@ -49,7 +50,7 @@ class FormatLoss:
 
 
 @dataclass(frozen=True)
-class PrecisionReport:
+class PrecisionReport(Prints):
     """What a run's gradients would lose if it switched formats.
 
     Attributes:

@@ -20,7 +20,7 @@ SEVERITIES = ("info", "warning", "critical")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Finding(Prints):
     """What a rule reports at one step for one path (`""`: the whole model). Prints as the sentence a user reads."""
 
     rule: str

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from .._markup import Prints
 from ._incident import _plain
 
 __all__ = ["Sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Sample(Prints):
     """One sample of a batch, and what it did to the gradient. Prints as the sentence a user reads.
 
     Attributes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .._markup import number
+from .._markup import Prints, card, escape, number, table
 from ..records import HEALTHY, NOT_ENOUGH_SEEN, SEVERITIES, Incident, Verdict, cost_of_steps, judge_run, rank_incidents
 from ._data import ReportData
 from ._words import explain
@@ -46,7 +46,7 @@ class Story:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class Summary(Prints):
     """Attributes:
     verdict: the words all doors share.
     state: how it is shown: "healthy", "noted" (healthy, with something to know), "unseen", "warning" or "critical".
@@ -62,6 +62,15 @@ class Summary:
     facts: tuple[str, ...]
     stories: tuple[Story, ...]
     notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        told = [f"{place}. {story.title}: {story.place}" for place, story in enumerate(self.stories, 1)]
+        return "\n".join([self.headline, *self.facts, *told, *(f"note: {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        rows = [(f"<b>{escape(story.title)}</b>", escape(story.place)) for story in self.stories]
+        facts = "".join(f"<div>{escape(fact)}</div>" for fact in (*self.facts, *self.notes))
+        return card(self.headline, self.verdict.tone, facts + (table(("", ""), rows) if rows else ""))
 
 
 def summarise(data: ReportData) -> Summary:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .._markup import Prints
 from ..records import Incident
 from ._recorded import Recorded
 
@@ -25,7 +26,7 @@ class LayerDifference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Prints):
     """How two runs differ. Prints as a table.
 
     Attributes:

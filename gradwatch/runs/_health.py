@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .._markup import Prints
+
 __all__ = ["STATES", "Health", "health_of"]
 
 STATES = ("complete", "interrupted", "crashed", "recording failed", "running", "lost", "unknown")
 
 
 @dataclass(frozen=True)
-class Health:
+class Health(Prints):
     """What a recording says of itself.
 
     Attributes:

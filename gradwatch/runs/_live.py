@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._markup import Prints
 from ..records import Bools
 from ..sinks.blocks import Block
 from ._folder import BlockFile
@@ -26,7 +27,7 @@ class Live:
 
 
 @dataclass(frozen=True)
-class Hole:
+class Hole(Prints):
     """Records that a session counted and that are not there.
 
     Attributes:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._markup import Prints
+from .._text import printable
 from ..errors import UnknownNameError
 from ..records import (
     ENDED_WELL,
@@ -33,7 +35,7 @@ SINGLE = ("loss", "lr", "global_norm", "global_norm_after", "time", "epoch", "ba
 """Scalars that every record has, beside those in `record.scalars`."""
 
 
-class Recorded:
+class Recorded(Prints):
     """Records over one or several indices, in order. `Run` reads them from a folder, `Log` from another program's log.
 
     Attributes:
@@ -89,6 +91,9 @@ class Recorded:
 
     def _repr_html_(self) -> str:
         return card_of(self, self._where).html()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(printable(repr(self) if cycle else f"{self!r}\n{self.verdict()}"))
 
     @property
     def summary(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._markup import card
+from .._markup import Prints, card
 from ..records import (
     ENDED_WELL,
     Finding,
@@ -33,7 +33,7 @@ COMPARED = (
 
 
 @dataclass(kw_only=True)
-class Replay:
+class Replay(Prints):
     """What rules say of a logged run. Iterates over its incidents.
 
     Attributes:
@@ -58,6 +58,9 @@ class Replay:
         return judge_run(
             incidents=self.incidents, coverage=self.coverage, num_steps=self.num_records, ended=ended, how=how
         )
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.verdict()), *map(str, self.notes), str(Incidents(self.incidents))])
 
     def _repr_html_(self) -> str:
         verdict = self.verdict()

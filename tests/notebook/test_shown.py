@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import enum
+import importlib
+import inspect
 import pickle
+import pkgutil
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -18,6 +23,7 @@ from gradwatch import Watch
 from gradwatch._markup import Text
 from gradwatch.notebook import RunCard, Series
 from gradwatch.records import Incident, Incidents, Index, StepRecord
+from gradwatch.report import ReportData, summarise
 from gradwatch.runs import read_run, replay
 
 NASTY = "<script>alert(1)</script>\"'&\x1b[2J"
@@ -101,6 +107,8 @@ def shown_of(watch, folder):
         "no incidents": Incidents(),
         "record": watch.history[100],
         "verdict": watch.verdict(),
+        "case": watch.incidents[0].case,
+        "report": summarise(ReportData.from_run(run)),
         "run": run,
         "incidents of a run": run.incidents,
         "replay": replay(run, "default"),
@@ -120,6 +128,40 @@ def test_every_object_is_shown_as_sound_html_without_scripts_and_as_text(trained
         )
         if hasattr(shown, "_repr_pretty_"):
             assert "<" not in printed(shown).replace("<lambda>", ""), name
+
+
+def test_a_notebook_s_plain_text_is_words_and_no_dump_of_fields(trained) -> None:
+    """As IPython itself finds them: it takes a class's own `__repr__` before what its base says."""
+    shows = pytest.importorskip("IPython.core.formatters").PlainTextFormatter()
+    for name, shown in shown_of(*trained).items():
+        text = shows(shown)
+        assert text == printed(shown), name
+        assert not re.search(r"\b(severity|paths|findings|coverage|message)=", text), name
+    assert shows(read_run(trained[1])).splitlines()[1] == str(trained[0].verdict())
+
+
+def classes_with_words() -> list[type]:
+    """Every class of gradwatch's that says what `str` makes of it."""
+    modules = []
+    for module in pkgutil.walk_packages(gradwatch.__path__, "gradwatch."):
+        with contextlib.suppress(ModuleNotFoundError):  # what needs a package that is not installed here
+            modules += [importlib.import_module(module.name)] if "__main__" not in module.name else []
+    found = {
+        cls
+        for module in modules
+        for cls in vars(module).values()
+        if inspect.isclass(cls) and cls.__module__.startswith("gradwatch") and "__str__" in vars(cls)
+    }
+    return sorted(
+        (c for c in found if not issubclass(c, (BaseException, str, enum.Enum))), key=lambda c: c.__qualname__
+    )
+
+
+def test_what_has_words_of_its_own_is_shown_in_them() -> None:
+    classes = classes_with_words()
+    assert {"Incident", "CaseFile", "PreflightReport", "Health", "Summary"} <= {c.__name__ for c in classes}
+    for cls in classes:
+        assert "_repr_pretty_" in vars(cls) or vars(cls).get("__repr__") is vars(cls)["__str__"], cls
 
 
 def test_watch_and_its_run_show_the_same_story(trained) -> None:
