@@ -34,7 +34,7 @@ from ._measurements import measurements
 from ._measuring import Measuring
 from ._memory import memory_of, remember
 from ._model_meter import ModelMeter
-from ._noise_scale import NoiseScale, noise_sums
+from ._noise_scale import NoiseScale
 from ._options import MeasureOptions
 from ._plan import ALERT_STEPS, Planner, reasons_to_wait
 from ._produced import Produced
@@ -162,7 +162,6 @@ class Engine:
         self._current: Draft | None = None
         self._replays: list[Replay] = []
         self._inputs: StepInputs | None = None
-        self.noise = NoiseScale() if self.options.noise_scale else None
         self.is_replaying = False
         self.autopsy: Autopsy | None = None
         self.alarmed: Alarmed = {}
@@ -173,6 +172,10 @@ class Engine:
         self.fingerprints = self.tables.find(Fingerprints)
         if self.fingerprints is not None:
             self.fingerprints.is_wanted = weakly(self._prints, False)
+        if self.recomputation is not None:
+            self.recomputation.is_acted_upon = self.treats_errors
+        if (noise := self.tables.find(NoiseScale)) is not None:
+            noise.history = weakly(self._records_alike, ())
 
     def _prints(self) -> bool:
         """Whether the batch at hand is to be known again."""
@@ -231,12 +234,11 @@ class Engine:
     def remembers(self) -> bool:
         """Return whether the micro-batches of the step that has begun are kept to be run again."""
         begun = max(self._begun, 0)
-        is_due = self.noise is not None and self.noise.is_due(begun)
-        return self.options.autopsy or is_due or self.recomputation in self.planner.at(begun).statistics
+        return self.options.autopsy or bool(self.tables.rerunning(self.planner.at(begun).statistics))
 
     def listen_to_forwards(self, model: nn.Module) -> list[ForwardMemory]:
         """Return what keeps the model's forward passes by itself, where they may be wanted; to be closed."""
-        if not self.options.autopsy and self.noise is None and self.options.recompute_every is None:
+        if not (self.options.autopsy or self.tables.rerunning(self.tables.statistics)):
             return []
         return [ForwardMemory(model, weakly(self.remember), weakly(self.remembers, False))]
 
@@ -351,10 +353,8 @@ class Engine:
         turn.grads, turn.tensors = grads, _ = meter.listed_gradients(turn.optimizers, inputs.grad_scale)
         if not turn.plan.measures:
             return self._treating.act_unmeasured(turn)
-        if self.noise is not None and self.noise.is_due(inputs.step):
-            inputs.scalars = {**inputs.scalars, **self._noise(self.noise, inputs)}
-        if self.recomputation is not None and self.recomputation in turn.plan.statistics:
-            self._recompute(self.recomputation)
+        if turn.plan.statistics:
+            self._rerun(turn)
         inputs.scalars = {**inputs.scalars, "overhead_seconds": self.spent}
         self.spent = 0.0
         if turn.plan.num_ranks > 1:
@@ -421,34 +421,23 @@ class Engine:
             for incident in incidents:
                 self.judge.explain(incident, found.details())
 
-    def _noise(self, noise: NoiseScale, inputs: StepInputs) -> dict[str, float]:
-        own, part = None, "the gradient noise scale"
-        if self.guard.ok(part):
-            self.is_replaying = True
-            with self.guard(part):
-                try:
-                    own = noise_sums(self.model, self._replays, self.meter.watched.held, inputs)
-                except ValueError as error:
-                    self.guard.limit(f"{part} is not seen: {error}", aloud=True)
-            self.is_replaying = False
-        # Of several optimizers, each record has the norm of its own parameters alone.
-        alone = len(self.optimizers) == 1
-        return noise.take(own, self.meter.device, list(self.completion.history) if alone else ())
+    def _records_alike(self) -> Sequence[StepRecord]:
+        """Return the records of all parameters: of several optimizers, each has the norm of its own alone."""
+        return list(self.completion.history) if len(self.optimizers) == 1 else ()
 
-    def _recompute(self, again: Recomputation) -> None:
-        """Run the step's micro-batches again, where that can be done."""
-        # Of several optimizers that step one by one, the first has looked.
-        if self.guard.ok(again.part) and again.is_listening:
-            self.is_replaying = True
-            with self.guard(again.part):
+    def _rerun(self, turn: Turn) -> None:
+        """Run the step's micro-batches again for what asks for it, where that can be done."""
+        for measurement in self.tables.rerunning(turn.plan.statistics):
+            if not self.guard.ok(measurement.part):
+                continue
+            with self.guard(measurement.part):
+                self.is_replaying = True
                 try:
-                    if self._installed:
-                        raise ValueError("a treatment works inside backward")
-                    again.check(self._replays)
+                    measurement.rerun(self._replays, turn.inputs)
                 except ValueError as error:
-                    self.guard.limit(f"whether a batch gives the same gradient twice is not seen: {error}", aloud=True)
-            self.is_replaying = False
-        again.forget()
+                    self.guard.limit(measurement.unseen.format(error), aloud=True)
+                finally:
+                    self.is_replaying = False
 
     def _on_judged(self, draft: Draft, opened: Sequence[Incident]) -> None:
         """Called with every step that is complete: what was judged only then may be an alarm, too."""

@@ -94,7 +94,7 @@ class Fingerprints(Measurement):
             tables["prints"][view.rank] = moved(torch.stack([found, torch.ones_like(found)]), tables["prints"].device)
         return {"own": found} if found is not None and view.ranks.num == 1 else None
 
-    def at_once(self) -> Mapping[str, float]:
+    def at_once(self, step: int) -> Mapping[str, float]:
         found = self.take()
         return {} if found is None else {"batch_fingerprint": float(found)}
 

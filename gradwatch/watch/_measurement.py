@@ -11,6 +11,8 @@ from ..records import Column, column_of
 from ..stats import GradientPieces, Gradients, Number, Ranks, Statistic, View
 from ._model_meter import ModelMeter
 from ._options import MeasureOptions
+from ._replays import Replay
+from ._step_inputs import StepInputs
 
 __all__ = ["Measurement", "StepView"]
 
@@ -55,6 +57,8 @@ class Measurement(Statistic):
         of_gradients: says nothing at a step at which ranks find out that their models are unlike.
         of_params: speaks of parameters by their place: says nothing on a rank whose model has changed alone.
         meets: ranks meet while it measures, in collectives of its own, after the step's exchange.
+        reruns: a step's micro-batches are kept for it, and run again.
+        unseen: says where that can't be done, with the reason in the braces.
         is_light: takes no more than a plain step has: on one rank it is measured there, too.
         is_awaited: rules have long waited for it: a step with it is judged as soon as its numbers are there.
     """
@@ -66,6 +70,8 @@ class Measurement(Statistic):
     of_gradients: bool = True
     of_params: bool = False
     meets: bool = False
+    reruns: bool = False
+    unseen: str = "{}"
     is_light: bool = False
     is_awaited: bool = False
 
@@ -94,6 +100,13 @@ class Measurement(Statistic):
     def begin(self, step: int) -> None:
         """Hear that the forward passes of a step begin at which it is due; may be called once per micro-batch."""
 
+    def rerun(self, replays: Sequence[Replay], inputs: StepInputs) -> None:
+        """Run the step's micro-batches again before it is measured, where `reruns`; what is found is for `look`.
+
+        Raises:
+            ValueError: why nothing can be found.
+        """
+
     def stepped(self, step: int, *, one_by_one: bool) -> None:
         """Hear that the optimizers have stepped, where there are several ranks, due or not.
 
@@ -116,6 +129,6 @@ class Measurement(Statistic):
         """Return what it could not see, in sentences."""
         return []
 
-    def at_once(self) -> Mapping[str, float]:
+    def at_once(self, step: int) -> Mapping[str, float]:
         """Return what goes on record of a plain step of one rank, where `is_light`."""
         return {}

@@ -7,6 +7,7 @@ from ._fingerprints import Fingerprints
 from ._local_norms import LocalNorms
 from ._measurement import Measurement
 from ._model_meter import ModelMeter
+from ._noise_scale import NoiseScale
 from ._rank_spread import RankSpread
 from ._recomputation import Recomputation
 from ._replicas import Replicas
@@ -16,6 +17,7 @@ __all__ = ["MEASUREMENTS", "measurements"]
 
 MEASUREMENTS: tuple[type[Measurement], ...] = (
     LocalNorms,
+    NoiseScale,
     Recomputation,
     Replicas,
     Fingerprints,
@@ -23,7 +25,7 @@ MEASUREMENTS: tuple[type[Measurement], ...] = (
     RowSpread,
     Settings,
 )
-"""In the order in which their tables travel, which is one on all ranks."""
+"""In the order in which they measure, and their tables travel: one on all ranks."""
 
 
 def measurements(meter: ModelMeter) -> tuple[Measurement, ...]:

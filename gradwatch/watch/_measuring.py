@@ -148,7 +148,7 @@ class Measuring:
         if others := self._others.told(inputs.optimizer, loss):
             scalars |= {name: float(value) for name, value in others.items()}
         if turn.plan.statistics:
-            scalars |= self.tables.at_once(turn.plan.statistics)
+            scalars |= self.tables.at_once(turn.step, turn.plan.statistics)
         now, last = perf_counter(), self._clock
         self._clock, scalars["seconds"] = now, now - last
         kept = self.meter.were_kept(few_seals(params) if turn.seals is None else turn.seals, len(losses) or 1)

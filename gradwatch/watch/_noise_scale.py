@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..records import StepRecord
+from ..stats import At, Number, Ranks
+from ..torchside import sent
 from ._carriers import taken_apart
-from ._options import is_due
-from ._ranks import world_size
+from ._measurement import Measurement, StepView
+from ._model_meter import ModelMeter
+from ._options import MeasureOptions
 from ._replays import Replay
 from ._step_inputs import StepInputs
 
@@ -57,18 +59,7 @@ def noise_sums(
     return Sums(squares, sum(float(part.projection.sum()) for part in parts), sum(len(part) for part in parts))
 
 
-def _over_ranks(own: Sums | None, device: torch.device) -> Sums | None:
-    """Return the sums over ranks, all of which call this; None where one of them has none."""
-    if world_size() == 1:
-        return own
-    told = torch.tensor([*(own or (0.0, 0.0, 0.0)), float(own is None)], dtype=torch.float64, device="cpu")
-    told = told.to(device, torch.float32) if device.type == "mps" else told.to(device)
-    dist.all_reduce(told)
-    squares, square, size, missing = told.tolist()
-    return None if missing else Sums(squares, square, size)
-
-
-class _Measurement(NamedTuple):
+class _Share(NamedTuple):
     """What one measurement adds: the noise in the squared norm of a batch's gradient, that squared norm summed over the
     steps since the last one, and their number."""
 
@@ -77,7 +68,7 @@ class _Measurement(NamedTuple):
     steps: int
 
 
-class NoiseScale:
+class NoiseScale(Measurement):
     """Estimates the simple noise scale tr(S) / |G|^2 of a training, S being the covariance of the samples' gradients
     and G their mean, with its standard error.
 
@@ -86,32 +77,73 @@ class NoiseScale:
     the small batch is one sample: norms of all samples' gradients are known, which tells more than those of ranks, of
     micro-batches or of halves. The large batches are those of all steps: their norms are on record. Where samples of a
     batch act on each other (batch normalisation), it is of the parts that they add to the gradient.
+
+    Attributes:
+        history: gives the records of earlier steps, oldest first, whose batches are as large.
     """
 
-    def __init__(self) -> None:
-        self._found: deque[_Measurement] = deque(maxlen=WINDOW)
+    part = "the gradient noise scale"
+    unseen = "the gradient noise scale is not seen: {}"
+    gives = ("noise_trace", "noise_squared_norm", "noise_batch_size", "noise_scale", "noise_scale_error")
+    every = EVERY
+    of_gradients = False
+    reruns = is_light = True
+
+    def __init__(self, meter: ModelMeter) -> None:
+        super().__init__(meter)
+        self.history: Callable[[], Iterable[StepRecord]] = tuple
+        self._own: Sums | None = None
+        self._found: deque[_Share] = deque(maxlen=WINDOW)
         self._heard = -1
+        self._count = 0
+        self._told: tuple[float, dict[str, float]] = (0.0, {})
 
-    def is_due(self, step: int) -> bool:
-        """Whether the step is one at which the noise scale is measured."""
-        return is_due(step, EVERY)
+    @classmethod
+    def is_on(cls, options: MeasureOptions) -> bool:
+        return options.noise_scale
 
-    def take(self, own: Sums | None, device: torch.device, history: Iterable[StepRecord] = ()) -> dict[str, float]:
-        """Return numbers for the record. Every rank must call it, also one that has found nothing.
+    def begin(self, step: int) -> None:
+        self._own = None
 
-        Args:
-            own: of this rank.
-            device: where ranks meet.
-            history: records of earlier steps, oldest first, whose batches are as large; equal on all ranks.
-        """
-        sums = _over_ranks(own, device)
-        if sums is None or sums.size < 2 or not np.isfinite(sums.squares + sums.square):
+    def rerun(self, replays: Sequence[Replay], inputs: StepInputs) -> None:
+        self._own = noise_sums(self.meter.model, replays, self.meter.watched.held, inputs)
+
+    def tables(self, ranks: Ranks) -> Mapping[str, tuple[int, ...]]:
+        return {"sums": (4,)} if ranks.num > 1 else {}
+
+    def look(self, view: StepView, tables: dict[str, Tensor]) -> Mapping[str, Number]:
+        own, self._own = self._own, None
+        told = np.array([*(own or (0.0, 0.0, 0.0)), float(own is not None)])
+        if tables:
+            into = tables["sums"]
+            tables["sums"] = sent(torch.from_numpy(told).to(into.dtype), into.device)
+        self._count += 1
+        past = np.array(self._squares(self.history()))
+        return {"own": told, "squares": past, "count": float(self._count), "ranks": float(view.ranks.num)}
+
+    def at_once(self, step: int) -> Mapping[str, float]:
+        own, self._own = self._own, None
+        return {} if own is None else self._take(own, self._squares(self.history()))
+
+    def conclude(self, found: Mapping[str, Any]) -> Mapping[str, float | At]:
+        if "count" not in found:
+            return {}
+        if found["count"] != self._told[0]:
+            # A record may be made twice, and counts once.
+            *sums, known = (found["sums"] if "sums" in found else found["own"]).tolist()
+            is_known = known == found["ranks"]
+            self._told = found["count"], self._take(Sums(*sums), found["squares"].tolist()) if is_known else {}
+        return self._told[1]
+
+    def _take(self, sums: Sums, past: Sequence[float]) -> dict[str, float]:
+        """Return numbers for the record, of sums over all ranks and the squared norms of the steps before."""
+        if sums.size < 2 or not np.isfinite(sums.squares + sums.square):
             return {}
         size = sums.size
         # Per sample: a part of the whole gradient is one n-th of the sample's own.
         trace = (size * sums.squares - sums.square) * size / (size - 1)
-        squares = [sums.square, *self._squares(history)]
-        self._found.append(_Measurement(trace / size, float(np.sum(squares)), len(squares)))
+        squares = [sums.square, *past]
+        self._found.append(_Share(trace / size, float(np.sum(squares)), len(squares)))
         return {
             "noise_trace": trace,
             "noise_squared_norm": sums.square - trace / size,

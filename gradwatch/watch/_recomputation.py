@@ -19,6 +19,7 @@ from ._measurement import Measurement, StepView
 from ._model_meter import ModelMeter
 from ._options import MeasureOptions
 from ._replays import Replay
+from ._step_inputs import StepInputs
 
 __all__ = ["Recomputation", "Recomputed"]
 
@@ -62,12 +63,16 @@ class Recomputation(Measurement):
     the step must be farther from the re-runs than these are from each other. Gradients are taken as they are complete
     on this rank, before any reduction: a fault of one rank is its own.
 
+    Attributes:
+        is_acted_upon: something changes gradients inside backward.
+
     Copies of gradients take a fourth of the memory limit; of those beyond that checksums are kept.
     """
 
     part = "computing gradients again"
     gives = ("recompute_differs", "recompute_rank", "recompute_noise", "recompute_elements")
-    of_params = True
+    unseen = "whether a batch gives the same gradient twice is not seen: {}"
+    of_params = reruns = True
 
     def __init__(self, meter: ModelMeter) -> None:
         super().__init__(meter)
@@ -81,6 +86,7 @@ class Recomputation(Measurement):
         self._known: dict[str, _Record] = {}
         self._scales: list[float] = []
         self.found: Recomputed | None = None
+        self.is_acted_upon = False
         self.failure = ""
 
     @classmethod
@@ -136,13 +142,19 @@ class Recomputation(Measurement):
         self._handles, self._kept, self._buffers, self._scales, self._step = [], {}, [], [], -1
         self._whole = set()
 
-    def check(self, replays: Sequence[Replay]) -> None:
-        """Find out, for `look`, which gradients come out otherwise. Reads the device; random states, buffers and
-        gradients are as before afterwards, bit for bit.
+    def rerun(self, replays: Sequence[Replay], inputs: StepInputs) -> None:
+        """Find out which gradients come out otherwise. Reads the device; random states, buffers and gradients are as
+        before afterwards, bit for bit."""
+        # Of several optimizers that step one by one, the first has looked.
+        if self.is_listening:
+            try:
+                self._compare(replays)
+            finally:
+                self.forget()
 
-        Raises:
-            ValueError: nothing of the step can be compared.
-        """
+    def _compare(self, replays: Sequence[Replay]) -> None:
+        if self.is_acted_upon:
+            raise ValueError("a treatment works inside backward")
         watched = self.meter.watched
         chosen = [(path, p) for _, path, p in watched.params if id(p) in self._kept]
         if not chosen or not replays:

@@ -132,12 +132,16 @@ class Tables:
             for name, shape in s.tables(ranks).items()
         }
 
-    def at_once(self, due: Sequence[Statistic]) -> dict[str, float]:
+    def rerunning(self, due: Sequence[Statistic]) -> list[Measurement]:
+        """Return those for which the step's micro-batches are run again."""
+        return [s for s in due if isinstance(s, Measurement) and s.reruns]
+
+    def at_once(self, step: int, due: Sequence[Statistic]) -> dict[str, float]:
         """Return what comes of those that are due at a plain step."""
         scalars: dict[str, float] = {}
         for light in due:
             if isinstance(light, Measurement):
-                scalars.update(light.at_once())
+                scalars.update(light.at_once(step))
         return scalars
 
     def look(

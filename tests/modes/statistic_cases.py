@@ -18,9 +18,11 @@ from gradwatch import Watch
 from gradwatch.ahead import WeightSpectra
 from gradwatch.stats import Statistic
 from gradwatch.treatments import ClipByGlobalNorm
+from gradwatch.watch import _noise_scale
 from gradwatch.watch._measuring import Measuring
+from gradwatch.watch._noise_scale import NoiseScale
 from tests.modes.ranks import counted, equal_on_all_ranks, main
-from tests.modes.reference import Net, batches, loss_of, mine, sgd
+from tests.modes.reference import ROWS, Net, batches, loss_of, mine, sgd
 from tests.modes.sharded_cases import shard
 
 
@@ -258,7 +260,29 @@ def a_rank_that_fails_at_the_first_step(wrap: Any) -> Any:
     return case
 
 
+def the_noise_scale_of_all_ranks(rank: int, world: int, folder: Path) -> None:
+    """It is of the samples of all ranks, and travels with the rest; where one can't tell them apart nobody says it."""
+    real = _noise_scale.noise_sums
+
+    def told(*args: Any) -> Any:
+        if rank == 1 and next(calls) == 2:  # at steps 0, 1, 2, 4, ...
+            raise ValueError("not on this rank")
+        return real(*args)
+
+    calls, options = itertools.count(), {"noise_scale": True, "histograms_every": None, "updates_every": None}
+    with patch.object(_noise_scale, "noise_sums", told):
+        watch, made = train(ddp(Net(), world), rank, world, (), **options)
+    assert made[1:] == [["SUM"]] * (len(made) - 1), made
+    said = {r.step: r.scalars for r in watch.history if "noise_scale" in r.scalars}
+    assert list(said) == [step for step in (0, 1, 4) if step < len(watch.history)]
+    assert all(scalars["noise_batch_size"] == world * ROWS for scalars in said.values())
+    equal_on_all_ranks([[str(scalars[name]) for name in NoiseScale.gives] for scalars in said.values()])
+
+
 CASES = {
+    "the-noise-scale-of-all-ranks": the_noise_scale_of_all_ranks,
+}
+CASES |= {
     f"{law.__name__}_{wrap.__name__}".replace("_", "-"): law(wrap)
     for law in (
         numbers_are_those_of_the_whole,
