@@ -56,6 +56,7 @@ def test_row_spread_is_zero_exactly_where_all_units_are_equal() -> None:
     same = torch.randn(1, 5).expand(4, 5)
     spread = row_spread([torch.full((3, 3), 0.1), same, torch.tensor([[1.0, 2.0], [-1.0, 2.0]]), torch.zeros(2, 2)])
     assert spread.tolist() == [0.0, 0.0, 1.0, 0.0]
+    assert row_spread([torch.ones(1, 5), torch.ones(1, 1)]).tolist() == [0.0, 0.0]  # one unit is like itself
 
 
 def test_row_spread_of_vectors_is_not_defined() -> None:

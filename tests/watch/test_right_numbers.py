@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gradwatch import Watch
 from gradwatch.rules import Expression, NonFinite
 from gradwatch.treatments import ClipByGlobalNorm, SkipStep
-from gradwatch.watch import forget_step
+from gradwatch.watch import Session, StepInputs, forget_step, resolve
 from gradwatch.watch._formulas import formula_scalars
 
 
@@ -167,6 +167,18 @@ def test_gradients_that_nobody_resets_are_known_by_it_however_many_micro_batches
         records = watch.history
     assert [record.scalars.get("grads_kept") for record in records] == [None, 1.0, 1.0, 0.0, 0.0, 0.0]
     assert [record.num_samples for record in records] == [24] * 6
+
+
+def test_samples_are_counted_in_the_batch_where_a_trainer_tells_no_number_of_them() -> None:
+    model = small_model()
+    session = Session(model, [torch.optim.SGD(model.parameters(), lr=0.1)], resolve(rules="observe"))
+    batch = torch.randn(8, 6)
+    for inputs in (StepInputs(step=0, batch=batch), StepInputs(step=1, batch=batch, num_samples=24)):
+        model(batch).square().mean().backward()
+        session.step(inputs)
+        session.after_step()
+    session.close()
+    assert [record.num_samples for record in session.engine.completion.history] == [8, 24]
 
 
 def test_who_changes_gradients_after_a_treatment_is_told_from_what_the_treatment_left() -> None:
