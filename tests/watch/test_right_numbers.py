@@ -388,6 +388,20 @@ def test_unfreezing_adding_and_replacing_parameters_in_mid_run_is_followed() -> 
         assert watch.history[-1]["grad_norm", "0.weight"] > 0
 
 
+def test_a_step_that_was_vetoed_has_no_update_on_record_instead_of_one_of_zero() -> None:
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rules = [Expression("step == 2", name="skipped", then=SkipStep())]
+    with Watch(model, optimizer, rules=rules, updates_every=1, on_error="raise") as watch:
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(8, 6)).square().mean().backward()
+            watch.step()
+        records = list(watch.history)
+    assert [record.skipped for record in records] == [False, False, True, False, False]
+    assert [record.measured("update_ratio").any() for record in records] == [True, True, False, True, True]
+
+
 def test_update_ratios_of_optimizers_that_step_together_are_all_measured() -> None:
     model = small_model()
     optimizers = [torch.optim.Adam(model[i].parameters(), lr=0.01) for i in (0, 2, 4)]
