@@ -32,7 +32,7 @@ SUITES = [
     f"tests/{name}"
     for name in (
         *("watch", "treatments", "stats", "rules", "silent", "ahead", "attention", "precision", "samples", "torchside"),
-        *("late", "surgery", "sinks", "modes", "callbacks"),
+        *("late", "surgery", "sinks", "modes", "callbacks", "trials"),
     )
 ]
 """Where the tests that matter lie: the others look at doors, pages and programs."""
