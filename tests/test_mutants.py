@@ -293,6 +293,31 @@ def test_the_test_that_noticed_last_time_is_asked_first_and_the_others_where_it_
     assert asked == ([["t::b"]] if still else [["t::b"], ["t::a", "t::b"]])
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "test", "noticed"),
+    [
+        ("N = 1", "N = 2", "test_f[1]", "test_n.py::test_f[1]"),
+        ("N = 1", "N = 1 + 0", "test_f[1]", ""),
+        ("N = 1", "N = 2", "test_f[gone]", ""),
+        ("N = 3", "N = 2", "test_f[1]", ""),
+        ("N = 1", "1 / 0", "test_f[1]", "died at import"),
+    ],
+    ids=["fails", "passes", "no-such-case", "fails-on-the-whole-code-too", "no-import"],
+)
+def test_a_test_in_a_process_of_its_own_notices_where_it_fails_and_passes_on_the_whole_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str, test: str, noticed: str
+) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    (tmp_path / "f.py").write_text(before)
+    (tmp_path / "test_n.py").write_text(
+        "import pytest\nfrom f import N\n\n@pytest.mark.parametrize('n', [1])\ndef test_f(n):\n    assert N == n\n"
+    )
+    mutant = Mutant("f.py", "", f"{before} => {after}", "constant", 1, after)
+    judging = Judging(Job([mutant], tmp_path, (), (), tmp_path / "map", tmp_path / "results"))
+    judging.sources = {"f.py": before}
+    assert judging._noticed_far(mutant, [f"test_n.py::{test}"]) == noticed
+
+
 @pytest.mark.parametrize("work", ["sleeps", "spins"])
 def test_what_takes_no_time_of_a_processor_or_too_much_hangs(work: str) -> None:
     def forever() -> None:

@@ -30,6 +30,8 @@ __all__ = ["Job"]
 MOST_TESTS = 500
 MOST_FILES_APART, MOST_TESTS_APART = 6, 100
 """Of a change that needs a process of its own, for every file of tests is collected anew there."""
+SECONDS_FAR = 3600.0
+"""By the clock, for tests that start processes: those that hang have limits of their own, a busy machine kills none."""
 
 
 @dataclass
@@ -127,12 +129,8 @@ class Judging:
             self._draw_map()
         found = self._judge_near(mutant)
         if not found["killed"] and mutant.file in self.job.far:
-            with self._written(mutant):
-                run = self._run_apart(self.job.far[mutant.file], seconds=600)
-            found |= {"killed": isinstance(run, str) or bool(run.failed)}
-            found["why"] = (
-                (run if isinstance(run, str) else run.failed) if found["killed"] else f"{found['why']}, and far"
-            )
+            why = self._noticed_far(mutant, self.job.far[mutant.file])
+            found |= {"killed": bool(why), "why": why or f"{found['why']}, and far"}
         return found
 
     def _noticed_again(self, mutant: Mutant) -> str:
@@ -142,10 +140,19 @@ class Judging:
             run = self._run_broken(mutant, [test])
             return run if isinstance(run, str) else test if run.failed and self._is_sound(test, [test]) else ""
         if test.partition("::")[0] in self.job.far.get(mutant.file, ()):
-            with self._written(mutant):
-                run = self._run_apart([test], seconds=600)
-            return run if isinstance(run, str) else run.failed
+            return self._noticed_far(mutant, [test])
         return ""
+
+    def _noticed_far(self, mutant: Mutant, tests: Sequence[str]) -> str:
+        """Return which of the tests that start processes notices, or how these end; "" where none does."""
+        with self._written(mutant):
+            run = self._run_apart(tests, seconds=SECONDS_FAR)
+        if isinstance(run, str) or not run.failed:
+            return run if isinstance(run, str) else ""
+        if run.failed not in self.sound:
+            whole = self._run_apart([run.failed], seconds=SECONDS_FAR)
+            self.sound[run.failed] = isinstance(whole, Run) and not whole.failed
+        return run.failed if self.sound[run.failed] else ""
 
     def _judge_near(self, mutant: Mutant) -> dict[str, Any]:
         names = self.map.running(self._places(mutant), self.runner.items.keys())
@@ -247,6 +254,8 @@ class Judging:
             return "hung"
         if not done.returncode:
             return Run(passed=list(names), seconds=dict.fromkeys(names, 0.0))
+        if "ERROR: not found: " in done.stderr + done.stdout and "ERROR collecting" not in done.stdout:
+            return Run()  # a case that is no more notices nothing
         failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", done.stdout, re.M)
         name = failed.group(1) if failed else ""
         return Run(failed=name, seconds={name: 0.0}) if name in names or (name and seconds) else "died at import"
