@@ -47,7 +47,7 @@ WHICH = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__)
     parser.add_argument("--count", type=int, default=150, help="changes drawn at random, besides the named ones")
-    parser.add_argument("--only", default="*", metavar="FILE[:LINE]", help="glob: judge these changes alone")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="FILE[:LINE]", help="globs: judge these alone")
     parser.add_argument("--named", action="store_true", help="judge the named changes alone")
     for which, text in WHICH.items():
         parser.add_argument(f"--{which}", dest="which", action="store_const", const=which, default="", help=text)
@@ -64,7 +64,7 @@ def main() -> int:
     results = Results(KEPT / "results.jsonl", Path(__file__).with_name("survivors.yaml"), read(PAGE, ROOT))
     everything = pick(ROOT, options.count)
     mutants = [m for m in everything if m.kind == "named" or not options.named]
-    mutants = [m for m in mutants if any(fnmatch.fnmatch(at, options.only) for at in (m.file, f"{m.file}:{m.line}"))]
+    mutants = [m for m in mutants if any(is_at(m, glob) for glob in options.only)]
     chosen = results.with_tests(todo(mutants, results, options.which))
     if options.list:
         print(*(f"{m.file}:{m.line} {m.function}\n    {m.change}" for m in chosen), sep="\n")
@@ -82,6 +82,11 @@ def main() -> int:
     if options.write:
         PAGE.write_text(results.page(everything, COMMAND))
     return results.tell(mutants)
+
+
+def is_at(mutant: Mutant, glob: str) -> bool:
+    """Return whether a change lies where a glob says: in a file, or in one line of it."""
+    return any(fnmatch.fnmatch(at, glob) for at in (mutant.file, f"{mutant.file}:{mutant.line}"))
 
 
 def todo(mutants: list[Mutant], results: Results, which: str) -> list[Mutant]:
