@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gradwatch.torchside import _bits, checksum
+from gradwatch.watch._contributions import BROUGHT, HELD, Contributions, farther_rank
 from gradwatch.watch._replicas import _WIDE, _parts, odd_rank
 
 from ..modes.ranks import run_group
@@ -67,3 +68,36 @@ def test_a_device_sums_blocks_and_comes_to_the_same(num: int, monkeypatch) -> No
 )
 def test_the_odd_one_is_named_where_it_can_be(codes, changed, rank) -> None:
     assert odd_rank(codes, np.array(changed, float)) == rank
+
+
+@pytest.mark.parametrize(
+    ("given", "missing", "rank"),
+    [
+        ({}, (), -1),
+        ({0: 1.0}, (), 0),
+        ({1: 1.0}, (), 1),
+        ({0: 1e-3, 1: 1.0}, (), 1),
+        ({0: 1.0, 1: 1.0}, (), -1),  # equally far from the mean: nobody can tell
+        ({1: 1.0}, (0,), -1),
+        ({1: np.nan}, (), 1),
+    ],
+    ids=["none", "first", "second", "farther", "as-far", "brought-by-one-alone", "not-finite"],
+)
+def test_of_two_ranks_the_one_whose_gradient_is_not_the_mean_of_what_both_brought_is_named(
+    given: dict[int, float], missing: tuple[int, ...], rank: int
+) -> None:
+    """`given`: what is added to an entry on a rank after gradients were put together; `missing`: who brought none."""
+    torch.manual_seed(0)
+    brought, device = torch.randn(2, 40), torch.device("cpu")
+    host = {name: blank.numpy() for name, blank in Contributions.blank(1, device).items()}
+    for number in range(2):
+        p, seen = torch.nn.Parameter(torch.zeros(40)), Contributions()
+        seen.listen([] if number in missing else [p])
+        (p * brought[number]).sum().backward()
+        p.grad = brought.mean(0)
+        p.grad[7] += given.get(number, 0.0)
+        gave, holds = seen.take([p], {id(p): p.grad}, device)
+        host[BROUGHT] += gave.numpy()
+        host[HELD][number] = holds.numpy()
+    assert farther_rank(host, [0]) == rank
+    assert farther_rank(host, []) == farther_rank({}, [0]) == -1
