@@ -46,7 +46,7 @@ from ._modes import CallMode, past_override
 from ._paths import WRAPPER_PARTS, clean_path
 from ._peers import are_several, world_size
 from ._pieces import Piece, StandIn, Whole, largest_piece, local_of, real_of, shape_of, whole_of
-from ._same_kind import SameKind
+from ._same_kind import SameKind, stamps_of
 from ._samples import Samples, unlike
 from ._stages import Away, Pipeline, pipeline_of
 from ._standins import Owned, masters, parameters_of
@@ -151,6 +151,7 @@ __all__ = [
     "set_random_state",
     "shape_of",
     "size_of",
+    "stamps_of",
     "storage",
     "storage_identity",
     "tensors_of",

@@ -189,6 +189,8 @@ def lend_at_once(tensors: Sequence[Tensor], *, dtype: torch.dtype, numels: array
     """
     if numels is not None and (lent := _whole(tensors, dtype, numels)) is not None:
         return lent
+    if numels is None and (lent := _each_whole(tensors, dtype)) is not None:
+        return lent
     is_plain = (
         {dtype}.issuperset(map(_DTYPE, tensors))
         and all(map(_IS_CPU, tensors))
@@ -211,6 +213,19 @@ def lend_at_once(tensors: Sequence[Tensor], *, dtype: torch.dtype, numels: array
         return None
     # An address of 0 is that of an empty tensor, of one of zeros that were never made, of memory that was given back.
     return None if 0 in addresses else (addresses, numels)
+
+
+def _each_whole(tensors: Sequence[Tensor], dtype: torch.dtype) -> Lent | None:
+    """Return `_whole` of tensors of any sizes, with a look at signs; None where some are views of more."""
+    try:
+        # The first and the last tell of most that are not.
+        for tensor in (tensors[0], tensors[-1]) if tensors else ():
+            if tensor.untyped_storage().nbytes() != tensor.numel() * dtype.itemsize:
+                return None
+        lent = _whole(tensors, dtype, array("q", map(Tensor.numel, tensors)))
+    except (RuntimeError, NotImplementedError):
+        return None
+    return None if lent is None or any(map(Tensor.is_neg, tensors)) else lent
 
 
 def _whole(tensors: Sequence[Tensor], dtype: torch.dtype, numels: array[int]) -> Lent | None:

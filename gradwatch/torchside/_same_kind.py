@@ -1,19 +1,38 @@
-"""Whether tensors are still of the kind they were, asked of thousands by one call."""
+"""Whether thousands of tensors and dictionaries are still what they were, asked by a few calls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["SameKind"]
+__all__ = ["SameKind", "stamps_of"]
 
 # What `torch.compile` asks of a function's arguments before it runs compiled code again. Private: without it nothing is
 # known to be the same, and who asks looks for itself.
 _Guards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 _FEW = 4
+
+# Private, too: the interpreter's own count of what is written to a dictionary, by which compiled code knows it again.
+_stamp: Callable[[Any], int] | None = getattr(
+    getattr(getattr(torch._C, "_dynamo", None), "guards", None), "dict_version", None
+)
+
+
+def stamps_of(dicts: Iterable[Any]) -> list[int] | None:
+    """Return a number for each dictionary that no other one ever has, nor this one once it holds anything else.
+
+    None where the interpreter keeps no such numbers, or one of them is no dictionary. A dictionary that was given what
+    it holds already may keep its number.
+    """
+    if _stamp is None:
+        return None
+    try:
+        return list(map(_stamp, dicts))
+    except (RuntimeError, TypeError):
+        return None
 
 
 class SameKind:

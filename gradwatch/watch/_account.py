@@ -37,12 +37,14 @@ NOTHING_HELD = "the optimizer holds no parameter"
 _HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 _VERSION = attrgetter("_version")
 _NOTHING: set[int] = set()
+_MANY = 2048
 
 
 class Account:
     """Keeps, from step to step, what tells a gradient that was used up from one that never came.
 
     Attributes:
+        is_calm: at the step that was measured last each parameter had a gradient, and none was zero.
         inside: ids of parameters whose optimizer stepped in the midst of this step's backward.
         has_own_hooks: gradwatch listens to parameters' gradients itself.
         heard: ids of parameters that tell it of a backward, by one hook more.
@@ -55,6 +57,7 @@ class Account:
     def __init__(self) -> None:
         self._began: tuple[Sequence[Tensor], list[int]] = ((), [])
         self._held: Sequence[Tensor] = ()
+        self.is_calm = False
         self.inside: set[int] = set()
         self.has_own_hooks = False
         self.heard: set[int] = set()
@@ -89,11 +92,19 @@ class Account:
         """Path -> why it was not seen at the last step of its optimizer; "" for the whole model."""
         return {path: why for record in self._last.values() for path, why in record.unseen.items()}
 
-    def begin(self, watched: Watched) -> None:
-        """Remember the parameters as they are when a step begins, after the last one's update."""
+    def begin(self, watched: Watched, *, is_plain: bool = False) -> None:
+        """Remember the parameters as they are when a step begins, after the last one's update.
+
+        Args:
+            is_plain: nothing but norms is due at the step. Thousands of parameters are then asked for nothing while all
+                goes well: of the first gradients that are not there the next step tells whether they were used up.
+        """
         self.inside.clear()
         self._held = watched.held
         known = watched.known
+        if is_plain and self.is_calm and len(known) > _MANY:
+            self._began = (), []
+            return
         try:
             self._began = known, list(map(_VERSION, known))
         except (RuntimeError, ValueError):

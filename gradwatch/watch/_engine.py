@@ -349,7 +349,8 @@ class Engine:
             meter.disarm()
             if not self.treatments:
                 return StepOutcome()
-        self._measuring.compare(turn)
+        if turn.plan.num_ranks > 1:
+            self._measuring.compare(turn)
         turn.grads, turn.tensors = grads, _ = meter.listed_gradients(turn.optimizers, inputs.grad_scale)
         if not turn.plan.measures:
             return self._treating.act_unmeasured(turn)
@@ -464,7 +465,7 @@ class Engine:
             self._move(treatment, optimizer)
         self.produced.stepped()
         if not self.ends_at_once:
-            self.meter.account.begin(self.meter.watched)
+            self._next_begins()
         self.announced.stepped(optimizer)
 
     def _move(self, treatment: Treatment, optimizer: Optimizer) -> None:
@@ -478,7 +479,10 @@ class Engine:
 
     def broke_off(self) -> None:
         """Say that the optimizers' steps have raised, and that `finish_step` does not follow."""
-        self.meter.account.begin(self.meter.watched)
+        self._next_begins()
+
+    def _next_begins(self) -> None:
+        self.meter.account.begin(self.meter.watched, is_plain=self._step + 1 < self.planner.plain_until)
 
     @timed
     def finish_step(self) -> None:
@@ -496,7 +500,7 @@ class Engine:
         if self.delivered.is_waiting:
             self.delivered.forget()
         self.produced.settle()
-        self.meter.account.begin(self.meter.watched)
+        self.meter.account.begin(self.meter.watched, is_plain=self._step + 1 < self.planner.plain_until)
 
     def _complete_last(self) -> None:
         draft, self._current = self._current, None

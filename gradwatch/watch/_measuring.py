@@ -103,6 +103,7 @@ class Measuring:
     def measure(self, turn: Turn) -> Draft:
         """Measure one step before treatment, and send its numbers on their way to the host."""
         meter = self.meter
+        meter.account.is_calm = False
         is_plain = turn.plan.is_plain and self.own is None
         draft = None
         if is_plain and (meter.tap is None or not meter.tap.armed) and not are_modes_on():
@@ -157,7 +158,9 @@ class Measuring:
         scalars.update(inputs.scalars)
         self.num_failed_treatments = 0
         # One that was used up inside backward has left zeros, where it has left anything.
-        doubtful = () if np.logical_and.reduce(norms) else self.meter.account.doubtful(params)
+        account = self.meter.account
+        account.is_calm = has_all = bool(np.logical_and.reduce(norms))
+        doubtful = () if has_all else account.doubtful(params)
         known_by = Known(numbers)
         return self._draft(turn, params, known_by, scalars, is_plain=True, is_sealed=is_sealed, doubtful=doubtful)
 

@@ -19,6 +19,7 @@ from ..stats import Gradients, UpdateMeter, forget_layouts, is_whole, second_loo
 from ..torchside import (
     Aside,
     Away,
+    are_several,
     clean_path,
     find,
     home,
@@ -83,6 +84,7 @@ class ModelMeter:
         self._ordered = False
         self.sample_until, self.looks_again = -1, False
         self._marks: Seals | None = None
+        self._had_all = False
         self.is_muted: Callable[[], bool] = lambda: False
 
     def _make_tap(self) -> ModuleTap | None:
@@ -106,7 +108,7 @@ class ModelMeter:
 
     def refresh(self, step: int) -> bool:
         """Look whether anything of the model is another one than at the last step; True if the index is a new one."""
-        change = self.model_now.look()
+        change = self.model_now.look(at_all=not (self.model_now.is_large and self._is_calm()))
         if self.watched.stand_ins:
             self.watched.settle()
         if not change:
@@ -116,6 +118,10 @@ class ModelMeter:
         else:
             self._follow(step)
         return True
+
+    def _is_calm(self) -> bool:
+        # Where gradients are missing or zero the parameters may tell why. Ranks look alike, whatever each has.
+        return self._had_all and self.account.is_calm and not (are_several() and world_size() > 1)
 
     def _follow(self, step: int) -> None:
         old = self.watched
@@ -282,11 +288,13 @@ class ModelMeter:
     def all_gradients(self) -> list[Tensor] | None:
         """Return the gradients of `watched.held` where each has one that can be read and nobody has used up; else
         None."""
+        self._had_all = False
         if self.account.inside:
             return None
         tensors: list[Any] = list(map(_GRAD, self.watched.held))
         # Of torch's own class all can be read but what is found out where that is measured.
         if _USUAL.issuperset(map(type, tensors)):
+            self._had_all = True
             return tensors
         is_there = all(map(is_not, tensors, repeat(None)))
         return tensors if is_there and not any(map(why_unreadable, tensors)) else None

@@ -14,7 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from ..torchside import SameKind, clean_path
+from ..torchside import SameKind, clean_path, stamps_of
 
 __all__ = ["FLAGS", "PARTS", "ModelNow"]
 
@@ -26,6 +26,8 @@ _LOOKED_UP, _ASKED = itemgetter(*_PARTS), attrgetter(*_PARTS)
 _RARELY = 16
 """Looks after which it is asked whether modules have their attributes where they had them, and are of their class. Of
 lazy ones that is asked at every look."""
+_AT_A_LOOK = 1024
+"""Of more parameters than twice these so many are looked at, where not all need be."""
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _PLAIN = frozenset({Tensor, nn.Parameter})
 
@@ -34,13 +36,15 @@ class _Likeness(NamedTuple):
     """Two whose lists hold the same show the same model.
 
     Attributes:
-        parts: all modules' parameters and children, and the optimizers' parameters: these very ones.
+        parts: all modules' parameters and children: these very ones.
+        held: the optimizers' parameters, likewise.
         kinds: classes of the modules and of the parameters: a lazy one keeps its identity when it materialises.
         sizes: of the parameters: one that grows through `.data` keeps its identity.
         trainable: `requires_grad` of the parameters.
     """
 
     parts: list[Any]
+    held: list[Tensor]
     kinds: list[type]
     sizes: list[int]
     trainable: list[bool]
@@ -50,6 +54,7 @@ class ModelNow:
     """Tells at every step whether modules or parameters were added, replaced, resized, frozen or unfrozen.
 
     Attributes:
+        is_large: so many parameters that they are looked at in turns, where not all need be.
         replaced: path -> the step since which a parameter that stood there is the model's no more, though an optimizer
             holds it still.
     """
@@ -59,7 +64,8 @@ class ModelNow:
         self._known: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self.replaced: dict[str, int] = {}
         self._num_looks = 0
-        self._kind = SameKind()
+        self._kinds_of: list[SameKind] = []
+        self._stamps: list[int] | None = None
         self._list()
         self._last = self._take()
 
@@ -79,46 +85,66 @@ class ModelNow:
             isinstance(m, LazyModuleMixin) for m in self._modules
         )
         self._are_plain = _PLAIN.issuperset(map(type, self._params)) and len(self._sized) == len(self._params)
-        self._kind.forget()
+        self._shares = _shares_of(self._params)
+        self._kinds_of = [SameKind() for _ in self._shares]
+        self.is_large = len(self._shares) > 1
         self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}
         self._known |= {id(p): (weakref.ref(p), clean_path(path)) for path, p in named}
-
-    def _parts(self) -> list[Any]:
-        # Children and parameters are looked up anew: a container may put another dict in the place of its own.
-        held = chain.from_iterable(chain(map(_LOOKED_UP, self._vars), map(_ASKED, self._odd)))
-        parts: list[Any] = list(chain.from_iterable(map(dict.values, filter(None, held))))
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                parts += group["params"]
-        return parts
 
     def _kinds(self) -> list[type]:
         return [*map(type, self._modules), *map(type, self._params)]
 
     def _take(self) -> _Likeness:
         sizes, trainable = list(map(Tensor.numel, self._sized)), list(map(_REQUIRES_GRAD, self._params))
-        return _Likeness(self._parts(), self._kinds(), sizes, trainable)
+        return _Likeness(self._parts(), _held(self._optimizers), self._kinds(), sizes, trainable)
 
-    def look(self) -> str:
-        """Return what is another since the last look: `FLAGS`, `PARTS`, or "" for nothing."""
+    def _parts(self) -> list[Any]:
+        dicts = list(chain.from_iterable(map(_LOOKED_UP, self._vars)))
+        self._stamps = stamps_of(dicts)
+        dicts += chain.from_iterable(map(_ASKED, self._odd))
+        return list(chain.from_iterable(map(dict.values, filter(None, dicts))))
+
+    def _has_same_parts(self) -> bool:
+        """Whether modules and optimizers hold what they held."""
+        last, held = self._last, list[Tensor]()
+        # Asking each dictionary for its stamp takes a third of what walking through all that they hold does. They are
+        # looked up anew: a container may put another one in the place of its own.
+        stamps = None if self._odd else stamps_of(chain.from_iterable(map(_LOOKED_UP, self._vars)))
+        if (stamps is None or stamps != self._stamps) and not _are(self._parts(), last.parts):
+            return False
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                held += group["params"]
+        # By identity: tensors compare by their elements.
+        return len(held) == len(last.held) and all(map(is_, held, last.held))
+
+    def look(self, *, at_all: bool = True) -> str:
+        """Return what is another since the last look: `FLAGS`, `PARTS`, or "" for nothing.
+
+        Args:
+            at_all: whether each parameter is of the size it was, and trained as it was, is asked of all. Else of some
+                of thousands at each look, in turns.
+        """
         self._num_looks += 1
         is_close = self._is_lazy or self._num_looks % _RARELY == 0
         if is_close:
             self._vars = list(map(vars, self._plain))
-        parts, last = self._parts(), self._last
-        # By identity: tensors compare by their elements.
-        same = len(parts) == len(last.parts) and all(map(is_, parts, last.parts))
+        last, same = self._last, self._has_same_parts()
         # While nothing is recorded nothing seems to require a gradient.
         asks_kind = same and self._are_plain and torch.is_grad_enabled()
-        as_before = asks_kind and self._kind.holds(self._params)
+        others: list[int] = []
+        if asks_kind:
+            turns = range(len(self._shares)) if at_all else (self._num_looks % len(self._shares),)
+            others += [turn for turn in turns if not self._kinds_of[turn].holds(self._shares[turn])]
+        as_before = asks_kind and not others
         same = same and (as_before or list(map(Tensor.numel, self._sized)) == last.sizes)
         if not same or (is_close and self._kinds() != last.kinds):
             self._list()
             self._last = self._take()
             return PARTS
         trainable = last.trainable if as_before else list(map(_REQUIRES_GRAD, self._params))
-        if asks_kind and not as_before:
-            self._kind.learn(self._params)
+        for turn in others:
+            self._kinds_of[turn].learn(self._shares[turn])
         if trainable == last.trainable:
             return ""
         self._last = last._replace(trainable=trainable)
@@ -133,5 +159,15 @@ class ModelNow:
         self.replaced = {path: self.replaced.get(path, step) for path in paths}
 
 
+def _are(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
+
+
+def _shares_of(params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    if len(params) <= 2 * _AT_A_LOOK:
+        return [params]
+    return [params[first : first + _AT_A_LOOK] for first in range(0, len(params), _AT_A_LOOK)]
+
+
 def _held(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    return [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    return list(chain.from_iterable([group["params"] for o in optimizers for group in o.param_groups]))

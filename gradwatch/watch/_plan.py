@@ -52,6 +52,9 @@ class StepPlan(NamedTuple):
 class Planner:
     """Makes the plan of every step.
 
+    Attributes:
+        plain_until: before this step, as far as is known by now, nothing but norms is due at those that come next.
+
     Args:
         options: the cadences.
         meter: what is watched.
@@ -68,20 +71,19 @@ class Planner:
         self._num_alarms, self._histograms_at = 0, -1
         self._step = -1
         self._plan: StepPlan | None = None
-        # The steps, up to the second, at which nothing but norms is due.
-        self._plain: tuple[int, int] = (0, 0)
+        self._plain_from = self.plain_until = 0
 
     def at(self, step: int) -> StepPlan:
         """Return the plan of a step: as it was when the step was first asked for, whatever was learnt since."""
         if self._plan is not None:
             if step == self._step:
                 return self._plan
-            plain = self._plain[0] <= step < self._plain[1] and step > self._meter.sample_until
+            plain = self._plain_from <= step < self.plain_until and step > self._meter.sample_until
             if plain and not are_several():
                 self._step = step
                 return self._plan
         self._step, self._plan = step, self._made(step)
-        self._plain = (0, 0) if not self._plan.is_plain else (step, self._next_due(step))
+        self._plain_from, self.plain_until = (step, self._next_due(step)) if self._plan.is_plain else (0, 0)
         return self._plan
 
     def _made(self, step: int) -> StepPlan:
@@ -124,7 +126,7 @@ class Planner:
         if self._options.histograms_every is not None and self._num_alarms < MAX_ALARMS:
             self._num_alarms, self._histograms_at = self._num_alarms + 1, self._step + 1
         self._alert_until = max(self._alert_until, until)
-        self._plain = (0, 0)
+        self.plain_until = 0
 
 
 def _of_ranks(statistic: Statistic) -> bool:

@@ -3,6 +3,7 @@
 import ast
 import weakref
 from array import array
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import gradwatch
 from gradwatch.errors import UnreadableError
-from gradwatch.torchside import Lender, SameKind, lend, lend_at_once, owned, values, writable
+from gradwatch.torchside import Lender, SameKind, lend, lend_at_once, owned, stamps_of, values, writable
 
 CPU = torch.device("cpu")
 
@@ -229,3 +230,31 @@ def test_a_kind_keeps_no_tensor() -> None:
     gone = weakref.ref(params[0])
     del params
     assert gone() is None
+
+
+WRITES = {
+    "another value": lambda d: d.update(a=object()),
+    "one more": lambda d: d.update(z=1),
+    "one less": lambda d: d.pop("a"),
+    "taken out and put back": lambda d: d.update(a=d.pop("a")),
+    "cleared": lambda d: d.clear(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_a_dictionary_that_was_written_to_has_another_stamp(kind, write) -> None:
+    dicts = [kind(a=1, b=2), kind(), kind(a=1, b=2)]
+    stamps = stamps_of(dicts)
+    if stamps is None:
+        pytest.skip("this interpreter keeps no count")
+    assert stamps_of(dicts) == stamps
+    assert len({*stamps}) == 3
+    write(dicts[2])
+    assert stamps_of(dicts)[:2] == stamps[:2]
+    assert stamps_of(dicts)[2] != stamps[2]
+    assert stamps_of([kind(a=1, b=2)])[0] not in stamps
+
+
+def test_what_is_no_dictionary_has_no_stamp() -> None:
+    assert stamps_of([{}, None]) is None

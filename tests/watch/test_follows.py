@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from gradwatch import Watch
+from gradwatch.watch import _model_now
 
 Change = Callable[[nn.Sequential, torch.optim.Optimizer], None]
 
@@ -160,6 +161,41 @@ def test_the_step_after_a_change_is_a_record_of_the_model_as_it_is_now(change: C
         path: "measured" if path in held else "in no optimizer" if trainable and not is_held else "no gradient"
         for path, (is_held, trainable, _) in wanted.items()
     }
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_among_thousands_is_on_record_at_once_and_what_shows_by_a_flag_alone_within_their_turns(
+    change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_model_now, "_AT_A_LOOK", 1)
+    model = net()
+    if change is unfreeze:
+        model[0].requires_grad_(False)
+    held = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(held, lr=0.01)
+    num_turns = len(list(model.parameters()))
+    with Watch(model, optimizer, activations_every=None, updates_every=None, on_error="raise") as watch:
+        for step in range(20 + num_turns):
+            if step == 19:
+                change(model, optimizer)
+            x = torch.randn(4, 8, dtype=next(model.parameters()).dtype)
+            model(x).square().mean().backward()
+            true = {n: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
+            watch.step()
+            model.zero_grad()
+        assert watch.session.engine.meter.model_now.is_large
+        at, last = watch.history[19], watch.history[-1]
+    wanted = expected(model, optimizer)
+    for record in (last,) if change is unfreeze else (at, last):
+        index = record.index
+        found = {
+            path: (bool(index.in_optimizer[i]), bool(index.trainable[i]), index.shapes[i])
+            for path, i in index.positions.items()
+            if index.kinds[i] == "parameter"
+        }
+        assert found == wanted
+    norms = {path: true[path] for path, (is_held, _, _) in wanted.items() if is_held and path in true}
+    assert {path: last["grad_norm", path] for path in norms} == pytest.approx(norms, rel=1e-5)
 
 
 def test_a_model_that_stays_is_never_indexed_anew() -> None:

@@ -14,6 +14,7 @@ from gradwatch import Watch, load_rules
 from gradwatch.rules import Expression
 from gradwatch.runs import read_run, replay
 from gradwatch.treatments import ZClip
+from gradwatch.watch import _account
 from gradwatch.watch._account import Account
 
 Loop = Callable[[Watch, nn.Module, torch.optim.Optimizer, int], None]
@@ -140,6 +141,26 @@ def test_optimizers_inside_backward_are_not_seen_and_raise_no_alarm(program: str
     assert [i for i in watch.incidents if i.severity == "critical"] == []
     assert "inside backward" in notes
     assert {standing[path].state for path, _ in model.named_parameters()} == {"unseen"}
+
+
+@pytest.mark.parametrize("hook", [move_by_hand, move_and_zero])
+def test_of_thousands_what_begins_to_step_inside_backward_is_told_at_the_second_step_at_the_latest(
+    hook: Callable[[Tensor], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_account, "_MANY", 1)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with Watch(model, optimizer, rules="observe") as watch:
+        for step in range(24):
+            if step == 21:
+                model[0].weight.register_post_accumulate_grad_hook(hook)
+            loss_of(model).backward()
+            watch.step()
+            optimizer.zero_grad()
+        records = {record.step: record for record in watch.history}
+    assert all(not records[step].unseen for step in range(21))
+    assert all("0.weight" in records[step].unseen for step in (22, 23))
+    assert not any(records[step].measured("grad_norm")[records[step].index.position("0.weight")] for step in (22, 23))
 
 
 def test_a_part_that_steps_inside_backward_leaves_the_rest_measured() -> None:
