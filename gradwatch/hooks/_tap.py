@@ -105,6 +105,7 @@ class ModuleTap:
         self._preflight = Preflight(len(self.paths)) if backend == "full" else None
         self._handles: list[Any] = []
         self._probes: list[Any] = []
+        self._can_hang_again = False
         self._leaf_handles: list[Any] = []
         self._entered: set[int] = set()
         self._failures: dict[int, str] = {}
@@ -128,6 +129,9 @@ class ModuleTap:
             self.armed = True
             return
         _remove(self._handles)
+        if self._hang_again():
+            self.armed = True
+            return
         handles: list[Any] = []
         self._probes = []
         try:
@@ -142,6 +146,29 @@ class ModuleTap:
             raise
         self._handles = handles
         self.armed = True
+        # Which hooks there are depends on nothing that a step may change.
+        is_lasting = self._preflight is None and self.on_output is not None
+        self._can_hang_again = is_lasting and all(probe.hangs_as_torch_does() for probe in self._probes)
+
+    def _hang_again(self) -> bool:
+        """Hang the hooks of the last time where they hung; return whether that could be done with all of them."""
+        if not self._can_hang_again:
+            return False
+        self._can_hang_again = False
+        try:
+            for probe in self._probes:
+                probe.period = self.period
+                self._handles.append(probe.handle)
+                if not probe.hang_again():
+                    break
+            else:
+                self._can_hang_again = True
+        except BaseException:
+            _remove(self._handles)
+            raise
+        if not self._can_hang_again:
+            _remove(self._handles)
+        return self._can_hang_again
 
     def _probe(self, kind: Callable[[ModuleTap, int], Any], row: int) -> Any:
         self._probes.append(probe := kind(self, row))
@@ -167,7 +194,8 @@ class ModuleTap:
         """Take every hook off, and silence those that graphs still hold. What was gathered stays for `take`."""
         self._fall_silent()
         _remove(self._handles)
-        self._probes = []
+        if not self._can_hang_again:
+            self._probes = []
         if self._preflight is not None:
             self._preflight.conclude()
 
@@ -180,6 +208,7 @@ class ModuleTap:
     def close(self) -> None:
         """Disarm for ever and forget everything gathered."""
         self.disarm()
+        self._probes, self._can_hang_again = [], False
         self._ledger.clear()
         self._windows = UnitWindows()
         self._closed = True

@@ -54,6 +54,60 @@ def every_module(backend):
     return lambda model: ModuleTap(model, [n for n, _ in model.named_modules(remove_duplicate=False)], backend=backend)
 
 
+def listening(model: torch.nn.Module) -> ModuleTap:
+    return ModuleTap(model, [name for name, _ in model.named_modules() if name], on_output=lambda output: None)
+
+
+def registers_again(tap: ModuleTap, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Arm a tap; return whether it went to torch for new handles."""
+    asked = []
+    register = torch.nn.Module.register_forward_hook
+    monkeypatch.setattr(
+        torch.nn.Module, "register_forward_hook", lambda m, *a, **k: asked.append(m) or register(m, *a, **k)
+    )
+    tap.arm()
+    monkeypatch.undo()
+    return bool(asked)
+
+
+def test_hooks_are_made_once_and_hung_again_behind_those_that_came_meanwhile(monkeypatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    before, tap = snapshot(model), listening(model)
+    assert registers_again(tap, monkeypatch)
+    for _ in range(3):
+        model(torch.ones(1, 2)).sum().backward()
+        tap.disarm()
+        assert snapshot(model) == before
+        tap.take()
+        theirs = model[0].register_forward_hook(lambda *_: None)
+        assert not registers_again(tap, monkeypatch)
+        assert next(iter(model[0]._forward_hooks)) == theirs.id
+        model(torch.ones(1, 2)).sum().backward()
+        found = tap.take()
+        assert found is not None
+        assert found.paths == ("0", "1")
+        assert bool((found.sums != 0).any(dim=1).all())
+        theirs.remove()
+    tap.close()
+    assert snapshot(model) == before
+
+
+def test_a_module_whose_hooks_lie_elsewhere_gets_new_ones(monkeypatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    tap = listening(model)
+    tap.arm()
+    tap.disarm()
+    old = model[1]._forward_hooks
+    model[1]._forward_hooks = type(old)()
+    assert registers_again(tap, monkeypatch)
+    assert len(model[1]._forward_hooks) == len(model[0]._forward_hooks) == 1
+    assert not old
+    tap.disarm()
+    assert not registers_again(tap, monkeypatch)
+    tap.close()
+    assert not any(hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks))
+
+
 @pytest.mark.filterwarnings("ignore:.*lazy.*:UserWarning", "ignore:enable_nested_tensor", "ignore:.*use_reentrant.*")
 @pytest.mark.parametrize("case", CASES)
 def test_training_with_a_tap_is_bitwise_equal_to_training_without(case: Case) -> None:
