@@ -89,7 +89,7 @@ def test_of_two_ranks_the_one_whose_gradient_is_not_the_mean_of_what_both_brough
     """`given`: what is added to an entry on a rank after gradients were put together; `missing`: who brought none."""
     torch.manual_seed(0)
     brought, device = torch.randn(2, 40), torch.device("cpu")
-    host = {name: blank.numpy() for name, blank in Contributions.blank(1, device).items()}
+    host = {name: np.zeros(shape) for name, shape in Contributions.tables(1).items()}
     for number in range(2):
         p, seen = torch.nn.Parameter(torch.zeros(40)), Contributions()
         seen.listen([] if number in missing else [p])
