@@ -21,7 +21,7 @@ from .._warn import warn
 from ..errors import ConfigError, TrainingStopped
 from ..records import HEALTHY, NOT_ENOUGH_SEEN, NOT_HEALTHY, Incident, Incidents, StepRecord, Verdict, judge_run
 from ..sinks import sinks_for_loggers
-from ..torchside import WeakHook, weakly
+from ..torchside import StepHook, weakly
 from ..treatments import MicroBatchSurgery
 from ..watch import (
     Forward,
@@ -205,7 +205,7 @@ class GradWatch:
             self._ends[id(model)] = model, end
             self._collect_tasks(model, end)
         if self._hook is None:
-            self._hook = WeakHook.of(self._before_step).hang(register_optimizer_step_pre_hook)
+            self._hook = StepHook.of(self._before_step).hang(register_optimizer_step_pre_hook)
 
     def _collect_tasks(self, model: nn.Module, end: BackwardEnd) -> None:
         """Let `split` be heard from the first model's first step on, whose Watch is made when it is over."""

@@ -84,8 +84,9 @@ class PreForwardProbe(_ModuleProbe):
     __slots__ = ()
     hooks = "_forward_pre_hooks"
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not is_traced() and (tap := self.tap) is not None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        # Without keyword arguments: taken off in the midst of torch's walk.
+        if kwargs is not None and not is_traced() and (tap := self.tap) is not None:
             tap.on_enter(self.row, args, kwargs)
 
 
@@ -95,9 +96,10 @@ class ForwardProbe(_ModuleProbe):
     __slots__ = ()
     hooks = "_forward_hooks"
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not is_traced() and (tap := self.tap) is not None:
-            tap.on_forward(self.row, args, kwargs, output)
+    def __call__(self, module: nn.Module, args: Any, *kwargs_and_output: Any) -> None:
+        # The output alone: taken off in the midst of torch's walk.
+        if len(kwargs_and_output) == 2 and not is_traced() and (tap := self.tap) is not None:
+            tap.on_forward(self.row, args, *kwargs_and_output)
 
 
 class GradProbe(_Probe):

@@ -26,7 +26,7 @@ from ._devices import (
 )
 from ._flat import is_flat_sharded
 from ._graph import LossForm, loss_form, loss_pair, unmasked_attention
-from ._inert import MethodHook, OwnedHook, WeakHook, is_owned, weakly
+from ._inert import MethodHook, OwnedHook, StepHook, WeakHook, is_owned, weakly
 from ._leaves import children, find, map_tensors, pick, storage, tensors_of, walk
 from ._members import member
 from ._memory import (
@@ -77,6 +77,7 @@ __all__ = [
     "SameKind",
     "Samples",
     "StandIn",
+    "StepHook",
     "Values",
     "WeakHook",
     "Whole",

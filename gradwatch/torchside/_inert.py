@@ -6,13 +6,15 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
+import torch
+
 from ._untraced import untraced
 
-__all__ = ["MethodHook", "OwnedHook", "WeakHook", "is_owned", "weakly"]
+__all__ = ["MethodHook", "OwnedHook", "StepHook", "WeakHook", "is_owned", "weakly"]
 
 _NOTHING = nullcontext().__exit__
 """What a hook becomes in a pickle: the standard library's own way to take any arguments and return None. A class of
@@ -45,8 +47,13 @@ class OwnedHook:
         self._place = None if place is None else weakref.ref(place)
         owner = self._owner()
         if owner is not None:
-            self._owner = weakref.ref(owner, partial(_abandoned, handle))
+            self._owner = weakref.ref(owner, partial(_abandoned, self._remover(handle)))
         return handle
+
+    def _remover(self, handle: Any) -> Callable[[], Any]:
+        """Return what takes it off by torch's handle when its owner is gone, and does not keep it."""
+        remove: Callable[[], Any] = handle.remove
+        return remove
 
     def _called(self) -> Any:
         """Return what torch calls."""
@@ -77,12 +84,18 @@ class OwnedHook:
 class WeakHook(OwnedHook):
     """Calls a function with its owner, what it was given, and torch's arguments, while there is an owner."""
 
-    __slots__ = ("_function", "_given", "_kept")
+    __slots__ = ("_fewest", "_function", "_given", "_kept")
 
     def __init__(self, owner: Any, function: Callable[..., Any], *given: Any) -> None:
         super().__init__(owner)
         self._function, self._given = function, given
         self._kept: Any = None
+        self._fewest = 0
+
+    def hang(self, register: Callable[..., Any], **options: Any) -> Any:
+        if options.get("with_kwargs"):
+            self._fewest = 3 if "pre_hook" in register.__name__ else 4
+        return super().hang(register, **options)
 
     @classmethod
     def of(cls, method: Any, *, keeps_owner: bool = False) -> WeakHook:
@@ -93,11 +106,50 @@ class WeakHook(OwnedHook):
 
     @untraced
     def __call__(self, *args: Any) -> Any:
+        if len(args) < self._fewest:
+            # Taken off in the midst of torch's walk, which calls it all the same and knows no more that it takes
+            # keyword arguments; or, by another thread, not yet all on.
+            return None
         owner = self._owner()
         if owner is None:
             self.take_off()
             return None
         return self._function(owner, *self._given, *args)
+
+
+class StepHook(WeakHook):
+    """A `WeakHook` on the steps of an optimizer. Its `hang` returns itself, to be taken off with `remove`.
+
+    Torch goes through these hooks as they lie: where one of them vanishes meanwhile, the user's step ends with an
+    error. One that is taken off there (a watch closed by somebody's hook) does nothing from then on, and goes when it
+    is called next and no other comes behind it.
+    """
+
+    __slots__ = ()
+
+    def hang(self, register: Callable[..., Any], **options: Any) -> Any:
+        super().hang(register, **options)
+        return self
+
+    def _remover(self, handle: Any) -> Callable[[], Any]:
+        return partial(_remove_step_hook, handle)
+
+    def take_off(self) -> None:
+        """Take the hook off, or make it do nothing. May be called twice."""
+        self._owner = _nobody  # type: ignore[assignment]
+        if self._handle is not None:
+            _remove_step_hook(self._handle)
+
+    remove = take_off
+
+    @untraced
+    def __call__(self, *args: Any) -> Any:
+        if self._owner() is None:
+            hooks = self._handle.hooks_dict_ref()
+            if hooks and next(reversed(hooks)) == self._handle.id:  # whoever goes through them is at the last
+                self._handle.remove()
+            return None
+        return super().__call__(*args)
 
 
 class MethodHook(OwnedHook):
@@ -195,7 +247,39 @@ def _number_apart(handle: Any, *, first: bool) -> None:
     handle.id = number
 
 
-def _abandoned(handle: Any, _: Any) -> None:
+def _nobody() -> None:
+    """Return the owner of a hook that has none any more."""
+
+
+def _step_code() -> Any:
+    """Return the code of torch's that calls an optimizer's step and the hooks around it; None where it is another."""
+    with suppress(AttributeError, TypeError):
+        return torch.optim.Optimizer.profile_hook_step(_nobody).__code__
+    return None
+
+
+_STEP = _step_code()
+
+
+def _goes_through_hooks() -> bool:
+    """Return whether an optimizer is at the hooks around its step in this thread: in them, and not in the step."""
+    frame: Any = sys._getframe(1)
+    code = None  # of what this frame has called
+    while frame is not None:
+        if frame.f_code is _STEP:
+            step = getattr(frame.f_locals.get("func"), "__code__", None)
+            if code is not step:
+                return True
+        code, frame = frame.f_code, frame.f_back
+    return False
+
+
+def _remove_step_hook(handle: Any) -> None:
+    if not _goes_through_hooks():
+        handle.remove()
+
+
+def _abandoned(remove: Callable[[], Any], _: Any) -> None:
     # Called wherever the collector finds the owner: in the midst of torch's walk through a module's hooks too, which
     # they must not vanish under. Those take themselves off when they are called next.
     try:
@@ -203,4 +287,4 @@ def _abandoned(handle: Any, _: Any) -> None:
     except (AttributeError, ValueError):  # no such function, or nobody called: the interpreter is ending
         frame = None
     if frame is None or not str(frame.f_globals.get("__name__", "")).startswith("torch."):
-        handle.remove()
+        remove()

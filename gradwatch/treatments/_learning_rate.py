@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from ..torchside import WeakHook
+from ..torchside import StepHook
 from ._checks import check_count, check_number
 
 __all__ = ["LearningRates"]
@@ -33,7 +32,7 @@ class LearningRates:
         # Steps left by name, of each optimizer; None: until `restore`.
         self._lowered: dict[str, tuple[float, list[int | None]]] = {}
         self._own: dict[int, list[Any]] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[StepHook] = []
 
     @property
     def factor(self) -> float:
@@ -63,8 +62,8 @@ class LearningRates:
         if self._handles:
             return
         for optimizer in self._optimizers:
-            self._handles.append(WeakHook.of(self._before).hang(optimizer.register_step_pre_hook))
-            self._handles.append(WeakHook.of(self._after).hang(optimizer.register_step_post_hook))
+            self._handles.append(StepHook.of(self._before).hang(optimizer.register_step_pre_hook))
+            self._handles.append(StepHook.of(self._after).hang(optimizer.register_step_post_hook))
 
     def close(self) -> None:
         """Take the hooks off and put the optimizers' own rates back; may be called again."""

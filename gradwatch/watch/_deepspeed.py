@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .._warn import warn
 from ..errors import ConfigError
-from ..torchside import WeakHook, ZeroPart, engine_of, weakly
+from ..torchside import StepHook, ZeroPart, engine_of, weakly
 from ._settings import Settings
 from ._step_inputs import StepInputs
 from ._stepper import Stepper, raw_optimizer, steppers
@@ -103,7 +103,7 @@ class BeforeStep:
         self._handle: Any = None
         optimizer = engine.optimizer
         if isinstance(optimizer, Optimizer):
-            self._handle = WeakHook.of(self._tell).hang(optimizer.register_step_pre_hook)
+            self._handle = StepHook.of(self._tell).hang(optimizer.register_step_pre_hook)
             return
         for name in ("backward", "scale"):
             if hasattr(engine, name):

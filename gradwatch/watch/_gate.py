@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._warn import one_line
-from ..torchside import WeakHook, weakly
+from ..torchside import StepHook, weakly
 from ._clean import fires
 from ._device_veto import DeviceVeto, LateProof, can_decide_on_device
 from ._family import Family
@@ -95,8 +95,8 @@ class StepGate:
             return f"{type(raw).__name__}'s step calls no hooks"
         try:
             for member in self.family.hooked or (raw,):
-                self._handles.append(WeakHook.of(self._before).hang(member.register_step_pre_hook))
-                self._handles.append(WeakHook.of(self._after).hang(member.register_step_post_hook))
+                self._handles.append(StepHook.of(self._before).hang(member.register_step_pre_hook))
+                self._handles.append(StepHook.of(self._after).hang(member.register_step_post_hook))
         except Exception as error:
             self.close()
             return f"{type(raw).__name__} takes no step hooks ({one_line(error)})"

@@ -135,3 +135,26 @@ def test_the_hook_itself_is_nothing_on_a_copy_of_any_kind(port, fn, copied):
     assert twin(model[1], (output,), output) is None
     output.sum().backward()
     assert getattr(seen, "fn", seen).calls == []
+
+
+@pytest.mark.parametrize("others", [(), ("1:input", "1:output")], ids=["alone", "among-others"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("port", ["input", "output", "grad_output", "grad_input"])
+def test_hooks_taken_off_by_a_hook_of_the_same_module_are_silent_and_harmless(port, first, others):
+    model = net()
+    hooks = HookManager(model)
+    seen = Seen()
+    ours = [hooks.add(name, seen) for name in (f"1:{port}", *others)]
+
+    def off(*_):
+        for hook in ours:
+            hook.remove()
+
+    model[1].register_forward_pre_hook(off, prepend=first)
+    model[1].register_forward_hook(off, prepend=first)
+    run(model)
+    # What came before it in the walk was told; nothing after it.
+    assert [name for name, *_ in seen.calls] == ([] if first else [name for name, *_ in seen.calls if "input" in name])
+    before = len(seen.calls)
+    run(model)
+    assert len(seen.calls) == before
