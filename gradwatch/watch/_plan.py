@@ -107,11 +107,11 @@ class Planner:
 
     def _next_due(self, step: int) -> int:
         """Return the first step after this one whose plan may be another."""
-        options = self._options
-        if options.every != 1:
+        options, here = self._options, [s.every for s in self._statistics if not _of_ranks(s)]
+        if options.every != 1 or any(every != 1 and is_due(step, every) for every in here):
             return step + 1
         cadences = [options.activations_every, options.histograms_every, options.updates_every]
-        cadences += [s.every for s in self._statistics if not (_is_light(s) or _of_ranks(s))]
+        cadences += [every for every in here if every != 1]
         return min((next_due(step, n) for n in cadences if n), default=step + 1000)
 
     @property

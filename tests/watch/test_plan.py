@@ -42,6 +42,24 @@ def test_a_step_is_planned_by_its_cadences_whatever_was_asked_before(cadences: t
             assert plan.is_plain == (not (any(due) or spreads)), step
 
 
+@pytest.mark.parametrize("order", ["in turn", "leaps"])
+@pytest.mark.parametrize("others", [None, 7], ids=["alone", "among-others"])
+def test_each_statistic_is_measured_at_its_own_steps(others: int | None, order: str) -> None:
+    options = dict.fromkeys(("activations_every", "histograms_every", "updates_every"), others)
+    watch, plans = planner(**options, noise_scale=True, fingerprints=True, recompute_every=30, local_norms=False)
+    steps = list(range(300))
+    if order == "leaps":
+        random.Random(0).shuffle(steps)
+    with watch:
+        known = watch.session.engine.tables.statistics
+        assert len(known) >= 4
+        for step in steps:
+            due = tuple(
+                s for s in known if is_due(step, s.every) and type(s).__name__ not in ("RankSpread", "Replicas")
+            )
+            assert plans.at(step).statistics == due, step
+
+
 def test_what_is_learnt_in_a_step_changes_the_plans_of_later_ones_alone() -> None:
     watch, plans = planner()
     with watch:
