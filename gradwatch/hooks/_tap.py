@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .._warn import one_line
 from ..errors import ConfigError, UnknownNameError, UnknownPathError
-from ..stats import num_beyond, num_nonfinite
-from ..torchside import Aside, in_transform, member, tensors_of
+from ..stats import moments_in_passing, num_beyond, num_nonfinite
+from ..torchside import Aside, are_modes_on, in_transform, member, tensors_of
 from ._gradients import hook_gradient
 from ._runs import graph_task_id
 from ._tap_full import Preflight, register_full_hook
@@ -291,7 +291,7 @@ class ModuleTap:
             self._failures.setdefault(row, "not seen: it is called inside a torch.func transform")
             return
         try:
-            inputs, outputs = _inputs(args, kwargs), _distinct(output)
+            inputs, outputs = _distinct([args, kwargs] if kwargs else args), _distinct(output)
             full = self._preflight is not None and self._has_full_hook(row)
             for tensor in outputs:
                 if places and tensor.requires_grad and not full:
@@ -312,12 +312,25 @@ class ModuleTap:
         if in_transform():
             return
         try:
-            with Aside():
-                self._measure_grad(row, grad)
+            # Of a plain tensor on the host it takes no operation of torch's, which others would see.
+            if are_modes_on() or not self._measure_grad_in_passing(row, grad):
+                with Aside():
+                    self._measure_grad(row, grad)
             if self._preflight is not None:
                 self._preflight.on_grad(row)
         except Exception as error:
             self._fail(row, "grad_output", error)
+
+    def _measure_grad_in_passing(self, row: int, grad: Tensor) -> bool:
+        found = self._extents.find(grad)
+        if found is None:
+            moments = moments_in_passing(grad)
+            if moments is None:
+                return False
+            found = (grad.numel(), (moments[1], moments[3], moments[4]))
+            self._extents.keep(grad, found)
+        self._ledger.add_grad(row, *found)
+        return True
 
     def _measure_grad(self, row: int, grad: Tensor) -> None:
         found = self._extents.find(grad)
@@ -330,38 +343,43 @@ class ModuleTap:
     def _measure(self, row: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         self._layout = self._layouts[row] or self._layout
         for tensor in outputs:
-            self._one(self._measure_output, row, "output", tensor)
+            self._measure_output(row, tensor)
         for tensor in inputs:
-            self._one(self._measure_input, row, "input", tensor)
-
-    def _one(self, measure: Callable[[int, Tensor], None], row: int, port: str, tensor: Tensor) -> None:
-        """Measure one tensor: what can't be leaves the others alone."""
-        try:
-            measure(row, tensor)
-        except Exception as error:
-            self._fail(row, port, error)
+            self._measure_input(row, tensor)
 
     def _measure_output(self, row: int, tensor: Tensor) -> None:
-        local = _local(tensor)
-        found = self._moments.find(tensor)
-        if found is None:
-            found = (_numel(local), measured_moments(local))
-            self._moments.keep(tensor, found)
-        self._ledger.add_output(row, *found)
-        if self._relu_like[row]:
-            self._windows.see(row, local.detach(), self._layout)
+        """Measure one tensor: what can't be leaves the others alone."""
+        try:
+            found = self._moments.find(tensor)
+            if found is None:
+                moments = moments_in_passing(tensor)
+                if moments is not None:
+                    found = (tensor.numel(), moments)
+                else:
+                    local = _local(tensor)
+                    found = (_numel(local), measured_moments(local))
+                self._moments.keep(tensor, found)
+            self._ledger.add_output(row, *found)
+            if self._relu_like[row]:
+                self._windows.see(row, _local(tensor).detach(), self._layout)
+        except Exception as error:
+            self._fail(row, "output", error)
 
     def _measure_input(self, row: int, tensor: Tensor) -> None:
-        known = self._moments.find(tensor)
-        found = (known[0], known[1][3]) if known else self._counts.find(tensor)
-        if found is None:
-            local = _local(tensor)
-            found = (_numel(local), num_nonfinite(local))
-            self._counts.keep(tensor, found)
-        self._ledger.add_input(row, *found)
-        if self._saturating[row]:
-            self._ledger.add(row, "saturated", num_beyond(_local(tensor), _SATURATED))
-            self._ledger.add(row, "saturated_numel", found[0])
+        """Measure one tensor, likewise."""
+        try:
+            known = self._moments.find(tensor)
+            found = (known[0], known[1][3]) if known else self._counts.find(tensor)
+            if found is None:
+                local = _local(tensor)
+                found = (_numel(local), num_nonfinite(local))
+                self._counts.keep(tensor, found)
+            self._ledger.add_input(row, *found)
+            if self._saturating[row]:
+                self._ledger.add(row, "saturated", num_beyond(_local(tensor), _SATURATED))
+                self._ledger.add(row, "saturated_numel", found[0])
+        except Exception as error:
+            self._fail(row, "input", error)
 
     def _fail(self, row: int, port: str, error: Exception) -> None:
         self._failures.setdefault(row, f"{port} could not be measured: {one_line(error)}")
@@ -373,15 +391,12 @@ def _is_scripted(module: nn.Module) -> bool:
 
 def _distinct(tree: Any) -> list[Tensor]:
     """Return the floating tensors of a tree, each once."""
+    if type(tree) is tuple and len(tree) == 1:
+        tree = tree[0]
     if isinstance(tree, Tensor):
         return [tree] if tree.is_floating_point() or tree.is_complex() else []
     found = {id(t): t for _, t in tensors_of(tree) if t.is_floating_point() or t.is_complex()}
     return list(found.values())
-
-
-def _inputs(args: Any, kwargs: Any) -> list[Tensor]:
-    """Return the floating tensors among arguments, each once."""
-    return _distinct(args[0] if len(args) == 1 and not kwargs else [args, kwargs])
 
 
 def _local(tensor: Any) -> Tensor:

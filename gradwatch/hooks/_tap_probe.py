@@ -109,7 +109,12 @@ class GradProbe(_Probe):
 
     def __call__(self, grad: Tensor | None) -> None:
         # None: torch's way to say zero, to a hook on an output of a fused function that nothing used.
-        if grad is not None and (tap := self.tap) is not None:
+        if grad is None:
+            return
+        tap = self._owner()
+        if tap is None:
+            self.take_off()
+        elif tap.armed and tap.period == self.period:
             tap.on_grad(self.row, grad)
 
 

@@ -121,19 +121,15 @@ class Memo:
     def find(self, tensor: Tensor) -> Any:
         """Return what was kept for this very tensor, or None."""
         kept = self._seen.get(id(tensor))
-        if kept is None or kept[0]() is not tensor or kept[1] != _version(tensor):
+        if kept is None or kept[0]() is not tensor or kept[1] != (-1 if tensor.is_inference() else tensor._version):
             return None
         return kept[2]
 
     def keep(self, tensor: Tensor, value: Any) -> None:
-        self._seen[id(tensor)] = (ref(tensor), _version(tensor), value)
+        self._seen[id(tensor)] = (ref(tensor), -1 if tensor.is_inference() else tensor._version, value)
 
     def clear(self) -> None:
         self._seen.clear()
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def measured_moments(tensor: Tensor) -> Found:

@@ -12,6 +12,7 @@ from ._exponents import exponent_histograms
 from ._gradients import Gradients
 from ._measure import GradientMeasures, GradientPieces, measure_gradients, measure_pieces
 from ._moments import MOMENTS, extent, host_extent, host_moments, moments, num_nonfinite
+from ._native import moments_in_passing
 from ._norms import Row, global_norm, host_norms, second_look, tensor_norms
 from ._shards import Shards, is_whole, reduce_max_, reduce_sum_
 from ._spread import row_spread
@@ -59,6 +60,7 @@ __all__ = [
     "measure_gradients",
     "measure_pieces",
     "moments",
+    "moments_in_passing",
     "next_due",
     "num_beyond",
     "num_nonfinite",

@@ -9,13 +9,11 @@ from ..errors import UnreadableError
 from ..torchside import is_host, parts, values, wide_dtype
 from ._counting import num_nonzero
 from ._device import scanned
-from ._native import native_for
+from ._native import WORTH_MOMENTS, WORTH_THREADS, native_for
 from ._norms import local_norms
 
 __all__ = ["MOMENTS", "extent", "host_extent", "host_moments", "moments", "num_nonfinite"]
 
-_WORTH_NATIVE = 1 << 13
-_WORTH_THREADS = 1 << 20
 _CHUNK = 1 << 18
 _HUGE = 3e38
 
@@ -117,9 +115,9 @@ def _lent_moments(tensor: Tensor) -> tuple[float, float, float, float, float] | 
     """Return moments from the compiled kernel, or None where this tensor can't have it."""
     numel = tensor.numel()
     # Large tensors are read faster by several threads of torch, if there are.
-    if numel > _WORTH_THREADS and torch.get_num_threads() > 1:
+    if numel > WORTH_THREADS and torch.get_num_threads() > 1:
         return None
-    kernels = native_for(tensor, worth=_WORTH_NATIVE)
+    kernels = native_for(tensor, worth=WORTH_MOMENTS)
     try:
         return kernels.moments_of(tensor) if kernels is not None else None
     except UnreadableError:  # a stand-in without memory: what stands behind it is looked for

@@ -26,14 +26,29 @@ from ..torchside import are_several, can_lend, can_lend_all, lend, lend_at_once,
 from ._library import NoLibraryError, is_compiled, library
 from ._reference import agrees, reference
 
-__all__ = ["Native", "native", "native_at_hand", "native_fault", "native_for", "native_state"]
+__all__ = [
+    "WORTH_MOMENTS",
+    "WORTH_THREADS",
+    "Native",
+    "moments_in_passing",
+    "native",
+    "native_at_hand",
+    "native_fault",
+    "native_for",
+    "native_state",
+]
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _AT_ONCE = 1024
 """Tensors whose histograms are made at once: of many they are larger than what they count."""
 _KERNELS = {"squares": 1, "moments": 5, "everything": 517, "histograms": 512, "moved": 2}
 """The kernels, and how many numbers each writes for a tensor."""
+WORTH_MOMENTS = 1 << 13
+"""Elements of a single tensor, 256 more than it has, from which on its moments are worth a compiler;"""
+WORTH_THREADS = 1 << 20
+"""and above which several threads of torch read it sooner, where there are."""
 _CPU = torch.device("cpu")
+_USUAL = frozenset({Tensor, torch.nn.Parameter})
 _IS_CPU = attrgetter("is_cpu")
 Lent = tuple["array[int]", "array[int]"]
 _Five = ctypes.c_double * 5
@@ -77,11 +92,15 @@ class Native:
         Raises:
             UnreadableError: it has no memory of its own.
         """
+        return self.moments_at(piece, *lend_one(piece))
+
+    def moments_at(self, piece: Tensor, address: int, numel: int) -> tuple[float, float, float, float, float]:
+        """Return `moments` of a tensor that was lent: its elements lie there in a row."""
         out = _Five()
-        self._moments_of(_TYPES[piece.dtype], *lend_one(piece), out)
-        row = (out[0], out[1], out[2], out[3], out[4])
+        self._moments_of(_TYPES[piece.dtype], address, numel, out)
+        row: tuple[float, float, float, float, float] = (out[0], out[1], out[2], out[3], out[4])
         if self._is_due("moments_of"):
-            row = tuple(self._checked("moments", np.array([row]), (piece,), ())[0].tolist())
+            return tuple(self._checked("moments", np.array([row]), (piece,), ())[0].tolist())
         return row
 
     def squares(self, pieces: Sequence[Tensor]) -> NDArray[np.float64]:
@@ -249,6 +268,40 @@ class _Little:
 
 
 _little = _Little()
+
+
+def moments_in_passing(piece: Tensor) -> tuple[float, float, float, float, float] | None:
+    """Return `moments` of a plain tensor on the host whose elements lie in a row, and compute nothing that others could
+    see; None where that takes more.
+
+    Asked inside a forward or a backward, whose products have pushed all of Python's out of the processor's caches:
+    there each function that is called costs as much as the numbers of a small tensor. What is asked of other rooms
+    elsewhere is written out here.
+    """
+    if (
+        type(piece) not in _USUAL
+        or piece.dtype not in _TYPES
+        or not piece.is_cpu
+        or piece.layout is not torch.strided
+        or piece.is_nested
+        or not piece.is_contiguous()
+        or piece.is_neg()
+        or piece._is_zerotensor()
+        or (are_several() and world_size() > 1)
+    ):
+        return None
+    numel = piece.numel()
+    if numel > WORTH_THREADS and torch.get_num_threads() > 1:
+        return None
+    kernels = _load() if numel + 256 >= WORTH_MOMENTS else _little.kernels
+    if kernels is None or kernels.fault or not numel:
+        return None
+    try:
+        room = piece.untyped_storage().nbytes() // piece.element_size() - piece.storage_offset()
+        address = piece.data_ptr()
+    except RuntimeError:
+        return None
+    return kernels.moments_at(piece, address, numel) if address and room >= numel else None
 
 
 def native_for(piece: Tensor, *, worth: int) -> Native | None:

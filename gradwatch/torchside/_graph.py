@@ -130,7 +130,9 @@ def _nodes(root: Any, most: int, until: tuple[str, ...] = ()) -> Iterator[Any]:
         seen.add(node)
         yield node
         if not (until and node.name().startswith(until)):
-            todo.extend(following for following, _ in node.next_functions if following is not None)
+            for following, _ in node.next_functions:
+                if following is not None and following not in seen:
+                    todo.append(following)
 
 
 def _behind(node: Any) -> Any:

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from gradwatch import Watch
-from gradwatch.stats import UpdateMeter, exponent_histograms, gradient_details, kernel_faults, moments, tensor_norms
+from gradwatch.stats import (
+    UpdateMeter,
+    exponent_histograms,
+    gradient_details,
+    host_moments,
+    kernel_faults,
+    moments,
+    moments_in_passing,
+    tensor_norms,
+)
 from gradwatch.stats import _native as module
 from gradwatch.torchside import lend_at_once
 
@@ -227,6 +236,45 @@ def test_denormal_numbers_flushed_by_the_processor_are_no_disagreement(fresh: mo
     finally:
         torch.set_flush_denormal(False)
     assert fresh.fault == ""
+
+
+def test_moments_in_passing_are_the_moments(kernels: module.Native) -> None:
+    for dtype in DTYPES:
+        for tensor in samples(dtype):
+            found = moments_in_passing(tensor)
+            if found is not None:
+                assert np.array_equal(found, host_moments(tensor), equal_nan=True)
+    assert moments_in_passing(torch.randn(10_000)) is not None
+
+
+def shrunk() -> torch.Tensor:
+    tensor = torch.randn(10_000)
+    tensor.untyped_storage().resize_(4)
+    return tensor
+
+
+NOT_IN_PASSING = {
+    "not in a row": lambda: torch.randn(200, 100).t(),
+    "half": lambda: torch.randn(10_000).half(),
+    "integers": lambda: torch.ones(10_000, dtype=torch.int64),
+    "complex": lambda: torch.randn(10_000, dtype=torch.complex64),
+    "sign put off": lambda: torch.randn(10_000, dtype=torch.complex64).conj().imag.contiguous()._neg_view(),
+    "zeros never made": lambda: torch._efficientzerotensor((10_000,)),
+    "sparse": lambda: torch.eye(100).to_sparse(),
+    "no memory": lambda: torch.empty(10_000, device="meta"),
+    "memory given back": shrunk,
+    "empty": lambda: torch.empty(0),
+    "a class of its own": lambda: torch.randn(10_000).as_subclass(type("Own", (torch.Tensor,), {})),
+}
+
+
+@pytest.mark.parametrize("make", NOT_IN_PASSING.values(), ids=NOT_IN_PASSING)
+def test_what_takes_more_than_one_call_is_not_measured_in_passing(make, kernels: module.Native) -> None:
+    assert moments_in_passing(make()) is None
+
+
+def test_nothing_is_measured_in_passing_without_a_compiler(without_native: None) -> None:
+    assert moments_in_passing(torch.randn(10_000)) is None
 
 
 def test_a_watch_tells_of_a_kernel_that_was_switched_off(fresh: module.Native) -> None:
