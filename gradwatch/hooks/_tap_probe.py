@@ -66,8 +66,8 @@ class _ModuleProbe(_Probe):
         with_kwargs = handle.extra_dict_ref[0]() if handle is not None and handle.extra_dict_ref else None
         if hooks is None or with_kwargs is None or handle.hooks_dict_ref() is not hooks:
             return False
+        with_kwargs[handle.id] = True  # first: another thread may be calling the module
         hooks[handle.id] = self
-        with_kwargs[handle.id] = True
         return True
 
     def hangs_as_torch_does(self) -> bool:
