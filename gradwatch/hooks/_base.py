@@ -73,6 +73,7 @@ class BaseManager:
         self._registry = Registry(model, self._runs)
         self._registry.manager = weakref.ref(self)
         self._known: tuple[list[int], Resolver] | None = None
+        self._at_hand: tuple[Sequence[Any], Mapping[str, Any]] | None = None
         self._closed = False
         self._on_close: list[WeakMethod[Callable[[], Any]]] = []
         self._resolver  # noqa: B018 - an alias that matches nothing is an error here, not later
@@ -92,6 +93,7 @@ class BaseManager:
             researched = ResearchNames(names, self.model) if self._research_names else None
             self._registry.forget_idle()
             self._known = (present, Resolver(names, expand_aliases(names, self._aliases), researched))
+        self._known[1].researched.at_hand = self._at_hand
         return self._known[1]
 
     def points(self, pattern: Any = "*", *, port: str | None = None) -> list[HookPoint]:
@@ -126,15 +128,13 @@ class BaseManager:
     @contextmanager
     def _inputs_at_hand(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
         """Within the context names may be found by a pass with these inputs."""
-        researched = self._resolver.researched
-        if not isinstance(researched, ResearchNames):
-            yield
-            return
-        researched.at_hand = (args, kwargs)
+        self._at_hand = (args, kwargs)
         try:
             yield
         finally:
-            researched.at_hand = None
+            self._at_hand = None
+            if self._known is not None:
+                self._known[1].researched.at_hand = None
 
     @property
     def layers(self) -> list[str]:

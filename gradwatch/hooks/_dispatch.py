@@ -339,10 +339,11 @@ class Site:
         self.inputs = self.outputs = self.gradients = self.input_gradients = self.full_hooks = ()
         for kind in tuple(self.handles):
             self._fit(kind, None)
-        for handle in self.leaf_handles.values():
-            handle.remove()
-        self.can_rest = self.can_rest and not self.leaf_handles
-        self.leaf_handles.clear()
+        if self.leaf_handles:
+            self.can_rest = False
+            for handle in self.leaf_handles.values():
+                handle.remove()
+            self.leaf_handles.clear()
 
     def lay_down(self) -> None:
         """Let go of the registry, which keeps it for the next hook here: they would hold each other and the model."""

@@ -94,9 +94,7 @@ class _Fast(MethodHook):
     __slots__ = ("bound", "call", "entry", "fired", "fn", "hook", "point", "run", "runs", "site", "tensor_type")
 
     def __init__(self, site: Site, entry: Entry) -> None:
-        super().__init__(site)
         self.site, self.entry, self.runs = site, entry, site.runs
-        self._place = weakref.ref(site.module)
         self.hook = entry.hook
         self.bound = entry.hook.thread
         self.fn: Callable[[Tensor, Point], Any] = entry.hook.function
@@ -116,6 +114,10 @@ class _Fast(MethodHook):
         # In a walk of torch's that is under way, also in another thread, it may be called once more: it goes slow.
         self.tensor_type = None
         self._handle.remove()
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
+        self._place = weakref.ref(self.site.module)
+        return super().__deepcopy__(memo)
 
     def inert(self) -> Any:
         return _INERT

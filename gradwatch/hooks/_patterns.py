@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,7 +19,13 @@ ALL_PORTS = PORTS + ATTENTION_PORTS
 
 
 class Researched:
-    """Names that are looked for only when somebody asks for one; here there are none."""
+    """Names that are looked for only when somebody asks for one; here there are none.
+
+    Attributes:
+        at_hand: what a run that asks has to offer for a pass of trial: arguments, by place and by name.
+    """
+
+    at_hand: tuple[Sequence[Any], Mapping[str, Any]] | None = None
 
     def names(self, pattern: str = "") -> Mapping[str, HookPoint]:
         """Return name -> hook point, unavailable ones too; `pattern` is what was asked for."""

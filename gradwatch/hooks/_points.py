@@ -38,6 +38,7 @@ PAIR_PORTS = ("scores", "pattern")
 GRADIENT_OF = {"output": "grad_output", "input": "grad_at_input", **{p: f"grad_at_{p}" for p in ATTENTION_PORTS}}
 """Port -> where the gradient of the tensor there is shown: the total over all its consumers."""
 READ_AT = {gradient: port for port, gradient in GRADIENT_OF.items()}
+_AT_MODULES = frozenset(MODULE_PORTS)
 BACKWARD_PORTS = frozenset({"grad_input", *READ_AT, *PARAMETER_PORTS})
 
 
@@ -120,6 +121,8 @@ class HookPoint(str):
     @property
     def site(self) -> tuple[str, int]:
         """What tells where torch is to call: a kind, and whose."""
+        if self.port in _AT_MODULES:
+            return "module", id(self.target)
         port = READ_AT.get(self.port, self.port)
         if port not in ATTENTION_PORTS:
             return "parameter" if self.is_parameter else "module", id(self.target)

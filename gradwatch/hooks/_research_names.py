@@ -68,7 +68,6 @@ class ResearchNames(Researched):
 
     def __init__(self, names: ModelNames, model: nn.Module) -> None:
         self.known_names, self.model = names, model
-        self.at_hand: tuple[Sequence[Any], Mapping[str, Any]] | None = None
         self.stacks: list[Stack] = []
         self._found: dict[str, HookPoint] | None = None
         self._attending: set[str] = set()
