@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UnreadableError
-from ..torchside import are_several, can_lend, can_lend_all, lend, lend_at_once, lend_one, world_size
+from ..torchside import are_several, can_lend, can_lend_all, lend, lend_at_once, lend_in_passing, lend_one, world_size
 from ._library import NoLibraryError, is_compiled, library
 from ._reference import agrees, reference
 
@@ -48,7 +48,6 @@ WORTH_MOMENTS = 1 << 13
 WORTH_THREADS = 1 << 20
 """and above which several threads of torch read it sooner, where there are."""
 _CPU = torch.device("cpu")
-_USUAL = frozenset({Tensor, torch.nn.Parameter})
 _IS_CPU = attrgetter("is_cpu")
 Lent = tuple["array[int]", "array[int]"]
 _Five = ctypes.c_double * 5
@@ -278,30 +277,13 @@ def moments_in_passing(piece: Tensor) -> tuple[float, float, float, float, float
     there each function that is called costs as much as the numbers of a small tensor. What is asked of other rooms
     elsewhere is written out here.
     """
-    if (
-        type(piece) not in _USUAL
-        or piece.dtype not in _TYPES
-        or not piece.is_cpu
-        or piece.layout is not torch.strided
-        or piece.is_nested
-        or not piece.is_contiguous()
-        or piece.is_neg()
-        or piece._is_zerotensor()
-        or (are_several() and world_size() > 1)
-    ):
+    lent = lend_in_passing(piece) if piece.dtype in _TYPES else None
+    if lent is None or (are_several() and world_size() > 1):
         return None
-    numel = piece.numel()
-    if numel > WORTH_THREADS and torch.get_num_threads() > 1:
+    if lent[1] > WORTH_THREADS and torch.get_num_threads() > 1:
         return None
-    kernels = _load() if numel + 256 >= WORTH_MOMENTS else _little.kernels
-    if kernels is None or kernels.fault or not numel:
-        return None
-    try:
-        room = piece.untyped_storage().nbytes() // piece.element_size() - piece.storage_offset()
-        address = piece.data_ptr()
-    except RuntimeError:
-        return None
-    return kernels.moments_at(piece, address, numel) if address and room >= numel else None
+    kernels = _load() if lent[1] + 256 >= WORTH_MOMENTS else _little.kernels
+    return None if kernels is None or kernels.fault else kernels.moments_at(piece, *lent)
 
 
 def native_for(piece: Tensor, *, worth: int) -> Native | None:

@@ -39,6 +39,7 @@ from ._memory import (
     identity,
     lend,
     lend_at_once,
+    lend_in_passing,
     lend_one,
     storage_identity,
 )
@@ -123,6 +124,7 @@ __all__ = [
     "largest_piece",
     "lend",
     "lend_at_once",
+    "lend_in_passing",
     "lend_one",
     "local_of",
     "local_piece",

@@ -25,6 +25,7 @@ __all__ = [
     "identity",
     "lend",
     "lend_at_once",
+    "lend_in_passing",
     "lend_one",
     "storage_identity",
 ]
@@ -172,6 +173,28 @@ def lend_one(tensor: Tensor) -> tuple[int, int]:
         UnreadableError: it has no memory of its own.
     """
     return _address(tensor), tensor.numel()
+
+
+def lend_in_passing(tensor: Tensor) -> tuple[int, int] | None:
+    """Return address and number of elements of a plain tensor on the host whose elements lie in a row; None of any
+    other. What `can_lend` and `lend_one` ask, by one call."""
+    if (
+        type(tensor) not in _PLAIN
+        or not tensor.is_cpu
+        or tensor.layout is not torch.strided
+        or tensor.is_nested
+        or not tensor.is_contiguous()
+        or tensor.is_neg()
+        or tensor._is_zerotensor()
+    ):
+        return None
+    numel = tensor.numel()
+    try:
+        room = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+        address = tensor.data_ptr()
+    except RuntimeError:
+        return None
+    return (address, numel) if address and room >= numel > 0 else None
 
 
 def lend_at_once(tensors: Sequence[Tensor], *, dtype: torch.dtype, numels: array[int] | None = None) -> Lent | None:

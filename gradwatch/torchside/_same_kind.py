@@ -31,7 +31,7 @@ def stamps_of(dicts: Iterable[Any]) -> list[int] | None:
         return None
     try:
         return list(map(_stamp, dicts))
-    except (RuntimeError, TypeError):
+    except Exception:  # no dictionary, or an interpreter that can watch no more of them
         return None
 
 

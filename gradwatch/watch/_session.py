@@ -295,7 +295,8 @@ class Session:
         if self.tasks is not None and not self._closed:
             inputs.scalars = inputs.scalars | self.tasks.report()
         if not self._closed:
-            self.see(inputs.batch)
+            if inputs.batch is not None:
+                self.see(inputs.batch)
             self.cases.batches.stepped(inputs.step)
             if self.what_ifs is not None:
                 with self.engine.guard("what would cure it"):
