@@ -11,6 +11,7 @@ from ._compiled import compiled_parts, is_within
 from ._copies import Kept, all_finite, fresh, kept, kept_tensors, local_piece, put_back, size_of
 from ._devices import (
     Mark,
+    accelerator,
     allocated_bytes,
     fetched,
     give_back_memory,
@@ -84,6 +85,7 @@ __all__ = [
     "Whole",
     "ZeroPart",
     "all_finite",
+    "accelerator",
     "allocated_bytes",
     "are_modes_on",
     "are_several",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "Mark",
+    "accelerator",
     "allocated_bytes",
     "fetched",
     "give_back_memory",
@@ -138,13 +139,21 @@ def _event_class(kind: str) -> Callable[..., Any] | None:
 @cache
 def _pins(kind: str) -> bool:
     # Pinned memory belongs to the accelerator of the process; of any other device's kind there is none.
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type != kind:
+    found = accelerator()
+    if found is None or found.type != kind:
         return False
     try:
         return torch.empty(1, pin_memory=True).is_pinned()
     except (RuntimeError, TypeError):
         return False
+
+
+def accelerator() -> torch.device | None:
+    """Return the accelerator of this process; None where there is none, which torch 2.6 says by an exception."""
+    try:
+        return torch.accelerator.current_accelerator()
+    except RuntimeError:
+        return None
 
 
 def allocated_bytes(device: torch.device) -> int:
@@ -170,9 +179,9 @@ def wait_for(device: torch.device) -> None:
 def random_state() -> dict[str, Any]:
     """Return the random state of the CPU and of all devices of the accelerator, where it is in use."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    accelerator = _accelerator_in_use()
-    if accelerator is not None and hasattr(accelerator[1], "get_rng_state"):
-        kind, module = accelerator
+    used = _accelerator_in_use()
+    if used is not None and hasattr(used[1], "get_rng_state"):
+        kind, module = used
         state[kind] = [module.get_rng_state(*device) for device in _each(kind, module)]
     return state
 
@@ -180,15 +189,15 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Put a `random_state` back."""
     torch.set_rng_state(state["cpu"])
-    accelerator = _accelerator_in_use()
-    if accelerator is not None and accelerator[0] in state:
-        kind, module = accelerator
+    used = _accelerator_in_use()
+    if used is not None and used[0] in state:
+        kind, module = used
         for device, one in zip(_each(kind, module), state[kind], strict=False):
             module.set_rng_state(one, *device)
 
 
 def _accelerator_in_use() -> tuple[str, Any] | None:
-    found = torch.accelerator.current_accelerator()
+    found = accelerator()
     if found is None:
         return None
     module = torch.get_device_module(found)

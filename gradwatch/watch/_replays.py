@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..samples import Begun
-from ..torchside import Aside, WeakHook, find, is_traced, map_tensors, set_every_random_state, tensors_of
+from ..torchside import Aside, WeakHook, accelerator, find, is_traced, map_tensors, set_every_random_state, tensors_of
 from ._batch import num_samples
 
 __all__ = ["ForwardMemory", "Replay"]
@@ -164,8 +164,8 @@ def _apart(value: Tensor, leaf: str) -> Tensor:
 
 def _autocast_now() -> list[tuple[str, torch.dtype]]:
     """Return the kinds of devices for which autocast is on, and its dtype."""
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    found = accelerator()
+    kinds = ["cpu"] if found is None else ["cpu", found.type]
     return [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
 
 
