@@ -104,7 +104,6 @@ class NotLearning(Rule):
             "guesses": (),
             "lr": math.nan,
             "update": math.nan,
-            "rate": math.nan,
             "follows": False,
             "values": False,
             "tuned": False,
@@ -159,7 +158,7 @@ class NotLearning(Rule):
             chosen = select(record.index, self.paths, min_ndim=2) & record.measured("update_ratio")
             ratios = record.columns["update_ratio"][chosen]
             if len(ratios):
-                state = {**state, "update": float(np.median(ratios)), "rate": record.lr}
+                state = {**state, "update": float(np.median(ratios))}
         found = self._level(record)
         if found is None or Progress(*state["loss"]).seen < 40:
             return state
@@ -203,9 +202,7 @@ class NotLearning(Rule):
     @staticmethod
     def _because(record: StepRecord, state: State) -> str:
         update, frozen = state["update"], _frozen_share(record.index)
-        # The record that ends a run has no learning rate of its own, nor had states of older releases.
-        known = record.lr if math.isfinite(record.lr) else state.get("rate", math.nan)
-        rate = f" ({known:.2g})" if math.isfinite(known) else ""
+        rate = f" ({record.lr:.2g})" if math.isfinite(record.lr) else ""
         if frozen > _MOSTLY:
             return f"; {frozen:.0%} of the model is frozen: check `requires_grad`"
         if clipped := clipped_to_nothing(record):
