@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,8 @@ import numpy as np
 from gradwatch.errors import GradwatchError
 from gradwatch.records import MODULE, PARAMETER, Column, Verdict, column_of, rank_incidents, told_columns
 from gradwatch.runs import Run
+from gradwatch.runs._folder import is_run_file, known_meta
 from gradwatch.runs._recorded import SINGLE
-from gradwatch.sinks import RUN_FORMAT
 
 from ._ridge import HistogramRow, magnitudes
 from ._shown import Table, Unreadable
@@ -36,12 +35,12 @@ MAX_PATHS = 256
 
 
 def run_folder_at(folder: Path) -> dict[str, Any] | None:
-    """Return what `meta.json` of a run folder says; None of any other folder."""
+    """Return what `meta.json` of a run folder says, or what can be said where it is damaged or lost; None of any other
+    folder."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return known_meta(folder)[0]  # reading the run tells what is wrong with it
+    except (GradwatchError, OSError):
         return None
-    return meta if isinstance(meta, dict) and meta.get("format") == RUN_FORMAT else None
 
 
 class FolderRun:
@@ -226,7 +225,7 @@ class Folders:
 
 
 def _candidates(root: Path) -> Iterator[Path]:
-    """Yield folders with a `meta.json`, in order; what lies in a run folder is no run."""
+    """Yield folders with files of a run, in order; what lies in a run folder is no run."""
     below = [(root, 0)]
     while below:
         folder, depth = below.pop()
@@ -235,7 +234,7 @@ def _candidates(root: Path) -> Iterator[Path]:
                 listed = [(e.name, e.is_dir(follow_symlinks=False)) for e in entries]
         except OSError:
             continue
-        if any(name == "meta.json" and not is_folder for name, is_folder in listed):
+        if any(is_run_file(name) and not is_folder for name, is_folder in listed):
             yield folder
         if depth < DEEPEST:
             names = sorted((n for n, is_folder in listed if is_folder and not n.startswith(".")), reverse=True)

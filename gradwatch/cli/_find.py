@@ -59,12 +59,12 @@ def open_run(
         ConfigError: there is no such path.
         RunFormatError: it is neither a run nor a log.
     """
-    from ..runs import find_runs, read_log, read_run
+    from ..runs import find_runs, may_hold_run, read_log, read_run
 
     path = existing(text, "run")
     if path.is_file() and path.name in ("meta.json", "incidents.jsonl", "summary.md"):
         path = path.parent
-    if (path / "meta.json").exists():
+    if may_hold_run(path):
         return read_run(path)
     found = find_runs(path) if path.is_dir() else []
     if found:

@@ -81,7 +81,8 @@ class RuleCoverage:
         if self.is_enough:
             return ""
         if self.judged:
-            return f"judged {self.judged:,} times, {self.enough:,} are needed"
+            times = "once" if self.judged == 1 else f"{self.judged:,} times"
+            return f"judged {times}, {self.enough:,} are needed"
         return self.reason or "never judged"
 
     @property
@@ -279,7 +280,8 @@ def _missing(rules: Sequence[RuleCoverage], is_unknown: bool, num_steps: int, en
             reasons.append("which rules judged it is not on record" if over else "it is not over")
         return tuple(reasons)
     if not rules:
-        reasons.append("no rule was asked to judge")
+        # Of a run without a step nobody knows: rules are asked step by step.
+        reasons += ["no rule was asked to judge"] if num_steps else []
         return tuple(reasons)
     if 0 < num_steps < MIN_STEPS:
         reasons.append(f"{num_steps} {'steps' if num_steps > 1 else 'step'} on record, {MIN_STEPS} are the least")

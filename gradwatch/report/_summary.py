@@ -200,7 +200,7 @@ def _facts(data: ReportData) -> list[str]:
         model = f"{data.meta['model']}: " if data.meta.get("model") else ""
         parameters = int(data.index.numel[data.index.is_parameter].sum())
         what = f"{int(data.index.is_parameter.sum()):,} parameter tensors with {parameters:,} numbers"
-        facts.append(f"{model}{data.num_steps:,} steps recorded, {data.first_step:,} to {data.last_step:,}; {what}.")
+        facts.append(f"{model}{_times(data.num_steps)} recorded, {data.first_step:,} to {data.last_step:,}; {what}.")
     for t in data.treatments:
         behind = f" behind the rule {t.rule}" if t.rule else ""
         least = f"; at the strongest {100 * t.least_share:.3g} % of the norm were left" if t.least_share < 1 else ""

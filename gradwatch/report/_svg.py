@@ -81,17 +81,20 @@ def _x(data: ReportData, steps: Floats) -> Floats:
 def _curves(data: ReportData, curves: Sequence[Curve], top: int) -> Iterator[str]:
     """Yield the lines of one chart, on a logarithmic axis where all is above zero and spans a hundredfold."""
     when, values_CT = _values(data, curves)
-    finite = values_CT[np.isfinite(values_CT)]
-    if not len(finite):
+    finite, is_bad = values_CT[np.isfinite(values_CT)], (np.isnan(values_CT) | np.isposinf(values_CT)).any(axis=0)
+    if not (len(finite) or is_bad.any()):
         return
-    is_log = bool(finite.min() > 0 and finite.max() >= 100 * finite.min())
-    ends = finite.min(), finite.max()
+    is_log = bool(len(finite) and finite.min() > 0 and finite.max() >= 100 * finite.min())
+    ends = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
     low, high = (float(np.log10(end)) if is_log else float(end) for end in ends)
     span = high - low or 1.0
     yield f'<path d="M{GUTTER} {top}v{CURVE}H{WIDTH - 10}" fill="none" stroke="#b9c0c9"/>'
-    for value, y in ((high, top + 8), (low, top + CURVE)):
+    if is_bad.any():
+        marks = "".join(f"M{x:.0f} {top}v6" for x in np.unique(np.round(_x(data, when[is_bad]))))
+        yield f'<path d="{marks}" stroke="#{BAD_COLOR}" stroke-width="2"/>'
+    for value, y in ((high, top + 8), (low, top + CURVE)) if len(finite) else ():
         yield _label(GUTTER - 6, y, f"{10**value if is_log else value:.3g}", anchor="end")
-    drawn = [(curve, row) for curve, row in zip(curves, values_CT, strict=True) if np.isfinite(row).any()]
+    drawn = [(c, row) for c, row in zip(curves, values_CT, strict=True) if not np.isneginf(row).all()]
     for place, (curve, values) in enumerate(drawn):
         with np.errstate(all="ignore"):
             height = (np.log10(values) if is_log else values) - low

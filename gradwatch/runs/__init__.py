@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._compare import Comparison, LayerDifference, compare
+from ._folder import may_hold_run
 from ._health import Health
 from ._log import Log, read_log
 from ._recorded import Recorded
@@ -20,6 +21,7 @@ __all__ = [
     "Run",
     "compare",
     "find_runs",
+    "may_hold_run",
     "read_log",
     "read_run",
     "replay",

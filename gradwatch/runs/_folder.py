@@ -29,6 +29,9 @@ from ._sound import (
 
 __all__ = [
     "BlockFile",
+    "is_run_file",
+    "known_meta",
+    "may_hold_run",
     "read_annotations",
     "read_incidents",
     "read_index",
@@ -58,12 +61,33 @@ class BlockFile:
     tail: Damage | None = None
 
 
+def is_run_file(name: str) -> bool:
+    """Return whether a file's name makes its folder a run's: records may be there, and `meta.json` lost."""
+    return name == "meta.json" or name.endswith((".gwr", ".gwj"))
+
+
+def may_hold_run(folder: Path) -> bool:
+    """Return whether a folder has files of a run's."""
+    try:
+        return any(is_run_file(path.name) for path in folder.iterdir())
+    except OSError:
+        return False
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return meta.json, or what can be said without it where there are records beside a damaged one.
+    """Return meta.json, or what can be said without it where there are records beside a damaged one, with a warning.
 
     Raises:
         RunFormatError: there is none, or it says something else.
     """
+    meta, damage = known_meta(folder)
+    if damage:
+        warn(damage, stacklevel=3)
+    return meta
+
+
+def known_meta(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return what `read_meta` does, and what is wrong with it; "" for nothing."""
     file = folder / "meta.json"
     has_records = bool(segment_files(folder) or journal_files(folder))
     if not file.exists() and not file.is_symlink() and not has_records:
@@ -78,11 +102,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
     except RunFormatError as error:
         if file.is_symlink() or not has_records:
             raise
-        warn(f"{error} The records beside it are read.", stacklevel=3)
-        return sound_meta({"format": RUN_FORMAT, "schema": FOLDER_SCHEMA, "name": folder.name, "model": ""})
-    if not is_intact:
-        warn(f"{file} is not what was written: its checksum differs. What it says is not sure.", stacklevel=3)
-    return sound_meta(meta)
+        lost = {"format": RUN_FORMAT, "schema": FOLDER_SCHEMA, "name": "gradwatch", "model": ""}
+        return sound_meta(lost), f"{error} The records beside it are read."
+    doubt = f"{file} is not what was written: its checksum differs. What it says is not sure."
+    return sound_meta(meta), "" if is_intact else doubt
 
 
 def read_index(folder: Path, number: int) -> Index:

@@ -11,6 +11,7 @@ from .._markup import Prints
 
 __all__ = ["STATES", "Health", "health_of"]
 
+UNTOLD = "how it ended is not on record"
 STATES = ("complete", "interrupted", "crashed", "recording failed", "running", "lost", "unknown")
 
 
@@ -70,4 +71,5 @@ def _end(session: Mapping[str, Any], is_written: bool) -> tuple[str, str]:
         return "interrupted", f"closed before its end{at}"
     if is_written:
         return "running", "running"
-    return "lost", "ended without a word: killed, or the machine stopped"
+    is_told = session.get("is_told", True)
+    return "lost", "ended without a word: killed, or the machine stopped" if is_told else UNTOLD

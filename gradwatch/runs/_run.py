@@ -16,6 +16,8 @@ from ..sinks.blocks import Block, bare, is_sound
 from ._cases import CaseReader
 from ._folder import (
     BlockFile,
+    is_run_file,
+    known_meta,
     read_annotations,
     read_incidents,
     read_index,
@@ -204,10 +206,11 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 def find_runs(root: str | os.PathLike[str]) -> list[Path]:
     """Return the run folders at or below a folder, in order of their paths. Other folders are passed over."""
     found = []
-    for meta in sorted(Path(root).rglob("meta.json")):
-        try:
-            read_meta(meta.parent)
-        except RunFormatError:
-            continue
-        found.append(meta.parent)
-    return found
+    for folder, _, names in os.walk(root):
+        if any(map(is_run_file, names)):
+            try:
+                known_meta(Path(folder))
+            except RunFormatError:
+                continue
+            found.append(Path(folder))
+    return sorted(found)

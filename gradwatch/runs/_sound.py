@@ -113,8 +113,12 @@ def sound_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
             del found[name]
     sessions = found.get("sessions")
     whole = isinstance(sessions, list) and sessions and all(map(_is_session, sessions))
-    found["sessions"] = sessions if whole else [{"number": 1, "start_step": 0, "started": None, "finished": None}]
+    found["sessions"] = sessions if whole else [_UNTOLD]
     return found
+
+
+_UNTOLD = {"number": 1, "start_step": 0, "started": None, "finished": None, "is_told": False}
+"""What stands for a session of which nothing is on record."""
 
 
 def _is_session(session: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError, RunFormatError
 from ..records import Verdict, judge_run
+from ._folder import may_hold_run
 from ._log import read_log
 from ._run import read_run
 
@@ -47,6 +48,6 @@ def _of_path(path: Path) -> Verdict:
     try:
         return read_run(path).verdict()
     except RunFormatError:
-        if (path / "meta.json").exists():
+        if may_hold_run(path):
             raise
         return read_log(path).verdict()

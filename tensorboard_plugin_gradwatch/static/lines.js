@@ -180,6 +180,19 @@ function decades(a, b, spec) {
   return [10 ** low, 10 ** Math.max(high, low + 1)];
 }
 
+/** Whether curves are drawn on a linear axis: some are not above zero, or all within a hundredfold. */
+export function isLinear(columns) {
+  let least = Infinity, most = -Infinity;
+  for (const values of columns) {
+    for (const v of values) {
+      if (!Number.isFinite(v)) continue;
+      least = Math.min(least, v);
+      most = Math.max(most, v);
+    }
+  }
+  return least <= 0 || most < 100 * least;
+}
+
 /** Several curves on the union of their steps. */
 export function union(curves) {
   const steps = [...new Set(curves.flatMap((c) => Array.from(c.steps)))].sort((a, b) => a - b);

@@ -1,7 +1,7 @@
 // Several runs over each other: their losses, their norms, and where most of their layers lie, on shared axes.
 
 import {clear, cssColor, el} from './dom.js';
-import {LineChart, union} from './lines.js';
+import {LineChart, isLinear, union} from './lines.js';
 import {rowValues, scalarColumn} from './matrix.js';
 
 /** Of the layers of a run, so many lie below and above the band. */
@@ -34,9 +34,7 @@ export class Over {
       on: {zoom: this.on.zoom, step: (step) => this.on.select(step, null)}};
     const [loss, norm, band] = this.charts;
     const losses = curves(runs, 'loss');
-    const seen = losses.flatMap((c) => Array.from(c.values)).filter(Number.isFinite);
-    const least = seen.reduce((a, b) => Math.min(a, b), Infinity), most = seen.reduce((a, b) => Math.max(a, b), -Infinity);
-    this.#one(loss, 'loss', losses, {height: 140, linear: least <= 0 || most < 100 * least});
+    this.#one(loss, 'loss', losses, {height: 140, linear: isLinear(losses.map((c) => c.values))});
     this.#one(norm, 'global norm before treatment', curves(runs, 'global_norm'), {height: 160});
     this.#bands(band, runs, stat);
   }
@@ -71,7 +69,7 @@ export class Over {
 
 function curves(runs, name) {
   return runs.map(({panel, id, color}) => ({label: id, color, steps: panel.data.headline.steps, values: scalarColumn(panel.data.headline, name)}))
-    .filter(({values}) => values && values.some((v) => Number.isFinite(v)));
+    .filter(({values}) => values && values.some((v) => v !== -Infinity));
 }
 
 /** A tenth, the middle and nine tenths of the layers' values in each column, of what is finite. */

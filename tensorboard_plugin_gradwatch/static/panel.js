@@ -3,7 +3,7 @@
 import {clear, cssColor, el, keep} from './dom.js';
 import {Flow} from './flow.js';
 import {Heatmap} from './heatmap.js';
-import {LineChart} from './lines.js';
+import {LineChart, isLinear} from './lines.js';
 import {displayValues, extent, rowValues, scalarColumn} from './matrix.js';
 import {layoutRows, pathsOf} from './rows.js';
 
@@ -103,12 +103,11 @@ export class Panel {
   #loss({state, width, gutter}) {
     const {headline, incidents} = this.data;
     const values = headline && scalarColumn(headline, 'loss');
-    this.lossBox.hidden = !values || !values.some((v) => Number.isFinite(v));
+    // One that was NaN throughout is a loss, too.
+    this.lossBox.hidden = !values || !values.some((v) => v !== -Infinity);
     if (this.lossBox.hidden) return;
     const [low, high] = this.span(state);
-    const seen = Array.from(values).filter((v) => Number.isFinite(v));
-    const least = seen.reduce((a, b) => Math.min(a, b)), most = seen.reduce((a, b) => Math.max(a, b));
-    const linear = least <= 0 || most < 100 * least;
+    const linear = isLinear([values]);
     this.loss.draw({steps: headline.steps, series: [{label: 'loss', values, color: cssColor('--gw-line-1')}], width, height: 120,
       gutter, linear, incidents, low, high, step: state.step, on: {zoom: this.on.zoom, step: (step) => this.on.select(step, null)}});
   }

@@ -92,3 +92,15 @@ def test_a_curve_that_lies_on_another_is_drawn_where_it_leaves_it() -> None:
     assert paths["global_norm"][0].count("L") == 39
     assert paths["global_norm_after"][0].count("L") == 2 + 3
     assert paths["global_norm_applied"] == []
+
+
+def test_what_is_not_finite_throughout_is_drawn_too() -> None:
+    steps, none = np.arange(40.0), np.full(40, np.nan)
+    data = ReportData(
+        scalars={"loss": (steps, none), "global_norm": (steps, none)}, num_steps=40, first_step=0, last_step=39
+    )
+    picture = static_picture(data)
+    marks = re.findall(r'<path d="([^"]*)" stroke="#e5002e"', picture)
+    assert [mark.count("M") for mark in marks] == [40, 40]
+    assert ">loss<" in picture
+    assert ">global norm<" in picture

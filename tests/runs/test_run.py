@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 
+from gradwatch.cli import main
 from gradwatch.errors import GradwatchWarning, RunFormatError, UnknownNameError, UnknownPathError
 from gradwatch.protocols import RunMeta
 from gradwatch.records import Histogram
-from gradwatch.runs import find_runs, read_run
+from gradwatch.runs import find_runs, read_run, verdict
 from gradwatch.sinks import RunFolder
+from tensorboard_plugin_gradwatch._folders import Folders
 
 from ..sinks.made import INDEX, mixed_index, record
 
@@ -193,3 +195,29 @@ def test_runs_are_found_below_a_folder_and_others_passed_over(tmp_path):
 
 def test_index_comes_back_whole(tmp_path):
     assert written(tmp_path, [record(0)]).index.to_json() == INDEX.to_json()
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut"])
+def test_a_run_without_a_sound_meta_is_found_at_every_door(tmp_path, damage, capsys):
+    """Its records are there: who reads it finds them, so who looks for it must find it."""
+    folder = tmp_path / "runs" / "one"
+    written(folder, [record(step) for step in range(3)])
+    whole = (folder / "meta.json").read_text()
+    (folder / "meta.json").unlink()
+    if damage == "cut":
+        (folder / "meta.json").write_text(whole[: len(whole) // 2])
+    assert find_runs(tmp_path) == [folder]
+    with pytest.warns(GradwatchWarning, match=r"meta\.json"):
+        assert str(read_run(folder).health) == "how it ended is not on record"
+    for given in (folder, tmp_path):
+        capsys.readouterr()
+        main(["summary", str(given)])
+        said = capsys.readouterr()
+        assert said.out.startswith("one: Not enough seen")
+        assert "meta.json" in said.err
+    with pytest.warns(GradwatchWarning, match=r"meta\.json"):
+        assert verdict(folder).num_steps == 3
+    (shown,) = Folders(tmp_path)
+    assert (shown.id, shown.path) == ("runs/one", folder)
+    with pytest.warns(GradwatchWarning, match=r"meta\.json"):
+        assert len(shown.headline().steps) == 3

@@ -6,6 +6,7 @@ import base64
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from gradwatch.records import CaseFile, CaseLayer
@@ -364,3 +365,12 @@ def test_incidents_are_read_without_scrolling_sideways(driver, show, runs, width
         assert "bar" in driver.execute_script(named)
     finally:
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_loss_that_was_nan_throughout_has_its_picture(driver, show, runs):
+    steps = runs["small"].scalars["loss"][0]
+    scalars = {**runs["small"].scalars, "loss": (steps, np.full(len(steps), np.nan))}
+    show(replace(runs["small"], scalars=scalars))
+    assert driver.execute_script("return document.querySelector('.gw-loss').offsetParent !== null")
+    show(replace(runs["small"], scalars=scalars), runs["third"])
+    assert texts(driver, ".gw-over-loss .u-legend .u-label")[1:] == ["small", "third"]
