@@ -43,7 +43,9 @@ def unseen(meter: ModelMeter, judge: Judge, announced: Announced, measurements: 
         notes.append(f"rules that failed: {', '.join(f'{name} ({why})' for name, why in sorted(failed.items()))}")
     idle = sorted({c.name for c in coverage if not c.judged and c.reason} - failed.keys())
     if idle:
-        notes.append(f"rules that had nothing to judge: {', '.join(idle)}")
+        # Counted: of most runs they are many, and a list would be longer than all else.
+        rules = len({c.name for c in coverage})
+        notes.append(f"{len(idle)} of {rules} rules had nothing to judge (`verdict().unjudged` says what each lacks)")
     return notes
 
 

@@ -50,6 +50,17 @@ def test_a_short_run_has_a_short_summary() -> None:
     assert any(line.startswith("... and 52 layers between these") for line in lines)
 
 
+def test_rules_without_evidence_are_counted_and_not_listed() -> None:
+    watch = train(24)
+    (told,) = [line for line in watch.summary().split("\n") if "nothing to judge" in line]
+    number = int(told.removeprefix("note: ").split(" of ")[0])
+    assert number > 20
+    assert len(told) < 100
+    never = {c.name for c in watch.session.engine.judge.coverage if not c.judged and c.reason}
+    assert len(never) == number
+    assert never <= watch.verdict().unjudged.keys()
+
+
 @pytest.mark.slow
 def test_a_long_run_has_its_forty_layers() -> None:
     assert sum(".weight " in line for line in train(490).summary().split("\n")) == 40
