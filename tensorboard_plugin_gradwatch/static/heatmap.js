@@ -77,10 +77,11 @@ export class Heatmap {
   }
 
   #middle(step) {
-    const {steps, count} = this.view.matrix;
-    const at = columnAt(steps, step);
-    const right = at + 1 < count ? steps[at + 1] : this.high;
-    return Math.round((this.x(steps[at]) + Math.min(this.x(right), this.x(steps[at]) + 12)) / 2);
+    const {steps, ends, count} = this.view.matrix;
+    const at = columnAt(steps, step), right = at + 1 < count ? steps[at + 1] : this.high;
+    // Within a column of many steps the step has a place of its own, as it has in the curves.
+    const left = this.x(ends[at] > steps[at] ? Math.max(step, steps[at]) : steps[at]);
+    return Math.round((left + Math.min(this.x(right), left + Math.min(12, ends[at] > steps[at] ? this.x(this.low + 1) : 12))) / 2);
   }
 
   #cells() {

@@ -46,12 +46,18 @@ export function columnAt(steps, step) {
   return Math.max(0, low);
 }
 
-/** Steps a matrix spans, the width of its last column included. */
-export function extent(matrix) {
+/**
+ * Steps a matrix spans, the width of its last column included: to the end of its steps, where it stands for several, or to that of
+ * the run (`last`, its last step); else as wide as the others.
+ */
+export function extent(matrix, last = null) {
   const {steps, ends, count} = matrix;
   if (!count) return [0, 1];
-  const gap = count > 1 ? (steps[count - 1] - steps[0]) / (count - 1) : 1;
-  return [steps[0], Math.max(ends[count - 1] + 1, steps[count - 1] + Math.max(1, Math.min(gap, 1e9)))];
+  const begin = steps[count - 1], end = ends[count - 1];
+  if (last !== null && last >= begin) return [steps[0], Math.max(end, last) + 1];
+  if (end > begin) return [steps[0], end + 1];
+  const gap = count > 1 ? (begin - steps[0]) / (count - 1) : 1;
+  return [steps[0], begin + Math.max(1, Math.min(gap, 1e9))];
 }
 
 /** What a column stands for: "step 60", or "steps 50–99, largest". */

@@ -92,8 +92,8 @@ export class Panel {
   span(state) {
     const {matrix, headline} = this.data, steps = headline?.steps || [];
     if (matrix?.count) {
-      const [low, high] = extent(matrix);
       const whole = state.from === '' && state.to === '' && steps.length;
+      const [low, high] = extent(matrix, whole ? steps[steps.length - 1] : null);
       return whole ? [Math.min(low, steps[0]), Math.max(high, steps[steps.length - 1] + 1)] : [low, high];
     }
     return [state.from === '' ? (steps[0] ?? 0) : state.from, state.to === '' ? (steps[steps.length - 1] ?? 1) : state.to];

@@ -425,3 +425,20 @@ def test_serve_shows_the_same_page_without_tensorboard(driver, tmp_path):
         finally:
             process.kill()
     assert complaints(driver) == []
+
+
+def test_the_last_column_ends_where_its_steps_do(page):
+    """A window of steps at its last one, what is measured now and then at the run's end; else as wide as the others."""
+    script = """
+    const done = arguments[arguments.length - 1];
+    const named = (r) => r.name.endsWith('/static/index.js');
+    const base = performance.getEntriesByType('resource').find(named).name;
+    import(base.replace('index.js', 'matrix.js')).then(({extent}) => done([
+      extent({steps: [0, 50, 100, 150], ends: [49, 99, 149, 159], count: 4}),
+      extent({steps: [0, 50, 100, 150], ends: [0, 50, 100, 150], count: 4}, 159),
+      extent({steps: [0, 50, 100, 150], ends: [0, 50, 100, 150], count: 4}),
+      extent({steps: [7], ends: [7], count: 1}),
+      extent({steps: [], ends: [], count: 0}),
+    ]));
+    """
+    assert page.execute_async_script(script) == [[0, 160], [0, 160], [0, 200], [7, 8], [0, 1]]
