@@ -79,10 +79,10 @@ def draw_norms(data: ReportData, path: Path, title: str, names: dict[str, str]) 
     """
     figure, axes = axes_of(title)
     styles = {curve.name: curve for curve in NORMS}
-    for name, label in names.items():
+    for place, (name, label) in enumerate(names.items()):
         steps, values = data.scalars[name]
         dashes = "--" if styles[name].dashes else "-"
-        axes.plot(steps, values, color=f"#{styles[name].color}", ls=dashes, lw=1.2, label=label)
+        axes.plot(steps, values, color=f"#{styles[name].color}", ls=dashes, lw=1.2, label=label, zorder=4 - 0.1 * place)
     told = [incident for incident in data.incidents if incident.severity != "info"]
     for row, incident in enumerate(told):
         over = incident.resolved_step or data.last_step

@@ -6,7 +6,8 @@ HTML, SVG and PNG in the text of a cell: no script, no file, no package. Only a 
 from __future__ import annotations
 
 from ._card import RunCard
+from ._curves import lies_on
 from ._live import LiveCell, in_notebook
 from ._series import Series
 
-__all__ = ["LiveCell", "RunCard", "Series", "in_notebook"]
+__all__ = ["LiveCell", "RunCard", "Series", "in_notebook", "lies_on"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._markup import card, escape, number, table
 from ..records import HEALTHY, Floats, Incident, Verdict, heading, incidents_html, rank_incidents
-from ._curves import Curve, curves
+from ._curves import Curve, curves, lies_on
 from ._series import Series
 from ._strip import MISSING, gradient, limits, strip
 
@@ -17,7 +17,7 @@ __all__ = ["RunCard"]
 
 MOST_LAYERS = 24
 STRIP = 320
-BLUE, GREY, GREEN, ORANGE = "#3b82d6", "#8b8b8b", "#1a9c6b", "#d06f00"
+BLUE, GREEN, RED = "#3b82d6", "#1a9c6b", "#e12a49"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,11 @@ class RunCard:
         series = self.series
         if not len(series):
             return []
+        produced, applied = series.curve("global_norm"), series.curve("global_norm_applied")
         norms = [
-            Curve("as produced", series.curve("global_norm"), GREY),
-            Curve("as the optimizer got it", series.curve("global_norm_applied"), GREEN),
-            Curve("alarm's bar", series.curve("limit"), ORANGE),
+            Curve("as produced", produced, BLUE),
+            Curve("as the optimizer got it", np.where(lies_on(applied, produced), MISSING, applied), GREEN),
+            Curve("alarm's bar", series.curve("limit"), RED),
         ]
         norms = [norm for norm in norms if (norm.values != MISSING).any()]
         steps, last, incidents = series.steps, series.last_step, self.incidents

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .._markup import TONES, escape, number
-from ..records import Floats, Incident
+from ..records import Bools, Floats, Incident
 
-__all__ = ["Curve", "curves"]
+__all__ = ["Curve", "curves", "lies_on"]
 
 WIDTH, HEIGHT, LEFT, TOP = 720, 92, 64, 12
 RIGHT = WIDTH - 8
@@ -27,6 +27,13 @@ class Curve:
     color: str
 
 
+def lies_on(values: Floats, others: Floats) -> Bools:
+    """Return where a curve lies on another, its neighbours included, and would hide it."""
+    with np.errstate(all="ignore"):
+        lies = np.pad(np.abs(values - others) <= 1e-6 * np.abs(others), 1, constant_values=True)
+    return lies[:-2] & lies[1:-1] & lies[2:]
+
+
 def curves(
     title: str, steps: Floats, last_step: int, lines: Sequence[Curve], incidents: Sequence[Incident], *, is_log: bool
 ) -> str:
@@ -36,20 +43,21 @@ def curves(
         title: what is drawn, with its unit.
         steps: (T,) ascending, the first of each point.
         last_step: of the last point.
-        lines: at least one number in any of them, else "" is returned.
+        lines: at least one measurement in any of them, else "" is returned.
         incidents: marked at their first step.
         is_log: draw log10; what is not above zero is left out.
     """
     drawn = [(line, _scaled(line.values, is_log=is_log)) for line in lines]
     seen = np.concatenate([values[np.isfinite(values)] for _, values in drawn])
-    if not len(seen):
-        return ""
-    frame = _Frame.around(float(steps[0]), float(last_step), float(seen.min()), float(seen.max()))
-    parts = [_path(frame, steps, values, line.color) for line, values in drawn]
     broken = np.any([~np.isfinite(line.values) & (line.values != -np.inf) for line in lines], axis=0)
+    if not (len(seen) or broken.any()):
+        return ""
+    ends = (float(seen.min()), float(seen.max())) if len(seen) else (0.0, 1.0)
+    frame = _Frame.around(float(steps[0]), float(last_step), *ends)
+    parts = [_path(frame, steps, values, line.color) for line, values in drawn]
     parts += [_tick(frame.x(step)) for step in steps[broken][:MOST_TICKS].tolist()]
     parts += [_mark(frame.x(i.first_step), i) for i in incidents if frame.first <= i.first_step <= frame.last]
-    parts += [*frame.labels(is_log=is_log), _caption(title, lines)]
+    parts += [*(frame.labels(is_log=is_log) if len(seen) else ()), _caption(title, lines)]
     said = f"{escape(title)} from step {frame.first:,.0f} to {frame.last:,.0f}"
     return (
         f'<svg role="img" aria-label="{said}" viewBox="0 0 {WIDTH} {HEIGHT + 22}"'

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tensorboard_plugin_gradwatch import MISSING, pool
 
 from .._text import printable
+from ..notebook import lies_on
 from ..records import Floats
 from ._data import ReportData
 
@@ -120,15 +121,8 @@ def _values(data: ReportData, curves: Sequence[Curve]) -> tuple[Floats, Floats]:
     shown = values_CT.copy()
     for place, curve in enumerate(curves):
         if curve.apart_from:
-            shown[place, _lies_on(values_CT[place], values_CT[names.index(curve.apart_from)])] = MISSING
+            shown[place, lies_on(values_CT[place], values_CT[names.index(curve.apart_from)])] = MISSING
     return when, shown
-
-
-def _lies_on(values: Floats, others: Floats) -> NDArray[np.bool_]:
-    """Return where a curve lies on another, also at its neighbours: next to where it leaves it, it is drawn."""
-    with np.errstate(all="ignore"):
-        lies = np.pad(np.abs(values - others) <= 1e-6 * np.abs(others), 1, constant_values=True)
-    return lies[:-2] & lies[1:-1] & lies[2:]
 
 
 def _line(x: Floats, y: Floats) -> str:

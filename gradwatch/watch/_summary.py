@@ -77,8 +77,15 @@ def summarize(
                 lines.append(f"      {incident.advice}")
     elif verdict.state == HEALTHY:
         lines.append("no incidents.")
-    lines += [f"note: {_flat(note)}" for note in notes]
+    lines += [f"note: {_flat(note)}" for note in (*notes, *_idle(verdict))]
     return printable("\n".join(lines))
+
+
+def _idle(verdict: Verdict) -> list[str]:
+    """Count the rules that had nothing to judge: a list of them would be longer than all else."""
+    idle = [entry for entry in verdict.coverage if not entry.judged and entry.reason and not entry.disabled]
+    told = f"{len(idle)} of {len(verdict.coverage)} rules had nothing to judge"
+    return [f"{told} (`verdict().unjudged` says what each lacks)"] if idle else []
 
 
 def _cost(history: Sequence[StepRecord]) -> list[str]:

@@ -41,11 +41,6 @@ def unseen(meter: ModelMeter, judge: Judge, announced: Announced, measurements: 
     failed = {c.name: c.reason for c in coverage if c.disabled}
     if failed:
         notes.append(f"rules that failed: {', '.join(f'{name} ({why})' for name, why in sorted(failed.items()))}")
-    idle = sorted({c.name for c in coverage if not c.judged and c.reason} - failed.keys())
-    if idle:
-        # Counted: of most runs they are many, and a list would be longer than all else.
-        rules = len({c.name for c in coverage})
-        notes.append(f"{len(idle)} of {rules} rules had nothing to judge (`verdict().unjudged` says what each lacks)")
     return notes
 
 

@@ -22,7 +22,7 @@ import gradwatch
 from gradwatch import Watch
 from gradwatch._markup import Text
 from gradwatch.notebook import RunCard, Series
-from gradwatch.records import Incident, Incidents, Index, StepRecord
+from gradwatch.records import Incident, Incidents, Index, StepRecord, judge_run
 from gradwatch.report import ReportData, summarise
 from gradwatch.runs import read_run, replay
 
@@ -181,6 +181,19 @@ def test_drawings_have_words_for_those_who_do_not_see_them(trained) -> None:
     said = [value for key, value in page.attributes if key == "aria-label"]
     assert said == ["loss from step 0 to 159", "global gradient norm from step 0 to 159"]
     assert page.tags.count("img") == sum(key == "alt" and bool(value) for key, value in page.attributes)
+
+
+def test_norms_that_are_one_are_drawn_once_and_nan_throughout_is_drawn_too() -> None:
+    index = Index.of_parameters(["w"])
+    for loss, norms in ((1.0, (2.0, 2.0)), (float("nan"), (float("nan"), float("nan")))):
+        records = [
+            StepRecord(step=i, index=index, loss=loss, global_norm=norms[0], scalars={"global_norm_applied": norms[1]})
+            for i in range(60)
+        ]
+        page = Elements(RunCard.of(judge_run(), Series(records), ()).html())
+        drawn = [value for key, value in page.attributes if key == "aria-label"]
+        assert drawn == ["loss from step 0 to 59", "global gradient norm from step 0 to 59"]
+        assert ("as the optimizer got it" in page.text) == np.isnan(loss)
 
 
 def test_names_out_of_a_run_are_text_and_nothing_else() -> None:
