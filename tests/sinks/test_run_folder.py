@@ -15,7 +15,7 @@ from gradwatch.errors import ConfigError, GradwatchError, GradwatchWarning, RunF
 from gradwatch.protocols import RunMeta
 from gradwatch.records import Histogram, Incident
 from gradwatch.runs import read_run
-from gradwatch.sinks import RunFolder, blocks
+from gradwatch.sinks import RunFolder, _segments, blocks
 
 from .made import mixed_index, record, runs_of_records, same
 
@@ -281,6 +281,28 @@ def test_folder_stays_below_its_limit_and_keeps_every_scalar(tmp_path):
     assert steps[-1] == 1199
     assert np.diff(steps).max() < 200
     assert np.isfinite(matrix).all()
+
+
+def test_a_large_models_folder_takes_six_kilobytes_a_step_and_keeps_what_is_about_an_incident(tmp_path, monkeypatch):
+    monkeypatch.setattr(_segments, "FREE_BYTES", 1 << 18)
+    monkeypatch.setattr(_segments, "SEGMENT_BYTES", 1 << 18)
+    index, num_steps, about = mixed_index(6000, 0), 600, 100
+    rng = np.random.default_rng(0)
+    folder = RunFolder(tmp_path, flush_records=8)
+    folder.open(RunMeta())
+    for t in range(num_steps):
+        values = rng.random(6000).astype(np.float32).astype(np.float64)
+        folder.write(record(t, index, columns={"grad_norm": values}, masks={}))
+        if t == about:
+            folder.incident(Incident(rule="exploding", first_step=about, last_step=about))
+    folder.close()
+    size = sum(path.stat().st_size for path in tmp_path.glob("records-*"))
+    assert 2 << 10 < size / num_steps <= 6 << 10
+    run = read_run(tmp_path)
+    assert run.scalar("loss")[0].tolist() == list(range(num_steps))
+    steps, _ = run.matrix("grad_norm")
+    assert set(range(about - 10, about + 11)) <= set(steps.tolist())
+    assert len(steps) < num_steps / 3
 
 
 def test_superseded_files_go_first_when_room_is_needed(tmp_path):
