@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import reprlib
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["as_bytes", "as_typed", "file_name", "printable", "replay_command", "shown"]
+__all__ = ["as_bytes", "as_typed", "file_name", "listed", "printable", "replay_command", "shown"]
 
 NAME_LENGTH = 48
 """Characters of a name that a file name keeps: four bytes each at most, and file systems take 255."""
@@ -69,3 +70,9 @@ def file_name(text: str) -> str:
         return safe
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{safe}-{digest}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

@@ -56,21 +56,6 @@ class Columns:
         magnitude = counts[:, :256] + counts[:, 256:]
         self.put("underflow_fraction", positions, magnitude[:, 1:113].sum(axis=1) / np.maximum(counts.sum(axis=1), 1))
 
-    def put_updates(self, positions: NDArray[np.int64], host: Mapping[str, Floats], numel: Floats) -> None:
-        """Set update norm, parameter norm (before the update) and their ratio; the share of updates that was lost.
-
-        The ratio's denominator has a floor of 1e-8 root mean square, so that a parameter at zero gives a large number
-        and not inf.
-        """
-        update, norm = host["update_norm"], host["param_norm"]
-        self.put("update_norm", positions, update)
-        self.put("param_norm", positions, norm)
-        self.put("update_ratio", positions, update / np.maximum(norm, 1e-8 * np.sqrt(np.maximum(numel, 1))))
-        if "update_lost" in host:
-            had = host["update_given"] > 0
-            if had.any():
-                self.put("update_lost", positions[had], host["update_lost"][had] / host["update_given"][had])
-
 
 def as_float32(values: NDArray[Any]) -> Floats:
     """Return float64 values that float32 can hold, so that files keep them exactly in half the space.

@@ -17,6 +17,7 @@ from ..rules import RuleBook, treatments_of
 from ..stats import Gradients
 from ..torchside import Aside, every_random_state, graph_task_id, is_host, weakly
 from ..treatments import BufferKeeper, LearningRates, SkipStep
+from ._after_step import AfterStep
 from ._alarmed import Alarmed, note_histograms
 from ._announced import Announced
 from ._autopsy import Autopsy, examine
@@ -51,7 +52,6 @@ from ._tables import Tables
 from ._timed import timed
 from ._treating import Treating
 from ._turn import Turn
-from ._update_ratios import UpdateRatios
 from ._veto import Proof
 from ._views import Views
 
@@ -167,7 +167,7 @@ class Engine:
         self.alarmed: Alarmed = {}
         self.produced = Produced(self.meter, self.guard, weakly(self._is_due))
         self._measuring = Measuring(self.meter, self.guard, self.own, self.tables, self.produced, treats=self.treats)
-        self._update_ratios = UpdateRatios(self.meter, self.guard)
+        self.after_the_step = AfterStep(self.guard)
         self.recomputation = self.tables.find(Recomputation)
         self.fingerprints = self.tables.find(Fingerprints)
         if self.fingerprints is not None:
@@ -287,7 +287,7 @@ class Engine:
         # Clears a veto whose step never came: it must not fall on this one.
         self.gates.arm(optimizers, False)
         self._inputs = inputs if self.options.autopsy else None
-        turn = Turn(self.planner.at(inputs.step), inputs, optimizers, self._measuring, self._update_ratios)
+        turn = Turn(self.planner.at(inputs.step), inputs, optimizers, self._measuring, self.after_the_step)
         if "measuring" in self.guard.failed:
             turn.give_up()
             return StepOutcome()
@@ -369,8 +369,8 @@ class Engine:
         if draft.applied is not None:
             meter.note_gradients(grads)
         overflow = draft.record is not None and bool(draft.record.scalars.get("amp_overflow"))
-        if turn.plan.updates and not overflow:
-            self._update_ratios.before(turn, moves=outcome.skip is not True)
+        if turn.plan.statistics and not overflow:
+            self.after_the_step.before(turn, moves=outcome.skip is not True)
         return outcome
 
     def _alarm_in_step(self, opened: Sequence[Incident], step: int, grads: Gradients) -> None:
@@ -459,8 +459,8 @@ class Engine:
     def _on_stepped(self, optimizer: Optimizer) -> None:
         if graph_task_id() != -1:
             return
-        if self._update_ratios.is_due:
-            self._update_ratios.after(optimizer, self._current)
+        if self.after_the_step.is_due:
+            self.after_the_step.after(optimizer, self._current)
         for treatment in () if self._current is not None and self._current.vetoed else self._movers:
             self._move(treatment, optimizer)
         self.produced.stepped()
@@ -504,8 +504,8 @@ class Engine:
 
     def _complete_last(self) -> None:
         draft, self._current = self._current, None
-        if self._update_ratios.is_due:
-            self._update_ratios.forget()
+        if self.after_the_step.is_due:
+            self.after_the_step.forget()
         if draft is not None:
             self.completion.push(draft)
         self.completion.advance(wait=bool(self.waits_for))

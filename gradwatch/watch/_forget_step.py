@@ -10,4 +10,4 @@ __all__ = ["forget_step"]
 def forget_step(engine: Engine) -> None:
     """Forget what was measured of the present step: its gradient has grown since."""
     engine._current = engine._measured = None
-    engine.meter.drop_update()
+    engine.after_the_step.drop()

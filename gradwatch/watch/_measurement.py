@@ -59,6 +59,8 @@ class Measurement(Statistic):
         meets: ranks meet while it measures, in collectives of its own, after the step's exchange.
         reruns: a step's micro-batches are kept for it, and run again.
         unseen: says where that can't be done, with the reason in the braces.
+        spans_step: looks before the optimizers' step and after it, in the place of `look`; `conclude` is told what was
+            `measured`, a mask over the index, where some of the step's gradients turned out to be on no rank.
         is_light: takes no more than a plain step has: on one rank it is measured there, too.
         is_awaited: rules have long waited for it: a step with it is judged as soon as its numbers are there.
     """
@@ -72,6 +74,7 @@ class Measurement(Statistic):
     meets: bool = False
     reruns: bool = False
     unseen: str = "{}"
+    spans_step: bool = False
     is_light: bool = False
     is_awaited: bool = False
 
@@ -95,7 +98,7 @@ class Measurement(Statistic):
 
     def look(self, view: StepView, tables: dict[str, Tensor]) -> Mapping[str, Number] | None:
         """See `Statistic.measure`. Tables are empty where `tables` has none for these ranks."""
-        raise NotImplementedError(f"{type(self).__name__} has no `look`.")
+        return None
 
     def begin(self, step: int) -> None:
         """Hear that the forward passes of a step begin at which it is due; may be called once per micro-batch."""
@@ -106,6 +109,22 @@ class Measurement(Statistic):
         Raises:
             ValueError: why nothing can be found.
         """
+
+    def before_step(self, view: StepView, *, moves: bool) -> None:
+        """Get ready before the optimizers step, where `spans_step`.
+
+        Args:
+            view: of the step.
+            moves: whether this rank steps and can measure. If not, it takes part all the same where the others may wait
+                for it.
+        """
+
+    def after_step(self) -> Mapping[str, Number] | None:
+        """Return numbers for `conclude`, once the last optimizer has moved; None where `before_step` kept nothing."""
+        return None
+
+    def drop(self) -> None:
+        """Forget what `before_step` has kept: the step did not happen."""
 
     def stepped(self, step: int, *, one_by_one: bool) -> None:
         """Hear that the optimizers have stepped, where there are several ranks, due or not.

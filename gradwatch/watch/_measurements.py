@@ -1,4 +1,4 @@
-"""What gradwatch measures beside norms, gradients' details, updates and modules: one file each, listed here."""
+"""What gradwatch measures beside norms, gradients' details and modules: one file each, listed here."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from ._rank_spread import RankSpread
 from ._recomputation import Recomputation
 from ._replicas import Replicas
 from ._row_spread import RowSpread
+from ._updates import Updates
 
 __all__ = ["MEASUREMENTS", "measurements"]
 
 MEASUREMENTS: tuple[type[Measurement], ...] = (
+    Updates,
     LocalNorms,
     NoiseScale,
     Recomputation,

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..hooks import ModuleTap, TapStats
 from ..records import Floats
-from ..stats import Gradients, UpdateMeter, forget_layouts, is_whole, second_look
+from ..stats import Gradients, forget_layouts, is_whole, second_look
 from ..torchside import (
     Aside,
     Away,
@@ -50,7 +50,7 @@ _USUAL = frozenset({Tensor})
 
 
 class ModelMeter:
-    """Measures one model for one engine. Holds the hooks and the parameter copies; `close()` gives both back.
+    """Measures one model for one engine. Holds the hooks; `close()` gives them back.
 
     Attributes:
         is_told: the trainer hands over what the model gives: modules' outputs are not looked through for it.
@@ -68,9 +68,6 @@ class ModelMeter:
         self.account.begin(self.watched)
         self._real_paths = {clean_path(p): p for p, _ in model.named_modules() if p}
         self.tap: ModuleTap | None = self._make_tap()
-        self._updates: UpdateMeter | None = None
-        self._updates_step = -1
-        self._update_positions = np.zeros(0, np.int64)
         self._output: Prediction | None = None
         # Of an output that a rule's formulas need beside its targets: what is nothing beside the parameters.
         num_elements = int(self.watched.index.numel.sum())
@@ -130,7 +127,7 @@ class ModelMeter:
         self.watched = watched(self.model, self.optimizers, paths, known=known, strict=False, why_apart=self._why_apart)
         self.model_now.note_replaced(self.watched.replaced, step)
         self._real_paths = {clean_path(p): p for p, _ in self.model.named_modules() if p}
-        self._updates = self._home = self._whole = None
+        self._home = self._whole = None
         self._ordered = False
         order = [] if self.tap is None else self.tap.forward_order
         if order:
@@ -343,73 +340,10 @@ class ModelMeter:
         norms[doubtful] = again
         return norms
 
-    @property
-    def is_measuring_update(self) -> bool:
-        """Whether copies of parameters wait for the optimizer's step."""
-        return self._updates is not None and self._updates_step >= 0
-
-    def before_update(self, step: int, grads: Gradients, *, moves: bool = True) -> None:
-        """Keep copies of parameters: this step's update ratio is due.
-
-        Args:
-            moves: whether this rank steps and can measure. If not, it takes part all the same where parameters are in
-                pieces: the other ranks may step.
-        """
-        if not len(grads):
-            return
-        positions = self.positions(grads.params)
-        if self._updates is None or not np.array_equal(self._update_positions, positions):
-            self._updates = UpdateMeter(as_held(grads.params), self.options.memory_limit_bytes // 2)
-            self._update_positions = positions
-        if moves or self._updates.in_pieces:
-            self._updates_step = step
-            self._updates.before(blank=not moves)
-
-    def after_update(self) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
-        """Return which parameters' updates were measured, and the norms of updates and parameters, or both in one
-        tensor, one below the other."""
-        if self._updates is None or self._updates_step < 0:
-            return np.zeros(0, np.int64), {}
-        self._updates_step = -1
-        stats = self._updates.after()
-        # Not kept for the next time: forward and backward, where memory is short, come before it.
-        self._updates.release(soon_again=self.options.updates_every == 1)
-        positions = self._update_positions[np.asarray(stats.positions, np.int64)]
-        if stats.both is not None:
-            return positions, {"both_norms": stats.both}
-        found = {"update_norm": stats.update_norms, "param_norm": stats.param_norms}
-        if stats.errors is not None:
-            found["update_error"] = stats.errors
-        if stats.lost is not None and stats.given is not None:
-            found |= {"update_lost": stats.lost, "update_given": stats.given}
-        return positions, found
-
-    @property
-    def has_sampled_updates(self) -> bool:
-        """Whether some updates are estimates, on any rank."""
-        return self._updates is not None and self._updates.is_sampled
-
-    def drop_update(self) -> None:
-        """Forget the copies: the step did not happen."""
-        if self._updates is not None and self._updates_step >= 0:
-            self._updates.release()
-        self._updates_step = -1
-
-    @property
-    def too_large(self) -> list[str]:
-        """Parameters of whose update not even a sample can be measured within the memory limit."""
-        if self._updates is None:
-            return []
-        paths = self.watched.index.paths
-        return [paths[self._update_positions[i]] for i in self._updates.left_out]
-
     def close(self) -> None:
         self.disarm()
-        if self._updates is not None:
-            self._updates.release()
         if self.tap is not None:
             self.tap.close()
-        self._updates = None
         self._output = self._output_error = self._loss = None
         forget_layouts()
 

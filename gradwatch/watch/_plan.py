@@ -29,7 +29,6 @@ class StepPlan(NamedTuple):
         measures: gradient norms are measured, judged and put on record.
         modules: what modules give is sampled, and what can be said of the batch.
         histograms: of the gradients' exponents, with their details.
-        updates: how far parameters move is measured.
         statistics: with tables of their own, that are measured beside all this.
         num_ranks: that take part.
         is_plain: nothing but norms is due, on one rank, and what comes with them at no cost.
@@ -38,7 +37,6 @@ class StepPlan(NamedTuple):
     measures: bool
     modules: bool
     histograms: bool
-    updates: bool
     statistics: tuple[Statistic, ...]
     num_ranks: int
     is_plain: bool
@@ -93,16 +91,14 @@ class Planner:
         is_alert = (step <= self._alert_until and is_alike) or step <= self._meter.sample_until
         modules = sampled is not None and (is_alert or is_due(step, sampled))
         histograms = is_due(step, options.histograms_every) or (step == self._histograms_at and is_alike)
-        updates = is_due(step, options.updates_every)
         statistics = tuple(s for s in self._statistics if is_due(step, s.every) and (ranks > 1 or not _of_ranks(s)))
         return StepPlan(
             measures=step % options.every == 0,
             modules=modules,
             histograms=histograms,
-            updates=updates,
             statistics=statistics,
             num_ranks=ranks,
-            is_plain=ranks == 1 and not (modules or histograms or updates) and all(map(_is_light, statistics)),
+            is_plain=ranks == 1 and not (modules or histograms) and all(map(_is_light, statistics)),
         )
 
     def _next_due(self, step: int) -> int:
@@ -110,8 +106,7 @@ class Planner:
         options, here = self._options, [s.every for s in self._statistics if not _of_ranks(s)]
         if options.every != 1 or any(every != 1 and is_due(step, every) for every in here):
             return step + 1
-        cadences = [options.activations_every, options.histograms_every, options.updates_every]
-        cadences += [every for every in here if every != 1]
+        cadences = [options.activations_every, options.histograms_every, *(every for every in here if every != 1)]
         return min((next_due(step, n) for n in cadences if n), default=step + 1000)
 
     @property

@@ -70,7 +70,7 @@ class Draft:
         unseen: path -> why neither a gradient was measured nor is known not to be.
         doubtful: which of the measured gradients were used up inside backward if they are zero.
         is_without_backward: no backward ran: gradients of zero are what was left of the last step.
-        update_positions, updates: the parameters whose update was measured, and its numbers on the way.
+        spanning, updates: what was measured of the optimizers' step, and its numbers on the way.
         between: tells a clip ahead of the measurement, with what it was told of earlier steps.
         is_sealed: nothing showed that gradients were changed since backward, and they were measured again all the same.
         met: the global norm after such a clip; None where there was none.
@@ -118,7 +118,7 @@ class Draft:
     unseen: Mapping[str, str] = NOTHING
     doubtful: tuple[int, ...] = ()
     is_without_backward = False
-    update_positions: NDArray[np.int64] | None = None
+    spanning: TablesDraft | None = None
     updates: Numbers | None = None
     between: Between | None = None
     is_sealed = False
@@ -379,31 +379,16 @@ class Draft:
         return None if self.delivered is None else applied
 
     def add_updates(self) -> StepRecord:
-        """Put the size of the update into the record, where it was measured and the step was taken."""
-        assert self.record is not None
-        if self.updates is None or self.update_positions is None or self.record.skipped:
-            return self.record
-        found = _apart(self.updates.result())
-        if (found["update_norm"] < 0).any():
-            return self.record
-        columns = Columns(len(self.index), dict(self.record.columns), dict(self.record.masks))
-        positions = self.update_positions
-        if "absent" in self.numbers.result():
-            # What turned out to have no gradient was not moved by the optimizer either.
-            had = self.record.measured("grad_norm")[positions]
-            positions, found = positions[had], {name: values[had] for name, values in found.items()}
-        numel = self.index.numel[positions].astype(np.float64)
-        columns.put_updates(positions, found, numel)
-        scalars = self.record.scalars
-        if "update_error" in found:
-            scalars = {**scalars, "update_error": float(found["update_error"].max(initial=0.0))}
-        self.record = replace(self.record, columns=columns.values, masks=columns.masks, scalars=scalars)
+        """Put what the optimizers' step did into the record, where it was measured and the step was taken."""
+        record = self.record
+        assert record is not None
+        if self.updates is None or self.spanning is None or record.skipped:
+            return record
+        columns = Columns(len(self.index), dict(record.columns), dict(record.masks))
+        known = {"measured": record.measured("grad_norm")} if "absent" in self.numbers.result() else {}
+        scalars = {**record.scalars, **self.spanning.put(self.updates.result(), columns, **known)}
+        self.record = replace(record, columns=columns.values, masks=columns.masks, scalars=scalars)
         return self.record
-
-
-def _apart(found: dict[str, Any]) -> dict[str, Any]:
-    both = found.get("both_norms")
-    return found if both is None else {"update_norm": both[0], "param_norm": both[1]}
 
 
 def share_columns(drafts: Sequence[Draft]) -> None:

@@ -25,7 +25,7 @@ from ._views import Views
 if TYPE_CHECKING:
     from ._turn import Turn
 
-__all__ = ["Tables", "TablesDraft", "is_awaited", "part_of"]
+__all__ = ["Tables", "TablesDraft", "is_awaited", "part_of", "view_of"]
 
 
 Found = TypeVar("Found", bound=Measurement)
@@ -61,14 +61,20 @@ class TablesDraft:
         """Leave what is about gradients: ranks have found that theirs are of unlike models."""
         self.plan = [s for s in self.plan if isinstance(s, Measurement) and not s.of_gradients]
 
-    def put(self, host: Mapping[str, Any], columns: Columns) -> dict[str, float]:
-        """Put what comes of them into columns; return the numbers that have a name of their own."""
+    def put(self, host: Mapping[str, Any], columns: Columns, **known: Any) -> dict[str, float]:
+        """Put what comes of them into columns; return the numbers that have a name of their own.
+
+        Args:
+            host: all that has arrived.
+            columns: of the record.
+            known: told to all of them besides.
+        """
         scalars: dict[str, float] = {}
         for statistic in self.plan:
             # Not only where it has not failed on this rank: what ranks know together is on record on all of them.
             with self.guard(part_of(statistic)):
                 names = self.names.get(statistic.name, ())
-                found = statistic.conclude({name: host[_joined(statistic, name)] for name in names})
+                found = statistic.conclude({name: host[_joined(statistic, name)] for name in names} | known)
                 _check_names(statistic, found)
                 for name, value in found.items():
                     if not isinstance(value, At):
@@ -157,11 +163,11 @@ class Tables:
             is_fitting: this rank's model is the one that the layout is of.
         """
         plan, ranks = turn.plan, _ranks(turn.plan, layout)
-        draft = TablesDraft(self._guard, plan.statistics)
-        if not plan.statistics:
+        draft = TablesDraft(self._guard, [s for s in plan.statistics if not _spans(s)])
+        if not draft.plan:
             return draft
-        view = self._view(turn, ranks, pieces)
-        for statistic in plan.statistics:
+        view = view_of(turn, ranks, pieces)
+        for statistic in draft.plan:
             names = draft.names[statistic.name] = list(statistic.tables(ranks))
             of_params = isinstance(statistic, Measurement) and statistic.of_params
             if not _meets(statistic) and (is_fitting or not of_params):
@@ -193,27 +199,13 @@ class Tables:
         """Measure those at which ranks meet: to be called on all of them."""
         for statistic in filter(_meets, draft.plan):
             with self._guard(part_of(statistic)):
-                draft.add(statistic, statistic.measure(self._view(turn, _ranks(turn.plan, layout), None), {}))
+                draft.add(statistic, statistic.measure(view_of(turn, _ranks(turn.plan, layout), None), {}))
 
     def take_part(self, turn: Turn, layout: Layout) -> None:
         """Meet the other ranks where this one has nothing to say of the step."""
         for statistic in filter(_meets, turn.plan.statistics):
             with self._guard(part_of(statistic)):
-                statistic.measure(self._view(turn, _ranks(turn.plan, layout), None), {})
-
-    @staticmethod
-    def _view(turn: Turn, ranks: Ranks, pieces: GradientPieces | None) -> StepView:
-        assert turn.grads is not None
-        scale = turn.inputs.scale
-        return StepView(
-            turn.step,
-            turn.grads,
-            pieces,
-            turn.optimizers,
-            loss_scale=1.0 if scale is None else float(scale),
-            ranks=ranks,
-            rank=rank_of_this(),
-        )
+                statistic.measure(view_of(turn, _ranks(turn.plan, layout), None), {})
 
     def _own_view(self, statistic: Statistic, turn: Turn, ranks: Ranks, pieces: GradientPieces) -> View:
         grads, number = turn.grads, turn.inputs.optimizer
@@ -222,6 +214,21 @@ class Tables:
         return self._views.of(
             statistic, turn.step, grads, pieces.shards, turn.optimizers, number, ranks=ranks, rank=rank
         )
+
+
+def view_of(turn: Turn, ranks: Ranks, pieces: GradientPieces | None) -> StepView:
+    """Return what gradwatch's own measurements are shown of a step."""
+    assert turn.grads is not None
+    scale = turn.inputs.scale
+    return StepView(
+        turn.step,
+        turn.grads,
+        pieces,
+        turn.optimizers,
+        loss_scale=1.0 if scale is None else float(scale),
+        ranks=ranks,
+        rank=rank_of_this(),
+    )
 
 
 def _check_names(statistic: Statistic, found: Mapping[str, Any]) -> None:
@@ -237,6 +244,10 @@ def _joined(statistic: Statistic, name: str) -> str:
 
 def _meets(statistic: Statistic) -> bool:
     return isinstance(statistic, Measurement) and statistic.meets
+
+
+def _spans(statistic: Statistic) -> bool:
+    return isinstance(statistic, Measurement) and statistic.spans_step
 
 
 def is_awaited(statistic: Statistic) -> bool:

@@ -17,8 +17,8 @@ from ._seals import Seals
 from ._step_inputs import StepInputs
 
 if TYPE_CHECKING:
+    from ._after_step import AfterStep
     from ._measuring import Measuring
-    from ._update_ratios import UpdateRatios
 
 __all__ = ["Turn"]
 
@@ -43,8 +43,8 @@ class Turn:
     """
 
     __slots__ = (
+        "_after_step",
         "_measuring",
-        "_update_ratios",
         "decision",
         "draft",
         "grads",
@@ -63,10 +63,10 @@ class Turn:
         inputs: StepInputs,
         optimizers: Sequence[Optimizer],
         measuring: Measuring,
-        ratios: UpdateRatios,
+        after_step: AfterStep,
     ) -> None:
         self.plan, self.inputs, self.optimizers = plan, inputs, optimizers
-        self._measuring, self._update_ratios = measuring, ratios
+        self._measuring, self._after_step = measuring, after_step
         self.grads: Gradients | None = None
         self.tensors: list[Tensor] | None = None
         self.seals: Seals | None = None
@@ -90,4 +90,4 @@ class Turn:
             if not self.has_exchanged:
                 self._measuring.give_up(self)
             if not self.has_said_whether_it_moves and self.grads is not None:
-                self._update_ratios.before(self, moves=False)
+                self._after_step.before(self, moves=False)

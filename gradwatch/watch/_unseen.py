@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .._text import listed
 from ..stats import kernel_faults
 from ._announced import Announced
 from ._coverage import FROZEN, IN_NO_OPTIMIZER, NO_GRADIENT, REPLACED, UNSEEN, coverage
@@ -28,13 +29,6 @@ def unseen(meter: ModelMeter, judge: Judge, announced: Announced, measurements: 
     notes = kernel_faults() + _of_steps(meter, announced) + _of_paths(meter)
     if meter.watched.strange:
         notes.append("treatments do not act, since they would act on a part of the gradient")
-    if meter.too_large:
-        notes.append(f"updates not measured, no room within the memory limit: {_listed(meter.too_large)}")
-    if meter.has_sampled_updates:
-        notes.append(
-            "update ratios of large parameters are estimates, from samples of their elements: copies of all do not fit "
-            "in `memory_limit_mb`; `update_error` on the record is their largest relative standard error"
-        )
     for measurement in measurements:
         notes += measurement.notes()
     coverage = judge.coverage
@@ -71,11 +65,11 @@ def _of_paths(meter: ModelMeter) -> list[str]:
     notes = []
     for (state, reason), paths in groups.items():
         if state == IN_NO_OPTIMIZER:
-            notes.append(f"trainable, but in no optimizer: {_listed(paths)}")
+            notes.append(f"trainable, but in no optimizer: {listed(paths)}")
         elif state == REPLACED:
-            notes.append(_REPLACED.format(_listed(paths)))
+            notes.append(_REPLACED.format(listed(paths)))
         else:
-            notes.append(f"{_listed(paths)}: {reason}")
+            notes.append(f"{listed(paths)}: {reason}")
     return notes
 
 
@@ -86,8 +80,3 @@ def _never_had_one(meter: ModelMeter, path: str, state: str, reason: str) -> boo
 
 def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from gradwatch import Watch
+from gradwatch._text import listed
 from gradwatch.rules import Expression, NonFinite
 from gradwatch.watch import _timed
-from gradwatch.watch._unseen import _listed
 
 
 def train(steps: int, **options) -> Watch:
@@ -93,7 +93,7 @@ def test_a_call_inside_a_timed_call_counts_once_and_one_that_raises_counts_too(m
 @pytest.mark.parametrize("number", [1, 5, 6, 12])
 def test_of_many_names_those_that_stand_there_and_those_that_are_counted_are_all(number: int) -> None:
     names = [f"layer{i}" for i in range(number)]
-    text, _, more = _listed(names).partition(" and ")
+    text, _, more = listed(names).partition(" and ")
     named = text.split(", ")
     assert named == names[:5]
     assert len(named) + int(more.partition(" ")[0] or 0) == number

@@ -27,12 +27,12 @@ FAR = {
     "gradwatch/stats/_tasks.py": _RANKS,
     "gradwatch/treatments/_units.py": ("tests/treatments/test_sharded.py",),
     "gradwatch/watch/_accord.py": ("tests/late/test_several_ranks.py",),
+    "gradwatch/watch/_after_step.py": _RANKS,
     "gradwatch/watch/_local_norms.py": _RANKS,
     "gradwatch/watch/_model_meter.py": ("tests/modes/test_distributed.py",),
     "gradwatch/watch/_parallel.py": _RANKS,
     "gradwatch/watch/_ranks.py": _RANKS,
     "gradwatch/watch/_turn.py": _RANKS,
-    "gradwatch/watch/_update_ratios.py": _RANKS,
 }
 """Tests of files whose code runs on ranks, or once in a process: they start processes of their own, and are slow."""
 SEED = "1"
