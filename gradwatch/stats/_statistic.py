@@ -16,9 +16,9 @@ from ..torchside import Attended, home, moved, wide_dtype
 
 __all__ = ["ALONE", "GIVEN", "OF_CALLS", "At", "Number", "Ranks", "Statistic", "View"]
 
-GIVEN = ("gradients", "parameters", "optimizer_state", "outputs", "attention")
+GIVEN = ("gradients", "parameters", "optimizer_state", "updates", "outputs", "attention")
 """What a statistic may need."""
-OF_CALLS = frozenset(GIVEN[3:])
+OF_CALLS = frozenset({"outputs", "attention"})
 """What is shown call by call, and stands alone among what a statistic needs."""
 
 Number = Tensor | Sequence[Tensor] | NDArray[Any] | float
@@ -53,13 +53,17 @@ class At(NamedTuple):
     values: NDArray[Any]
 
 
+_TOLD = {"before": "updates"}
+
+
 class View:
     """What a statistic is shown: tensors that it must not change, nor read back, nor keep (a copy it may).
 
     With `needs` of gradients, parameters or optimizer state there is one for each parameter that has a gradient, all
-    in the order of `paths`; of a sharded one the piece on this rank. With `needs = {"outputs"}` there is one view for
-    each call of a module: `paths` holds the module's, `outputs` its float tensors. With `needs = {"attention"}` one for
-    each time that a module attends.
+    in the order of `paths`; of a sharded one the piece on this rank. With `"updates"` among its needs it is asked when
+    the optimizer has stepped: all is as the step has left it, and `before` as it was. With `needs = {"outputs"}` there
+    is one view for each call of a module: `paths` holds the module's, `outputs` its float tensors. With
+    `needs = {"attention"}` one for each time that a module attends.
 
     Attributes:
         step: optimizer steps taken so far.
@@ -94,7 +98,7 @@ class View:
     def _given(self, name: str) -> Sequence[Tensor]:
         if name not in self._kept:
             if name not in self._tensors:
-                raise ConfigError(f"there are no {name} in this view: name them in `needs`.")
+                raise ConfigError(f"there are no {name} in this view: name {_TOLD.get(name, 'them')} in `needs`.")
             self._kept[name] = self._tensors[name]()
         return self._kept[name]
 
@@ -105,8 +109,17 @@ class View:
 
     @property
     def params(self) -> Sequence[Tensor]:
-        """The parameters, before the optimizer's step."""
+        """The parameters, before the optimizer's step; after it where updates are needed."""
         return self._given("parameters")
+
+    @property
+    def before(self) -> Sequence[Tensor]:
+        """Copies of the parameters before the optimizer's step, where updates are needed."""
+        return self._given("before")
+
+    def show(self, **tensors: Sequence[Tensor]) -> None:
+        """Show these under their names, whatever else there is."""
+        self._kept.update(tensors)
 
     def state(self, name: str) -> Sequence[Tensor | None]:
         """Return what the optimizer keeps under a name (`"exp_avg"`) for each parameter; None where it has none."""
@@ -147,8 +160,8 @@ class Statistic:
         name: by default the class name in snake case.
         unit, label, scale, signed, guide, combine: see `gradwatch.records.Column`.
         kind: of the result: `"parameter"`, `"module"` or `"scalar"`; by default what the rows are about.
-        needs: of `"gradients"`, `"parameters"`, `"optimizer_state"` (and its options); or `"outputs"`, or
-            `"attention"`, alone.
+        needs: of `"gradients"`, `"parameters"`, `"optimizer_state"` (and its options) and `"updates"`; or `"outputs"`,
+            or `"attention"`, alone.
         every: measured at one optimizer step in this many, and at the powers of two below it; 0: at the first alone.
         num_sums, num_maxima: numbers per row of what `sums` and `maxima` return.
         whole: what it says of a tensor does not add up from its parts: a parameter that lies in pieces on several ranks
@@ -178,7 +191,7 @@ class Statistic:
         cls.needs = frozenset(needs)
         if not cls.needs <= set(GIVEN) or not cls.needs or (cls.needs & OF_CALLS and len(cls.needs) > 1):
             raise ConfigError(
-                f"`needs` of statistic {cls.name!r} are some of {', '.join(GIVEN[:3])}, or outputs or attention alone. "
+                f"`needs` of statistic {cls.name!r} are some of {', '.join(GIVEN[:4])}, or outputs or attention alone. "
                 f"Got {', '.join(sorted(map(str, cls.needs))) or 'none'}."
             )
         for setting, low in (("every", 0), ("num_sums", 0), ("num_maxima", 0)):

@@ -84,7 +84,8 @@ def _made(seed: int = 0, device: str = "cpu") -> list[Tensors]:
     steps = []
     for _ in range(_STEPS):
         shown = {
-            k: [torch.randn(s, generator=generator) for s in _SHAPES] for k in ("gradients", "parameters", "state")
+            k: [torch.randn(s, generator=generator) for s in _SHAPES]
+            for k in ("gradients", "parameters", "state", "before")
         }
         steps.append({name: [t.to(device) for t in tensors] for name, tensors in shown.items()})
     return steps
@@ -95,7 +96,8 @@ def _view(statistic: Statistic, step: int, shown: Tensors, memory: dict[str, Any
         return View(step, _PATHS[:1], memory, outputs=shown["gradients"][:1])
     if "attention" in statistic.needs:
         return View(step, _PATHS[:1], memory, attention=_attended(shown["gradients"][0]))
-    tensors = {name: partial(shown.__getitem__, name) for name in statistic.needs if name in shown}
+    needs = {*statistic.needs, *(("before", "parameters") if "updates" in statistic.needs else ())}
+    tensors = {name: partial(shown.__getitem__, name) for name in needs if name in shown}
     if "optimizer_state" not in statistic.needs:
         return View(step, _PATHS, memory, tensors=tensors)
     return View(step, _PATHS, memory, tensors=tensors, state=partial(_state, shown, step), options=_options)

@@ -37,6 +37,7 @@ from ._memory import memory_of, remember
 from ._model_meter import ModelMeter
 from ._noise_scale import NoiseScale
 from ._options import MeasureOptions
+from ._own_updates import own_updates
 from ._plan import ALERT_STEPS, Planner, reasons_to_wait
 from ._produced import Produced
 from ._proofs import Proofs
@@ -106,7 +107,8 @@ class Engine:
         self.meter = ModelMeter(model, optimizers, options)
         views, built_in = Views(), measurements(self.meter)
         self.own = OwnStatistics(statistics, self.meter, self.guard, views) if statistics else None
-        self.tables = Tables((*built_in, *statistics), self.meter, self.guard, views)
+        of_updates = own_updates(statistics, self.meter, views)
+        self.tables = Tables((*built_in, *of_updates, *statistics), self.meter, self.guard, views)
         self.rates = LearningRates(optimizers)
         self.completion = Completion(
             self.judge,

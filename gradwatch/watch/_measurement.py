@@ -25,7 +25,10 @@ class StepView(View):
         pieces: what was measured of them on this rank; None once it has been merged over ranks.
         optimizers: that step next.
         loss_scale: what gradients carry inside backward.
+        number: of the optimizer that steps on its own; None where all step together.
     """
+
+    number: int | None = None
 
     def __init__(
         self,

@@ -32,4 +32,4 @@ class RowSpread(Measurement):
         return {"places": self.meter.positions(chosen), "spreads": spreads}
 
     def conclude(self, found: Mapping[str, Any]) -> Mapping[str, float | At]:
-        return {"row_spread": At(found["places"], found["spreads"])} if found else {}
+        return {"row_spread": At(found["places"], found["spreads"])}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isnan
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..protocols import Statistic
-from ..records import FAMILIES, SCALAR
-from ..stats import OF_CALLS, Gradients, Shards, View, is_due
+from ..stats import OF_CALLS, At, Gradients, Shards, View, is_due
 from ..torchside import (
     Aside,
     Attended,
@@ -31,6 +29,7 @@ from ..torchside import (
 )
 from ._columns import Columns
 from ._ears import Ears
+from ._finished import asked, finished
 from ._guard import Guard
 from ._model_meter import ModelMeter
 from ._tables import part_of
@@ -124,26 +123,11 @@ class OwnDraft:
         if not self.owner.guard.ok(part):
             return
         with self.owner.guard(part):
-            known = {column.name: column for column in statistic.columns()}
-            found = statistic.finish(sums, maxima)
-            found = found if isinstance(found, Mapping) else {statistic.name: found}
-            for name, value in found.items():
-                if name in FAMILIES:
-                    self._put_family(name, np.asarray(value, np.float64), scalars, places)
-                    continue
-                if name not in known:
-                    raise ValueError(f"it gives {name!r}, which is not among its columns {', '.join(known)}")
-                if known[name].kind == SCALAR:
-                    scalars[name] = float(value)
+            for name, value in finished(statistic, sums, maxima, places, self.paths).items():
+                if isinstance(value, At):
+                    held.put(name, value.places, value.values)
                 else:
-                    values = np.asarray(value, np.float64)
-                    if values.shape != (len(places),):
-                        raise ValueError(f"`finish` gives one number per row, {len(places)}. Got shape {values.shape}")
-                    held.put(name, places, values)
-
-    def _put_family(self, name: str, values: Array, scalars: dict[str, float], places: Any) -> None:
-        for place, row in zip(places.tolist(), values, strict=True):
-            scalars.update({f"{name}{self.paths[place]}/{i}": v for i, v in enumerate(row.tolist()) if not isnan(v)})
+                    scalars[name] = value
 
 
 @dataclass
@@ -161,7 +145,8 @@ class OwnStatistics:
     _ears: Ears | None = None
 
     def __post_init__(self) -> None:
-        self._of_rows = tuple(s for s in self.statistics if not s.needs & OF_CALLS and s.num_sums + s.num_maxima)
+        has_rows = [s for s in self.statistics if s.num_sums + s.num_maxima]
+        self._of_rows = tuple(s for s in has_rows if not s.needs & (OF_CALLS | {"updates"}))
         self._of_outputs = tuple(s for s in self.statistics if s.needs & OF_CALLS)
 
     def due(self, step: int, among: Sequence[Statistic]) -> tuple[Statistic, ...]:
@@ -217,7 +202,7 @@ class OwnStatistics:
                     self._add(statistic, kept, row, View(self._step, (path,), memory, **shown))
 
     def _add(self, statistic: Statistic, kept: _Outputs, row: int, view: View) -> None:
-        sums, maxima = _asked(statistic, view, 1)
+        sums, maxima = asked(statistic, view, 1)
         if sums is None and maxima is None:
             return
         device, wide = kept.sums.device, kept.sums.dtype
@@ -288,7 +273,7 @@ class OwnStatistics:
             if len(grads) and self.guard.ok(part_of(statistic)):
                 with self.guard(part_of(statistic)):
                     view = self.views.of(statistic, step, grads, shards, optimizers, number)
-                    sums, maxima = _asked(statistic, view, len(grads))
+                    sums, maxima = asked(statistic, view, len(grads))
                     if sums is not None and statistic.whole:
                         sums = _where_whole(sums, grads.params, shards)
                     if sums is not None:
@@ -325,17 +310,3 @@ def _where_whole(sums: Tensor, params: Sequence[Tensor], shards: Shards) -> Tens
         sums = sums.clone()
         sums[pieces] = torch.nan
     return sums
-
-
-def _asked(statistic: Statistic, view: View, n: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return sums and maxima of a view, None for those it does not say; checked for their shape."""
-    found = []
-    for name, width in (("sums", statistic.num_sums), ("maxima", statistic.num_maxima)):
-        value = getattr(statistic, name)(view) if width else None
-        if value is not None:
-            value = value.detach()
-            value = value[:, None] if value.shape == (n,) and width == 1 else value
-            if value.shape != (n, width):
-                raise ValueError(f"`{name}` gives {n} rows of {width}. Got shape {tuple(value.shape)}")
-        found.append(value)
-    return found[0], found[1]

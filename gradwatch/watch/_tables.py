@@ -71,9 +71,11 @@ class TablesDraft:
         """
         scalars: dict[str, float] = {}
         for statistic in self.plan:
+            names = self.names.get(statistic.name)
+            if not names:
+                continue
             # Not only where it has not failed on this rank: what ranks know together is on record on all of them.
             with self.guard(part_of(statistic)):
-                names = self.names.get(statistic.name, ())
                 found = statistic.conclude({name: host[_joined(statistic, name)] for name in names} | known)
                 _check_names(statistic, found)
                 for name, value in found.items():
@@ -220,7 +222,7 @@ def view_of(turn: Turn, ranks: Ranks, pieces: GradientPieces | None) -> StepView
     """Return what gradwatch's own measurements are shown of a step."""
     assert turn.grads is not None
     scale = turn.inputs.scale
-    return StepView(
+    view = StepView(
         turn.step,
         turn.grads,
         pieces,
@@ -229,6 +231,8 @@ def view_of(turn: Turn, ranks: Ranks, pieces: GradientPieces | None) -> StepView
         ranks=ranks,
         rank=rank_of_this(),
     )
+    view.number = turn.inputs.optimizer
+    return view
 
 
 def _check_names(statistic: Statistic, found: Mapping[str, Any]) -> None:

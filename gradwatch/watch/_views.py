@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ..protocols import Statistic
 from ..stats import ALONE, Gradients, Ranks, Shards, View
 from ..torchside import StandIn, moved, real_of
+from ._measurement import StepView
 
 __all__ = ["Views"]
 
@@ -72,6 +73,20 @@ class Views:
             options=options if "optimizer_state" in needs else None,
         )
         view.ranks, view.rank = ranks, rank
+        return view
+
+    def after(self, statistic: Statistic, step: StepView, before: Sequence[Tensor], now: Sequence[Tensor]) -> View:
+        """Return what is shown of a step that the optimizers have taken.
+
+        Args:
+            statistic: that needs updates.
+            step: of the step, before it.
+            before, now: the parameters' pieces on this rank.
+        """
+        grads = step.gradients
+        shards = Shards(grads.tensors, grads.params) if "gradients" in statistic.needs else Shards([])
+        view = self.of(statistic, step.step, grads, shards, step.optimizers, step.number)
+        view.show(before=before, parameters=now)
         return view
 
     def memory_of(

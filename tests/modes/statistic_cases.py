@@ -260,6 +260,54 @@ def a_rank_that_fails_at_the_first_step(wrap: Any) -> Any:
     return case
 
 
+class MoveOverLength(Statistic):
+    """Norm of the update and of the parameter before it, as squares; fails on the second rank at step 3."""
+
+    needs = frozenset({"updates"})
+    num_sums, num_maxima = 2, 1
+
+    @classmethod
+    def columns(cls):
+        (one,) = super().columns()
+        return one, type(one)(name="largest_step", kind="parameter", meaning="Largest change of an element.")
+
+    def sums(self, view):
+        if view.step == 3 and dist.get_rank() == 1:
+            raise RuntimeError("a bug of one rank")
+        moved = [(a - b).square().sum() for a, b in zip(view.params, view.before, strict=True)]
+        return view.rows(moved, [b.square().sum() for b in view.before])
+
+    def maxima(self, view):
+        moved = [(a - b).abs() for a, b in zip(view.params, view.before, strict=True)]
+        return view.rows([m.max() if m.numel() else m.new_zeros(()) for m in moved])
+
+    def finish(self, sums, maxima):
+        return {"move_over_length": np.sqrt(sums[:, 0] / sums[:, 1]), "largest_step": maxima[:, 0]}
+
+
+def what_a_step_does(wrap: Any) -> Any:
+    """It is that of whole parameters, and where these are in pieces what one rank can't say nobody does."""
+
+    def case(rank: int, world: int, folder: Path) -> None:
+        options = {"histograms_every": None, "updates_every": 1}
+        watch, _ = train(wrap(Net(), world), rank, world, [MoveOverLength()], **options)
+        for record in watch.history[:3]:
+            known = record.measured("update_ratio")
+            ratio = record.columns["update_norm"][known] / record.columns["param_norm"][known]
+            np.testing.assert_allclose(record.columns["move_over_length"][known], ratio, rtol=1e-4)
+            largest = record.columns["largest_step"][known]
+            assert (largest > 0).all()
+            assert (largest <= record.columns["update_norm"][known] * 1.0001).all()
+        equal_on_all_ranks([r.columns["largest_step"].tolist().__repr__() for r in watch.history[:3]])
+        later = ["move_over_length" in r.columns for r in watch.history[3:]]
+        assert later
+        assert any(later) == (wrap is ddp and rank == 0), later
+        assert all("update_norm" in r.columns for r in watch.history)
+        assert any("move_over_length" in note for note in watch.session.notes) == (rank == 1)
+
+    return case
+
+
 def the_noise_scale_of_all_ranks(rank: int, world: int, folder: Path) -> None:
     """It is of the samples of all ranks, and travels with the rest; where one can't tell them apart nobody says it."""
     real = _noise_scale.noise_sums
@@ -291,6 +339,7 @@ CASES |= {
         of_whole_weights_alone,
         a_row_for_each_rank,
         a_rank_that_fails_at_the_first_step,
+        what_a_step_does,
     )
     for wrap in (ddp, fsdp)
 }

@@ -17,6 +17,7 @@ from gradwatch.records import own_columns
 from gradwatch.rules import Expression
 from gradwatch.stats import At, Statistic
 from gradwatch.testing import MemorySink, check_statistic
+from gradwatch.treatments import SkipStep
 
 
 class Squares(Statistic):
@@ -270,6 +271,109 @@ def test_a_package_registers_its_own_by_name(tmp_path, monkeypatch) -> None:
     with pytest.raises(ConfigError, match="squares_of_others"):
         train("squares_of_other")
     sys.modules.pop("of_others")
+
+
+class Turn(Statistic):
+    """Cosine of what the optimizer did to a parameter with its gradient."""
+
+    needs = {"updates", "gradients"}
+    scale, signed, num_sums, num_maxima = "linear", True, 3, 1
+
+    @classmethod
+    def columns(cls):
+        (one,) = super().columns()
+        return one, type(one)(name="largest_move", kind="parameter", meaning="Largest change of any element.")
+
+    def sums(self, view):
+        moved = [(now - before).double() for now, before in zip(view.params, view.before, strict=True)]
+        grads = [g.double() for g in view.grads]
+        pairs = list(zip(moved, grads, strict=True))
+        return view.rows([(a * b).sum() for a, b in pairs], *([x[i].square().sum() for x in pairs] for i in (0, 1)))
+
+    def maxima(self, view):
+        moved = [now - before for now, before in zip(view.params, view.before, strict=True)]
+        return view.rows([m.abs().max() if m.numel() else m.new_zeros(()) for m in moved])
+
+    def finish(self, sums, maxima):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return {"turn": sums[:, 0] / np.sqrt(sums[:, 1] * sums[:, 2]), "largest_move": maxima[:, 0]}
+
+
+class Steps(Turn):
+    """The same of one step in two, whole."""
+
+    every, kind = 2, "scalar"
+    columns = Statistic.__dict__["columns"]
+
+    def finish(self, sums, maxima):
+        return np.sqrt(sums[:, 1].sum())
+
+
+def plain_sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.1)
+
+
+def test_what_a_step_does_to_the_parameters_is_measured_when_it_is_taken() -> None:
+    check_statistic(Turn())
+    options = {"on_error": "raise", "updates_every": 1, "optimizer": plain_sgd}
+    watch, _ = train([Turn(), Steps(), Squares()], steps=5, **options)
+    for record in watch.history:
+        measured = record.measured("turn")
+        assert (measured == record.measured("grad_norm")).all()
+        assert measured.any()
+        np.testing.assert_allclose(record.columns["turn"][measured], -1, rtol=1e-5)
+        absmax = record.columns["largest_move"][measured]
+        assert (absmax <= record.columns["update_norm"][measured] * (1 + 1e-6)).all()
+        assert (absmax > 0).all()
+        assert ("steps" in record.scalars) == (record.step % 2 == 0 or record.step == 1)
+        if "steps" in record.scalars:
+            assert record.scalars["steps"] == pytest.approx(0.1 * record.global_norm, rel=1e-5)
+
+
+def test_of_a_step_that_was_not_taken_no_update_is_on_record() -> None:
+    rule = Expression("step == 2", then=SkipStep())
+    watch, _ = train([Turn()], steps=4, rules=[rule], on_error="raise")
+    assert ["turn" in record.columns for record in watch.history] == [True, True, False, True]
+
+
+def test_copies_that_do_not_fit_are_not_made_and_that_is_said() -> None:
+    watch, _ = train([Turn()], memory_limit_mb=1e-4, on_error="raise")
+    assert not any("turn" in record.columns for record in watch.history)
+    assert any("statistic 'turn' is not measured: copies" in note for note in watch.session.notes)
+
+
+def test_an_update_whose_statistic_fails_is_off_and_nothing_else() -> None:
+    class Failing(Turn):
+        """Fails at the third step."""
+
+        columns = Statistic.__dict__["columns"]
+
+        def sums(self, view):
+            if view.step == 2:
+                raise RuntimeError("a bug")
+            return super().sums(view)
+
+        def finish(self, sums, maxima):
+            return sums[:, 0]
+
+    with pytest.warns(GradwatchWarning, match="statistic 'failing' failed and is switched off") as told:
+        watch, _ = train([Failing(), Turn()], steps=5, updates_every=1)
+    assert len(told) == 1
+    assert ["failing" in record.columns for record in watch.history] == [True, True, False, False, False]
+    assert all("turn" in record.columns and "update_norm" in record.columns for record in watch.history)
+
+
+def test_updates_that_nobody_named_are_not_shown() -> None:
+    class Curious(Squares):
+        """Looks at what it has not asked for."""
+
+        columns = Statistic.__dict__["columns"]
+
+        def sums(self, view):
+            return view.rows([p.sum() for p in view.before])
+
+    with pytest.raises(ConfigError, match="name updates in `needs`"):
+        train([Curious()], on_error="raise")
 
 
 class AtFirst(Statistic):
