@@ -180,6 +180,12 @@ def test_the_case_file_stands_with_its_incident(driver, show, runs):
     assert not texts(driver, ".gw-line .gw-case dd")
     driver.execute_script("document.querySelector('.gw-line').click()")
     wait_until(lambda: where in texts(driver, ".gw-line .gw-case dd"), "the case of the chosen incident")
+    ends = (
+        "return ['.gw-incidents .gw-case', '.gw-incidents .gw-scroll'].map((s) => document.querySelector(s)"
+        ".getBoundingClientRect().bottom)"
+    )
+    case, box = driver.execute_script(ends)
+    assert case <= box  # all of it is on view
 
 
 def test_a_case_file_is_open_on_paper_and_fits_a_narrow_page(driver, show, runs):
