@@ -70,7 +70,8 @@ def _show(result: Replay, differences: list[str], *, asked_for: bool) -> None:
     if failed:
         say(f"failed: {', '.join(dict.fromkeys(failed))}")
     if silent:
-        say(f"nothing to judge for {', '.join(dict.fromkeys(silent))}")
+        # Counted: of most runs they are many.
+        say(f"{len(dict.fromkeys(silent))} rules had nothing to judge (--json lists them)")
     for note in result.notes:
         say(f"note: {note}")
     if result.incidents:

@@ -43,6 +43,16 @@ def test_replay_of_a_healthy_run_is_fine(healthy, rules, capsys) -> None:
     assert capsys.readouterr().out == "Healthy: one rule judged 60 steps, and none fired.\n"
 
 
+def test_rules_without_evidence_are_counted_by_replay_and_listed_as_json(healthy, capsys) -> None:
+    main(["replay", str(healthy)])
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "nothing to judge" in line]
+    main(["replay", str(healthy), "--json"])
+    verdict = json.loads(capsys.readouterr().out)["verdict"]
+    never = [c["name"] for c in verdict["coverage"] if not c["judged"]]
+    assert told.endswith(f"{len(never)} rules had nothing to judge (--json lists them)")
+    assert set(never) <= verdict["unjudged"].keys()
+
+
 def test_replay_as_json(spiked, rules, capsys) -> None:
     main(["replay", str(spiked), "--rules", rules(), "--json", "--diff"])
     told = json.loads(capsys.readouterr().out)
