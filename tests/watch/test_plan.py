@@ -10,6 +10,9 @@ from gradwatch import Watch
 from gradwatch.rules import Exploding, Expression, Rule, RuleBook
 from gradwatch.treatments import ClipToLimit, SkipStep
 from gradwatch.watch import _plan
+from gradwatch.watch._local_norms import LocalNorms
+from gradwatch.watch._measurement import Measurement
+from gradwatch.watch._measurements import MEASUREMENTS
 from gradwatch.watch._options import MeasureOptions, is_due
 from gradwatch.watch._plan import reasons_to_wait
 from gradwatch.watch._row_spread import RowSpread
@@ -60,6 +63,13 @@ def test_each_statistic_is_measured_at_its_own_steps(others: int | None, order: 
                 s for s in known if is_due(step, s.every) and type(s).__name__ not in ("RankSpread", "Replicas")
             )
             assert plans.at(step).statistics == due, step
+
+
+@pytest.mark.parametrize("kind", MEASUREMENTS)
+def test_what_a_measurement_gives_is_in_the_table_of_columns(kind: type[Measurement]) -> None:
+    assert [column.name for column in kind.columns()] == list(kind.gives)
+    assert kind.gives or kind is LocalNorms  # a number for each rank, of a family
+    assert kind.part
 
 
 def test_what_is_learnt_in_a_step_changes_the_plans_of_later_ones_alone() -> None:
