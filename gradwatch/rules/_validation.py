@@ -173,8 +173,7 @@ class ValNotLearning(_Evaluations):
         seen: State = {**sums, "inputs": inputs, "val_inputs": _sizes(record, _VAL_INPUTS) or state["val_inputs"]}
         value = record.scalars.get(self._value, math.nan)
         if math.isfinite(value):
-            guess = min((_level(sums, name) for name in _LEVELS), default=math.inf)
-            seen["guesses"] = state["guesses"] + 1 if value > guess else 0
+            seen["guesses"] = state["guesses"] + 1 if value > _level(sums)[0] else 0
             score = max((v for k, v in record.scalars.items() if _GOOD.search(k) and _is_score(k, v)), default=0.0)
             seen["score"] = max(score, state.get("score", 0.0))
             seen["falls"] = state.get("falls", 0) + 1 if 0 < score < 0.5 * seen["score"] else 0
@@ -185,7 +184,7 @@ class ValNotLearning(_Evaluations):
         if state["falls"] >= self.evaluations and loss.now < loss.start - 0.2 * abs(loss.start):
             return True
         # No better than a guess for as long, and training is just getting below it.
-        learned = any(_constant(loss, state, name) < math.inf for name in _LEVELS)
+        learned = _constant(loss, state) < math.inf
         return learned and state["guesses"] >= self.evaluations
 
     def _limit(self, loss: Progress, state: State) -> float:
@@ -193,7 +192,7 @@ class ValNotLearning(_Evaluations):
         if not loss.seen:
             return math.inf
         fall = (loss.start - loss.now) / abs(loss.start) if loss.start else 0.0
-        limits = [_constant(loss, state, name) for name in _LEVELS]
+        limits = [_constant(loss, state)]
         best = state["best"]
         if loss.start > 0 and loss.now < loss.start and (best is None or best > self.far * loss.start):
             limits.append(self.far * loss.start)
@@ -212,7 +211,7 @@ class ValNotLearning(_Evaluations):
 
     def _text(self, loss: Progress, best: float, state: State) -> str:
         text = super()._text(loss, best, state)
-        if (level := min(_constant(loss, state, name) for name in _LEVELS)) < math.inf:
+        if (level := _constant(loss, state)) < math.inf:
             text = f"{text}, a guess has {level:.4g}"
         if _differ(state):
             (mean, std), (val_mean, val_std) = state["inputs"], state["val_inputs"]
@@ -239,18 +238,25 @@ def _added(record: StepRecord, name: str, sums: _Sums) -> _Sums:
     return count + 1, loss + now[0], error + now[1], level + now[2]
 
 
-def _level(state: State, name: str) -> float:
-    """Return the loss of the best constant where the loss is this formula, or nearly; else infinity."""
-    count, losses, errors, levels = state[name]
-    if count < 5 or abs(losses - errors) > 0.2 * errors:
-        return math.inf
-    return levels / count if levels > 0 else math.inf
+def _level(state: State) -> tuple[float, float]:
+    """Return the loss of the best constant, where the loss is one of the formulas, or nearly, and by how much of it
+    what has learned is below; infinity where it is none.
+
+    Of several the nearest: scores of classes may chance to have a squared error of the size of the loss.
+    """
+    found = []
+    for name, (_, below) in _LEVELS.items():
+        count, losses, errors, levels = state[name]
+        if count >= 5 and abs(losses - errors) <= 0.2 * errors and levels > 0:
+            found.append((abs(losses - errors) / errors, levels / count, below))
+    _, level, below = min(found, default=(0.0, math.inf, 0.0))
+    return level, below
 
 
-def _constant(loss: Progress, state: State, name: str) -> float:
-    """Return the same, where the training loss is below it; else infinity."""
-    level = _level(state, name)
-    return level if loss.now < (1 - _LEVELS[name][1]) * level else math.inf
+def _constant(loss: Progress, state: State) -> float:
+    """Return the loss of the best constant, where the training loss is below it; else infinity."""
+    level, below = _level(state)
+    return level if loss.now < (1 - below) * level else math.inf
 
 
 def _sizes(record: StepRecord, names: tuple[str, str]) -> tuple[float, ...]:

@@ -275,7 +275,8 @@ def _stand_in_inputs(x: Tensor, target: Tensor) -> Scalars:
     """Whether numbers to be predicted stand in the inputs as they are: as a column, or at the end of a sequence.
 
     Inputs are (samples, columns) or (samples, time, channels). What makes up more than half of them is to be
-    reconstructed, and stands there by right; so does what lies further back in a sequence and is to be remembered.
+    reconstructed, and stands there by right; so does what lies further back in a sequence and is to be remembered, and
+    what every column holds: it is to be copied.
     """
     if target.layout != torch.strided or x.layout != torch.strided or x.ndim not in (2, 3):
         return {}
@@ -289,7 +290,9 @@ def _stand_in_inputs(x: Tensor, target: Tensor) -> Scalars:
     y = y.to(x.dtype)
     there = x[:, places - y.shape[1] :] == y[:, :, None] if is_sequence else (x == y)[:, None]
     varied = y.amax() > y.amin()
-    return {"target_in_inputs": (there.all(dim=0).all(dim=0).any() & varied).to(wide_dtype(x.device))}
+    same = there.all(dim=0).all(dim=0)
+    found = same.any() & varied if is_sequence else same.any() & ~same.all() & varied
+    return {"target_in_inputs": found.to(wide_dtype(x.device))}
 
 
 LEAST_ROWS = 8

@@ -407,6 +407,7 @@ CASES = [
     case("val_not_learning", lambda: steady(400, loss=lambda s: max(0.2, 2.3 - s / 20), val_loss=every(20, 0.3)), False, "learned-at-once"),
     case("val_not_learning", lambda: steady(300, loss=lambda s: 0.4 * 0.98**s + 0.04, squared_error=lambda s: 0.4 * 0.98**s + 0.04, target_variance=0.08, val_loss=every(10, 0.1)), True, "worse-than-a-constant"),
     case("val_not_learning", lambda: steady(300, loss=lambda s: 0.4 * 0.98**s + 0.04, squared_error=lambda s: 0.4 * 0.98**s + 0.04, target_variance=0.08, val_loss=every(10, 0.06)), False, "better-than-a-constant"),
+    case("val_not_learning", lambda: steady(300, loss=lambda s: 2.3 * 0.97**s + 0.1, cross_entropy=lambda s: 2.3 * 0.97**s + 0.1, baseline_loss=2.3, squared_error=lambda s: 1.1 * (2.3 * 0.97**s + 0.1), target_variance=0.09, val_loss=every(10, lambda s: 2.3 * 0.97**s + 0.12)), False, "a-squared-error-of-scores-that-chances-to-be-near"),
     case("val_not_learning", lambda: steady(100, loss=STUCK, val_loss=every(10, 2.3)), False, "neither-learns"),
     case("train_eval_mismatch", lambda: steady(100, loss=GOOD, train_eval_loss=every(10, 5.0)), True, "worse"),
     case("train_eval_mismatch", lambda: steady(100, loss=GOOD, train_eval_loss=every(10, falling)), False, "same"),

@@ -26,6 +26,8 @@ def told(x: Tensor, y: Tensor) -> float | None:
         pytest.param(SERIES, SERIES[:, -4:, 0] + 1e-6, 0.0, id="next-to-it"),
         pytest.param(SERIES[..., :1], SERIES[:, -20:, 0], None, id="to-be-reconstructed"),
         pytest.param(ROWS, ROWS[:, 3], 1.0, id="a-column"),
+        pytest.param(ROWS[:, 3:4].repeat(1, 6), ROWS[:, 3], 0.0, id="all-there-is-to-copy"),
+        pytest.param(SERIES[..., :1], SERIES[:, -4:, 0], 1.0, id="the-end-of-one-series"),
         pytest.param(ROWS.double(), ROWS[:, 3:4], 1.0, id="a-column-of-another-dtype"),
         pytest.param(ROWS, ROWS, None, id="an-autoencoder"),
         pytest.param(ROWS, ROWS[:, 3].roll(1), 0.0, id="another-sample's"),
