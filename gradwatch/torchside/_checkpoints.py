@@ -16,7 +16,8 @@ __all__ = ["checkpoints_around", "in_recomputation", "may_be_checkpointed"]
 
 _MODULE = "torch.utils.checkpoint"
 _REPEATS = frozenset({"backward", "unpack_hook"})
-_top_hooks: Any = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", lambda _: None)
+# Torch 2.6 has none: there every forward may be checkpointed, and the frames tell.
+_top_hooks: Any = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
 
 
 def may_be_checkpointed(recording: bool) -> bool:
@@ -25,7 +26,7 @@ def may_be_checkpointed(recording: bool) -> bool:
     Args:
         recording: whether gradients were on when the model was called; with reentrant autograd they are off inside.
     """
-    return (recording and not torch.is_grad_enabled()) or _top_hooks(False) is not None
+    return _top_hooks is None or (recording and not torch.is_grad_enabled()) or _top_hooks(False) is not None
 
 
 def checkpoints_around() -> list[tuple[Any, str]]:
@@ -37,7 +38,7 @@ def checkpoints_around() -> list[tuple[Any, str]]:
         if holder is not None and callable(getattr(holder, name, None)):
             found.setdefault(id(holder), (holder, name))
 
-    top = _top_hooks(False)
+    top = None if _top_hooks is None else _top_hooks(False)
     add(_cell(top[0], "frame") if top else None, "recompute_fn")
     caller: Any = sys._getframe(1)
     while caller is not None:
