@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import count
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from gradwatch import Watch
 from gradwatch.rules import NonFinite
-from gradwatch.watch._options import is_due
+from gradwatch.stats import is_due, next_due
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,12 @@ from gradwatch.watch._options import is_due
 )
 def test_multiples_and_below_the_first_the_powers_of_two_are_due(every: int | None, due: list[int]) -> None:
     assert [step for step in range(40) if is_due(step, every)] == due
+
+
+@pytest.mark.parametrize("every", [1, 3, 16, 20, 100])
+def test_nothing_is_due_between_a_step_and_the_next_at_which_something_may_be(every: int) -> None:
+    for step in range(250):
+        assert step < next_due(step, every) <= next(s for s in count(step + 1) if is_due(s, every))
 
 
 def test_a_flight_recorders_file_holds_the_numbers_as_they_were_and_what_is_not_finite_by_name(tmp_path) -> None:

@@ -18,6 +18,7 @@ from gradwatch.rules import Expression
 from gradwatch.stats import At, Statistic
 from gradwatch.testing import MemorySink, check_statistic
 from gradwatch.treatments import SkipStep
+from gradwatch.watch._measurement import Measurement
 
 
 class Squares(Statistic):
@@ -629,3 +630,11 @@ def test_a_statistic_of_outputs_goes_on_where_a_layer_comes_in_mid_run() -> None
     name = Outputs.name
     assert [name in r.columns for r in watch.history] == [True, True, False, True, True]
     assert watch.history[-1].measured(name).sum() == watch.history[0].measured(name).sum() + 1
+
+
+def test_a_measurement_that_does_not_say_how_it_looks_is_an_error_and_no_silence() -> None:
+    class Unfinished(Measurement):
+        part = "nothing"
+
+    with pytest.raises(NotImplementedError, match="Unfinished has no `look`"):
+        Unfinished(None).look(None, {})
