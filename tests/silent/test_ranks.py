@@ -10,7 +10,8 @@ import torch
 
 from gradwatch.torchside import _bits, checksum
 from gradwatch.watch._contributions import BROUGHT, HELD, Contributions, farther_rank
-from gradwatch.watch._replicas import _WIDE, _parts, odd_rank
+from gradwatch.watch._rank_spread import RankSpread
+from gradwatch.watch._replicas import _WIDE, Replicas, _parts, odd_rank
 
 from ..modes.ranks import run_group
 from . import rank_cases
@@ -68,6 +69,45 @@ def test_a_device_sums_blocks_and_comes_to_the_same(num: int, monkeypatch) -> No
 )
 def test_the_odd_one_is_named_where_it_can_be(codes, changed, rank) -> None:
     assert odd_rank(codes, np.array(changed, float)) == rank
+
+
+@pytest.mark.parametrize(
+    ("weights", "gradients", "told"),
+    [
+        ([5, 5, 5], [7, 7, 7], {"replicas_differ": 0.0, "replica_gradients_differ": 0.0}),
+        ([5, 5, 6], [7, 7, 7], {"replicas_differ": 1.0, "replica_gradients_differ": 0.0, "replica_rank": 2.0}),
+        ([5, 5, 5], [8, 7, 7], {"replicas_differ": 0.0, "replica_gradients_differ": 1.0, "replica_rank": 0.0}),
+        ([5, 5, 6], [8, 7, 7], {"replicas_differ": 1.0, "replica_gradients_differ": 1.0, "replica_rank": 2.0}),
+    ],
+    ids=["none", "weights", "gradients", "both"],
+)
+def test_where_weights_and_gradients_differ_the_rank_of_the_weights_is_named(
+    weights: list[int], gradients: list[int], told: dict[str, float]
+) -> None:
+    codes = np.array([[w, 1, g, 1] for w, g in zip(weights, gradients, strict=True)], float)
+    ranks = np.hstack([codes, np.zeros((3, 1)), np.ones((3, 1))])
+    w, g = codes[:, :2], codes[:, 2:]
+    rows = np.hstack([w, w**2, g, g**2]).sum(0)[None]
+    found = dict(object.__new__(Replicas).conclude({"ranks": ranks, "rows": rows}))
+    column = found.pop("replica_differs")
+    assert found == told
+    assert column.values.tolist() == [2.0 * (len(set(weights)) > 1) + (len(set(gradients)) > 1)]
+
+
+@pytest.mark.parametrize(
+    ("norms", "told"),
+    [
+        ([2.0, 2.0], {"rank_spread": 0.0}),
+        ([1.0, 4.0, 2.0], {"rank_spread": 0.75}),
+        ([0.0, 4.0], {"rank_spread": 1.0}),
+        ([0.0, 0.0], {}),
+        ([1.0, np.nan], {}),
+        ([1.0, np.inf], {}),
+    ],
+    ids=["alike", "apart", "one-without", "none", "nan", "infinite"],
+)
+def test_how_far_the_ranks_norms_are_apart_is_told_of_numbers_alone(norms: list[float], told: dict[str, float]) -> None:
+    assert object.__new__(RankSpread).conclude({"norms": np.array(norms)}) == told
 
 
 @pytest.mark.parametrize(
