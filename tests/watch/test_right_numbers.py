@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch import Watch
+from gradwatch.errors import GradwatchWarning
 from gradwatch.rules import Expression, NonFinite
+from gradwatch.stats import UpdateMeter
 from gradwatch.treatments import ClipByGlobalNorm, SkipStep
 from gradwatch.watch import Session, StepInputs, forget_step, resolve
 from gradwatch.watch._formulas import formula_scalars
@@ -400,6 +402,30 @@ def test_a_step_that_was_vetoed_has_no_update_on_record_instead_of_one_of_zero()
         records = list(watch.history)
     assert [record.skipped for record in records] == [False, False, True, False, False]
     assert [record.measured("update_ratio").any() for record in records] == [True, True, False, True, True]
+
+
+def test_updates_that_can_not_be_measured_are_tried_once_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def fails(meter: UpdateMeter, pieces: list[Tensor]) -> None:
+        tried.append(len(pieces))
+        raise RuntimeError("no room")
+
+    def train() -> Watch:
+        model = small_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Watch(model, optimizer, updates_every=1) as watch:
+            for _ in range(4):
+                optimizer.zero_grad()
+                model(torch.randn(8, 6)).square().mean().backward()
+                watch.step()
+        return watch
+
+    monkeypatch.setattr(UpdateMeter, "_room_for", fails)
+    with pytest.warns(GradwatchWarning, match="update ratios") as told:
+        watch = train()
+    assert (len(tried), len(told), len(watch.history)) == (1, 1, 4)
+    assert not any(record.measured("update_ratio").any() for record in watch.history)
 
 
 def test_update_ratios_of_optimizers_that_step_together_are_all_measured() -> None:

@@ -632,6 +632,24 @@ def test_a_statistic_of_outputs_goes_on_where_a_layer_comes_in_mid_run() -> None
     assert watch.history[-1].measured(name).sum() == watch.history[0].measured(name).sum() + 1
 
 
+def test_calls_within_a_transform_of_functions_are_no_outputs_of_the_step() -> None:
+    found = []
+    for transforms in (False, True):
+        torch.manual_seed(0)
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        x = torch.ones(2, next(model.parameters()).shape[1])
+        with Watch(model, optimizer, statistics=[Outputs()], rules="observe", on_error="raise") as watch:
+            for _ in range(3):
+                if transforms:
+                    torch.func.vmap(model)(10 * x)
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                watch.step()
+        found.append([record.columns[Outputs.name].tolist() for record in watch.history])
+    assert found[0] == found[1]
+
+
 def test_a_measurement_that_does_not_say_how_it_looks_is_an_error_and_no_silence() -> None:
     class Unfinished(Measurement):
         part = "nothing"
