@@ -428,6 +428,23 @@ def test_updates_that_can_not_be_measured_are_tried_once_and_training_goes_on(mo
     assert not any(record.measured("update_ratio").any() for record in watch.history)
 
 
+def test_how_far_rows_are_apart_is_told_once_of_weights_that_have_several() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 1))
+    nn.init.ones_(model[1].weight)
+    weight = model[0].weight.detach().clone()
+    with Watch(model, torch.optim.SGD(model.parameters(), lr=0.1), on_error="raise") as watch:
+        for _ in range(2):
+            model(torch.randn(8, 6)).square().mean().backward()
+            watch.step()
+        first, second = watch.history
+    expected = float((weight.amax(0) - weight.amin(0)).max() / weight.abs().max())
+    assert first["row_spread", "0.weight"] == pytest.approx(expected)
+    assert first["row_spread", "1.weight"] == 0.0
+    assert first.measured("row_spread").sum() == 2  # neither biases nor the weight of one row
+    assert not second.measured("row_spread").any()
+
+
 def test_update_ratios_of_optimizers_that_step_together_are_all_measured() -> None:
     model = small_model()
     optimizers = [torch.optim.Adam(model[i].parameters(), lr=0.01) for i in (0, 2, 4)]

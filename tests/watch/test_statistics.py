@@ -646,8 +646,8 @@ def test_calls_within_a_transform_of_functions_are_no_outputs_of_the_step() -> N
                 optimizer.zero_grad()
                 model(x).square().mean().backward()
                 watch.step()
-        found.append([record.columns[Outputs.name].tolist() for record in watch.history])
-    assert found[0] == found[1]
+        found.append([record.columns[Outputs.name] for record in watch.history])
+    np.testing.assert_equal(found[0], found[1])
 
 
 def test_a_measurement_that_does_not_say_how_it_looks_is_an_error_and_no_silence() -> None:
