@@ -19,6 +19,7 @@ from gradwatch.stats import At, Statistic
 from gradwatch.testing import MemorySink, check_statistic
 from gradwatch.treatments import SkipStep
 from gradwatch.watch._measurement import Measurement
+from gradwatch.watch._tables import TablesDraft
 
 
 class Squares(Statistic):
@@ -648,6 +649,17 @@ def test_calls_within_a_transform_of_functions_are_no_outputs_of_the_step() -> N
                 watch.step()
         found.append([record.columns[Outputs.name] for record in watch.history])
     np.testing.assert_equal(found[0], found[1])
+
+
+def test_where_ranks_are_of_unlike_models_what_is_about_gradients_is_let_go_and_the_rest_is_not() -> None:
+    def of(is_about_gradients: bool) -> Measurement:
+        kind = type("One", (Measurement,), {"of_gradients": is_about_gradients})
+        return kind(None)
+
+    others = [of(False), of(False)]
+    draft = TablesDraft(None, [of(True), others[0], Squares(), others[1], of(True)])
+    draft.let_go()
+    assert draft.plan == others
 
 
 def test_a_measurement_that_does_not_say_how_it_looks_is_an_error_and_no_silence() -> None:
