@@ -12,12 +12,12 @@ from ._changes import Mutant
 
 __all__ = ["read", "written"]
 
-_ROW = re.compile(r"\| (?:`` (?P<function>.*?) ``|at import) \| `` (?P<change>.*) `` \| (?P<told>.*) \|")
+_ROW = re.compile(r"\| (?P<file>\S+\.py)(?: `` (?P<function>.*?) ``)? \| `` (?P<change>.*) `` \| (?P<told>.*) \|")
 _ENDS = {"hung": "the tests hang", "died at import": "it can't be imported", "died": "the process dies"}
 
 
 def written(mutants: Sequence[Mutant], results: Mapping[Any, Mapping[str, Any]], told: str, command: str) -> str:
-    """Return the page: by file, of every change, which test notices it, or why none does.
+    """Return the page: by folder, of every change, which test notices it, or why none does.
 
     No line numbers, dates or times are on it: it changes where the code, the tests or the reasons do.
 
@@ -28,26 +28,32 @@ def written(mutants: Sequence[Mutant], results: Mapping[Any, Mapping[str, Any]],
         command: that makes the page.
     """
     parts = [f"# Mutants\n\nMade by `{command}` (see CONTRIBUTING.md). {told}\n"]
-    for file, changes in groupby(sorted(mutants, key=lambda m: (m.file, m.line, m.change)), key=lambda m: m.file):
+    for folder, changes in groupby(sorted(mutants, key=lambda m: (m.file, m.line, m.change)), key=_folder):
         rows = [
-            f"| {_code(m.function) if m.function else 'at import'} | {_code(m.change)} | {_told(results.get(m.key))} |"
+            f"| {m.file.rpartition('/')[2]}{m.function and ' ' + _code(m.function)} | {_code(m.change)} "
+            f"| {_told(results.get(m.key))} |"
             for m in changes
         ]
-        parts.append("\n".join((f"## {file}\n", "| in | change | noticed by |", "|---|---|---|", *rows, "")))
+        parts.append("\n".join((f"## {folder}\n", "| where | change | noticed by |", "|---|---|---|", *rows, "")))
     return "\n".join(parts)
 
 
 def read(page: Path, root: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     """Return what the page tells by key, as far as it still holds: a test that noticed must still be there."""
-    found, file = {}, ""
+    found, folder = {}, ""
     for line in page.read_text().splitlines() if page.exists() else ():
-        file = line[3:] if line.startswith("## ") else file
+        folder = line[3:] if line.startswith("## ") else folder
         row = _ROW.fullmatch(line)
         result = _result(row["told"].replace(r"\|", "|")) if row else None
         if row and result and _is_there(result["why"], root):
+            file = f"{folder}/{row['file']}".removeprefix("./")
             key = file, (row["function"] or "").replace(r"\|", "|"), row["change"].replace(r"\|", "|")
             found[key] = {"key": list(key), **result}
     return found
+
+
+def _folder(mutant: Mutant) -> str:
+    return mutant.file.rpartition("/")[0] or "."
 
 
 def _code(text: str) -> str:
