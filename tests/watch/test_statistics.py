@@ -660,11 +660,3 @@ def test_where_ranks_are_of_unlike_models_what_is_about_gradients_is_let_go_and_
     draft = TablesDraft(None, [of(True), others[0], Squares(), others[1], of(True)])
     draft.let_go()
     assert draft.plan == others
-
-
-def test_a_measurement_that_does_not_say_how_it_looks_is_an_error_and_no_silence() -> None:
-    class Unfinished(Measurement):
-        part = "nothing"
-
-    with pytest.raises(NotImplementedError, match="Unfinished has no `look`"):
-        Unfinished(None).look(None, {})
