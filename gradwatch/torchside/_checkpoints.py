@@ -48,7 +48,7 @@ def checkpoints_around() -> list[tuple[Any, str]]:
                 break
             if name == "forward":
                 add(caller.f_locals.get("ctx"), "run_function")
-            elif name == "checkpoint":
+            else:  # `checkpoint`, or what it calls in later torches
                 held = getattr(caller.f_locals.get("gen"), "gi_frame", None)
                 add(None if held is None else held.f_locals.get("new_frame"), "recompute_fn")
         caller = caller.f_back
