@@ -9,6 +9,7 @@ from torch import nn
 
 from gradwatch import Watch
 from gradwatch.records import StepRecord
+from gradwatch.watch._columns import as_float32
 
 
 def watched_for(steps: int, **options: object) -> Watch:
@@ -47,3 +48,9 @@ def test_what_fits_is_kept_whole_as_many_as_were_asked_for() -> None:
     history = watched_for(40, histograms_every=1, history=30).history
     assert [record.step for record in history] == list(range(10, 40))
     assert all(len(record.histograms) == 20 for record in history)
+
+
+@pytest.mark.parametrize("size", [1.5e-38, 0.1, 3e38])
+def test_what_a_float32_can_hold_is_kept_as_one_and_what_it_can_not_keeps_its_digits(size: float) -> None:
+    assert as_float32(np.array([size]))[0] == float(np.float32(size)) != size
+    assert as_float32(np.array([1e-41, 1e39])).tolist() == [1e-41, 1e39]
