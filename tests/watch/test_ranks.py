@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from gradwatch.stats import Exchange, Shards, gramian
+from gradwatch.stats import Exchange, Gradients, Shards, gramian
 from gradwatch.stats._measure import GradientPieces
 from gradwatch.stats._norms import Row
 from gradwatch.torchside import StandIn
@@ -22,7 +22,10 @@ from gradwatch.treatments import UnitLayout
 from gradwatch.treatments._optimizer_state import second_moment
 from gradwatch.treatments._units import _groups_inside
 from gradwatch.watch import Watch, _transfer
+from gradwatch.watch._after_step import AfterStep
+from gradwatch.watch._guard import Guard
 from gradwatch.watch._local_norms import LocalNorms
+from gradwatch.watch._measurement import Measurement, StepView
 from gradwatch.watch._model_meter import ModelMeter
 from gradwatch.watch._options import MeasureOptions
 from gradwatch.watch._parallel import num_batches_at_once
@@ -208,3 +211,28 @@ def test_a_rank_that_gives_up_says_so_once_and_that_it_moves_nothing(is_alone: b
     turn.give_up()
     left = [] if has_exchanged else ["nothing measured"]
     assert said == ([] if is_alone else [*left, "moves: False"])
+
+
+@pytest.mark.parametrize("has_said", [False, True])
+def test_a_rank_that_has_said_whether_it_moves_does_not_say_it_again_when_its_step_fails(has_said: bool) -> None:
+    """The others wait for one word of each rank: a second one would be taken for the next step's."""
+
+    class Spanning(Measurement):
+        spans_step = True
+
+        def before_step(self, view: StepView, *, moves: bool) -> None:
+            said.append(moves)
+
+    said: list[bool] = []
+    guard = Guard("raise")
+    spanning = Spanning(None)  # type: ignore[arg-type]
+    plan = SimpleNamespace(is_alone=False, measures=True, num_ranks=2, statistics=(spanning,))
+    inputs = SimpleNamespace(step=0, scale=None, optimizer=None)
+    measuring = SimpleNamespace(guard=guard, give_up=lambda turn: None)
+    after_step = AfterStep(guard)
+    turn = Turn(plan, inputs, (), measuring, after_step)  # type: ignore[arg-type]
+    turn.grads = Gradients.collect([])
+    if has_said:
+        after_step.before(turn, moves=True)
+    turn.give_up()
+    assert said == [has_said]

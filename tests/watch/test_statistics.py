@@ -660,3 +660,49 @@ def test_where_ranks_are_of_unlike_models_what_is_about_gradients_is_let_go_and_
     draft = TablesDraft(None, [of(True), others[0], Squares(), others[1], of(True)])
     draft.let_go()
     assert draft.plan == others
+
+
+class NormPerTask(Statistic):
+    """A number of a family, and behind it a column."""
+
+    @classmethod
+    def columns(cls):
+        own = next(iter(super().columns()))
+        return (own,)
+
+    def sums(self, view):
+        return view.rows([grad.double().square().sum() for grad in view.grads])
+
+    def finish(self, sums, maxima):
+        return {"task_norm/": np.sqrt(sums), self.name: sums[:, 0]}
+
+
+def test_what_stands_behind_a_family_is_on_record_too():
+    watch, *_ = train([NormPerTask()])
+    record = watch.history[-1]
+    squares = record["norm_per_task", "0.weight"]
+    assert squares > 0
+    assert record.scalars["task_norm/0.weight/0"] == pytest.approx(math.sqrt(squares))
+
+
+class Turns(Statistic):
+    """How often it has been shown these parameters after a step."""
+
+    needs = frozenset({"updates"})
+
+    def sums(self, view):
+        view.memory["seen"] = view.memory.get("seen", 0) + 1
+        return torch.full((len(view.paths), 1), float(view.memory["seen"]), dtype=torch.float64)
+
+
+def test_what_is_kept_of_optimizers_that_step_in_turns_is_kept_of_each():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizers = [torch.optim.SGD(layer.parameters(), 0.1) for layer in model]
+    watch = Watch(model, optimizers, rules="observe", statistics=[Turns()])
+    for step in range(6):
+        model(torch.ones(2, 4)).square().mean().backward()
+        watch.step(optimizer=optimizers[step % 2])
+        model.zero_grad()
+    shown = [record["turns", f"{step % 2}.weight"] for step, record in enumerate(watch.history)]
+    assert shown == [1, 1, 2, 2, 3, 3]
