@@ -44,14 +44,15 @@ def test_in_place_relu_after_a_backward_hooked_module_works():
 
 @pytest.mark.parametrize("way", ["one", "two hooks", "cache"])
 def test_a_gradient_of_a_view_that_is_changed_in_place_later_is_seen(way):
-    """The output of a Linear on sequences is a view: in-place operations drop torch's tensor hooks on it silently."""
+    """A Linear's output on sequences may be a view: in-place operations drop torch's tensor hooks on it silently."""
     x = torch.randn(2, 3, 4)
     model = in_place_net()
+    is_view = model[0](x)._is_view()  # in torch 2.15 no more
     silent = []
     handle = model[0].register_forward_hook(lambda m, a, o: o.register_hook(silent.append) and None)
     wanted = step(model, x)
     handle.remove()
-    assert silent == []
+    assert (silent == []) is is_view
     seen = []
     hooks = HookManager(model)
     if way == "cache":
