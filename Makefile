@@ -23,7 +23,7 @@ test-slow: $(STAMP)
 
 # DeepSpeed compiles an operator at its first start: some four minutes, once.
 test-deepspeed: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel editables
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[deepspeed]"
 	$(BIN)/python -m pytest -q -n 0 -m slow tests/modes/test_deepspeed.py
 
