@@ -68,6 +68,7 @@ class ModelNow:
         self._stamps: list[int] | None = None
         self._list()
         self._last = self._take()
+        self._frozen = self._frozen_now()
 
     def _list(self) -> None:
         # What a scripted module holds comes as new objects at every look.
@@ -90,6 +91,9 @@ class ModelNow:
         self.is_large = len(self._shares) > 1
         self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}
         self._known |= {id(p): (weakref.ref(p), clean_path(path)) for path, p in named}
+
+    def _frozen_now(self) -> list[Tensor]:
+        return [p for p, is_trained in zip(self._params, self._last.trainable, strict=True) if not is_trained]
 
     def _kinds(self) -> list[type]:
         return [*map(type, self._modules), *map(type, self._params)]
@@ -123,7 +127,7 @@ class ModelNow:
 
         Args:
             at_all: whether each parameter is of the size it was, and trained as it was, is asked of all. Else of some
-                of thousands at each look, in turns.
+                of thousands at each look, in turns, and of all that were frozen whether they still are.
         """
         self._num_looks += 1
         is_close = self._is_lazy or self._num_looks % _RARELY == 0
@@ -134,6 +138,8 @@ class ModelNow:
         asks_kind = same and self._are_plain and torch.is_grad_enabled()
         others: list[int] = []
         if asks_kind:
+            # One that is frozen and gets a gradient all the same is missed by nobody who counts gradients.
+            at_all = at_all or any(map(_REQUIRES_GRAD, self._frozen))
             turns = range(len(self._shares)) if at_all else (self._num_looks % len(self._shares),)
             others += [turn for turn in turns if not self._kinds_of[turn].holds(self._shares[turn])]
         as_before = asks_kind and not others
@@ -141,6 +147,7 @@ class ModelNow:
         if not same or (is_close and self._kinds() != last.kinds):
             self._list()
             self._last = self._take()
+            self._frozen = self._frozen_now()
             return PARTS
         trainable = last.trainable if as_before else list(map(_REQUIRES_GRAD, self._params))
         for turn in others:
@@ -148,6 +155,7 @@ class ModelNow:
         if trainable == last.trainable:
             return ""
         self._last = last._replace(trainable=trainable)
+        self._frozen = self._frozen_now()
         return FLAGS
 
     def known_paths(self) -> Mapping[int, str]:
