@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -179,7 +180,8 @@ class MethodHook(OwnedHook):
 
 def is_owned(hook: Any) -> bool:
     """Return whether what torch calls is a hook of ours."""
-    return isinstance(hook, OwnedHook) or isinstance(getattr(hook, "__self__", None), OwnedHook)
+    # Anything may be a hook: one of somebody else's is asked for nothing.
+    return isinstance(hook.__self__ if type(hook) is MethodType else hook, OwnedHook)
 
 
 def weakly(method: Any, otherwise: Any = None) -> Callable[..., Any]:

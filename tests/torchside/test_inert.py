@@ -13,7 +13,7 @@ from torch import nn
 from gradwatch import Watch
 from gradwatch.callbacks._backward_end import BackwardEnd
 from gradwatch.hooks import HookManager
-from gradwatch.torchside import WeakHook
+from gradwatch.torchside import WeakHook, is_owned
 from gradwatch.treatments import at_grad_output
 
 WITHOUT_GRADWATCH = """
@@ -162,3 +162,22 @@ def test_a_hook_in_front_stays_in_front():
     WeakHook(owner, lambda o, *_: o.see()).hang(model[0].register_forward_hook, prepend=True, with_kwargs=True)
     model(torch.ones(2, 4))
     assert order == ["ours", "user"]
+
+
+def test_whose_a_hook_is_can_be_said_of_anything_that_is_one():
+    class Touchy:
+        """Raises when it is asked for anything."""
+
+        def __getattr__(self, name):
+            raise RuntimeError(name)
+
+        def __call__(self, *_):
+            return None
+
+    model, owner = net(), Owner()
+    model[0].register_forward_hook(Touchy())
+    model[0].register_forward_hook(owner.see)
+    WeakHook.of(owner.see).hang(model[0].register_forward_hook)
+    hooks = HookManager(model)
+    hooks.add("0:output", lambda tensor, point: None)
+    assert [is_owned(hook) for hook in model[0]._forward_hooks.values()] == [False, False, True, True]

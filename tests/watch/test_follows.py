@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from gradwatch import Watch
+from gradwatch.records import StepRecord
 from gradwatch.watch import _model_now
 
 Change = Callable[[nn.Sequential, torch.optim.Optimizer], None]
@@ -122,6 +123,16 @@ def expected(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tu
     return {path: (id(p) in held, p.requires_grad, tuple(p.shape)) for path, p in model.named_parameters()}
 
 
+def listed(record: StepRecord) -> dict[str, tuple[bool, bool, tuple[int, ...]]]:
+    """Return what `expected` does, of a record's parameters."""
+    index = record.index
+    return {
+        path: (bool(index.in_optimizer[i]), bool(index.trainable[i]), index.shapes[i])
+        for path, i in index.positions.items()
+        if index.kinds[i] == "parameter"
+    }
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_the_step_after_a_change_is_a_record_of_the_model_as_it_is_now(change: Change) -> None:
     model = net()
@@ -140,14 +151,7 @@ def test_the_step_after_a_change_is_a_record_of_the_model_as_it_is_now(change: C
         at, after = watch.history[2:]
         standing = watch.session.coverage()
     wanted = expected(model, optimizer)
-    for record in (at, after):
-        index = record.index
-        found = {
-            path: (bool(index.in_optimizer[i]), bool(index.trainable[i]), index.shapes[i])
-            for path, i in index.positions.items()
-            if index.kinds[i] == "parameter"
-        }
-        assert found == wanted
+    assert listed(at) == listed(after) == wanted
     assert set(after.index.paths) - wanted.keys() == {path for path, _ in model.named_modules() if path}
     held = {path: true[path] for path, (is_held, _, _) in wanted.items() if is_held and path in true}
     assert {p: after["grad_norm", p] for p in held} == pytest.approx(held, rel=1e-5)
@@ -184,14 +188,7 @@ def test_a_change_among_thousands_is_on_record_at_once(change: Change, monkeypat
         assert watch.session.engine.meter.model_now.is_large
         at, last = watch.history[19], watch.history[-1]
     wanted = expected(model, optimizer)
-    for record in (at, last):
-        index = record.index
-        found = {
-            path: (bool(index.in_optimizer[i]), bool(index.trainable[i]), index.shapes[i])
-            for path, i in index.positions.items()
-            if index.kinds[i] == "parameter"
-        }
-        assert found == wanted
+    assert listed(at) == listed(last) == wanted
     norms = {path: true[path] for path, (is_held, _, _) in wanted.items() if is_held and path in true}
     assert {path: last["grad_norm", path] for path in norms} == pytest.approx(norms, rel=1e-5)
 
