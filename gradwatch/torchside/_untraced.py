@@ -30,6 +30,9 @@ def untraced(fn: Function) -> Function:
     fn._torchdynamo_disable = True  # type: ignore[attr-defined]
     frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
     with suppress(AttributeError, TypeError):
-        strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
-        frames.set_code_exec_strategy(fn.__code__, strategy)
+        if hasattr(frames, "set_code_exec_strategy"):
+            strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+            frames.set_code_exec_strategy(fn.__code__, strategy)
+        else:  # torch 2.6
+            frames.skip_code(fn.__code__)
     return fn
