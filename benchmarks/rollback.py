@@ -138,6 +138,7 @@ def of_ranks(rank: int, world: int, arms: list[str], seeds: int, folder: str) ->
     if rank == 0:
         torch.save(results, Path(folder, "results.pt"))
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may still hold tensors: a dying interpreter aborts at that
 
 
 def run_arms(arms: list[str], seeds: int, ranks: int) -> dict[str, list[dict[str, float]]]:

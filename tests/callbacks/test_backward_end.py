@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from gradwatch.callbacks._backward_end import BackwardEnd, Pass
+from tests.gloo import spawn
 
 
 class Model(nn.Module):
@@ -87,6 +87,6 @@ def test_gradients_are_reduced_over_ranks_by_then(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(of_rank, args=(port, str(tmp_path)), nprocs=2)
+    spawn(of_rank, (port, str(tmp_path)))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradwatch.hooks import HookManager
+from tests.gloo import spawn
 
 
 def _work(rank, port):
@@ -39,4 +39,4 @@ def test_hooks_under_ddp_see_the_gradients_of_their_rank():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_work, args=(port,), nprocs=2)
+    spawn(_work, (port,))

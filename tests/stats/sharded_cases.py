@@ -28,6 +28,7 @@ from gradwatch.stats import (
     second_look,
     tensor_norms,
 )
+from tests.gloo import leave
 
 
 @contextmanager
@@ -254,3 +255,4 @@ def main(rank: int, world: int, store: str, names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    leave()

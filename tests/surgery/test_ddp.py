@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 pytest.importorskip("pytorch_lightning")
+
+from tests.gloo import spawn
 
 from .ddp_case import CASES, main
 
@@ -20,7 +21,7 @@ def results(tmp_path_factory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(main, args=(str(folder), port), nprocs=2)
+    spawn(main, (str(folder), port))
     return folder
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import nn
 from torch.nn import functional
 
@@ -14,6 +13,7 @@ from gradwatch import Watch
 from gradwatch.errors import ConfigError
 from gradwatch.treatments import QKClip
 from gradwatch.treatments._qk_heads import owners_of, rescale_
+from tests.gloo import spawn
 
 WIDTH, HEADS, D, LENGTH = 32, 4, 8, 5
 
@@ -306,7 +306,7 @@ def on_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_ranks_rescale_alike_by_the_largest_logit_of_any(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(on_rank, (str(tmp_path),), nprocs=2)
+    spawn(on_rank, (str(tmp_path),))
     (one, a), (other, b) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert a == b

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from gradwatch.stats import Gradients
@@ -24,6 +23,7 @@ from gradwatch.treatments import (
     UnitLayout,
     ZClip,
 )
+from tests.gloo import spawn
 
 from ._steps import Step
 
@@ -121,4 +121,4 @@ def noisy(rank: int, size: int, mesh) -> None:
 
 @pytest.mark.slow
 def test_sharded_gradients_are_treated_as_whole_ones(tmp_path) -> None:
-    mp.start_processes(run_rank, (2, str(tmp_path)), nprocs=2, start_method="spawn")
+    spawn(run_rank, (2, str(tmp_path)))
