@@ -273,6 +273,11 @@ class Engine:
         for handle in self._installed:
             handle.grad_scale = scale
 
+    def is_left_open(self, step: int, optimizer: int | None) -> bool:
+        """Return whether a step was measured under this number and nobody has said that it is over; a closure that is
+        called again announces no new one."""
+        return self._measured == (step, optimizer) and not self.gates.are_in_closure
+
     @timed
     def after_backward(self, inputs: StepInputs, optimizers: Sequence[Optimizer] | None = None) -> StepOutcome:
         """Measure, judge and treat the gradients that lie complete in `.grad`, before the optimizer steps."""

@@ -286,6 +286,7 @@ class Watch:
             self.micro_batch(loss, handed["batch"])
             return loss
         engine = self.session.engine
+        self._end_left_open(None if handed["optimizer"] is None else self.optimizers.index(stepper.raw))
 
         def measure(loss: Any) -> StepOutcome:
             outcome = self._outcome = self.after_backward(loss, **handed)
@@ -327,6 +328,8 @@ class Watch:
         if optimizer is not None:
             known = chosen(known, optimizer)
             stepping = tuple([s.raw for s in known])
+        number = None if optimizer is None else self.optimizers.index(stepping[0])
+        self._end_left_open(number)
         inputs = StepInputs(
             step=self._step,
             epoch=self._epoch,
@@ -340,7 +343,7 @@ class Watch:
             scaler=scaler is not None,
             scale=None if scaler is None else self._scale.read(scaler),
             scale_left=None if scaler is None else weakly(self._scale_left, 1.0),
-            optimizer=None if optimizer is None else self.optimizers.index(stepping[0]),
+            optimizer=number,
             scalars=self._extra,
         )
         if self._deepspeed is not None:
@@ -350,6 +353,16 @@ class Watch:
         if outcome.requests:
             self._carry_out(outcome.requests)
         return outcome
+
+    def _end_left_open(self, number: int | None) -> None:
+        """End the step before where its optimizer raised, or the loop went on between the two halves: what comes now is
+        another one, which is not to go unseen.
+
+        Args:
+            number: of the optimizer that steps alone.
+        """
+        if self._deepspeed is None and self.session.engine.is_left_open(self._step, number):
+            self.after_step()
 
     def _scale_left(self, optimizer: Optimizer) -> float | Tensor:
         known = next((s.scaled for s in self._steppers if s.raw is optimizer), optimizer)
