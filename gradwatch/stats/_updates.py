@@ -271,7 +271,9 @@ class UpdateMeter:
         return self._cut
 
     def _block(self, size: int, device: torch.device) -> Tensor:
-        """Return bytes that nobody has written to."""
+        """Return bytes that nobody has written to; some where none are asked for, whose pieces of no length are tensors
+        of any type."""
+        size = max(size, _ALIGN)
         if not is_host(device):
             return torch.empty(size, dtype=torch.uint8, device=device)
         if self._pages is None or len(self._pages) < size:

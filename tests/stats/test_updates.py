@@ -155,6 +155,15 @@ def test_mixed_dtypes_and_empty_parameters_are_measured() -> None:
     assert stats.param_norms.tolist() == [3.0, 3.0, 3.0, 0.0]
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), (torch.float32, torch.float64)])
+def test_where_all_parameters_are_empty_their_updates_are_of_no_length(dtypes) -> None:
+    ps = [nn.Parameter(torch.zeros(0, 4, dtype=d)) for d in dtypes]
+    meter = UpdateMeter(ps, 1 << 20)
+    meter.before()
+    stats = meter.after()
+    assert stats.update_norms.tolist() == stats.param_norms.tolist() == [0.0] * len(ps)
+
+
 def test_transposed_parameters_are_copied_by_shape() -> None:
     p = nn.Parameter(torch.arange(6.0).view(2, 3).T)
     meter = UpdateMeter([p], 1 << 10)
