@@ -137,7 +137,15 @@ class View:
         return self._options(name)
 
     def rows(self, *columns: Sequence[Tensor]) -> Tensor:
-        """Return lists of 0-dim tensors, one for each path, as columns side by side: shape (n, len(columns))."""
+        """Return lists of 0-dim tensors, one for each path, as columns side by side: shape (n, len(columns)).
+
+        Raises:
+            TypeError: one of them is none, or no tensor of one real number.
+        """
+        for x in (x for column in columns for x in column):
+            if not isinstance(x, torch.Tensor) or x.numel() != 1 or x.is_complex():
+                given = f"a tensor of {x.dtype}, shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else repr(x)
+                raise TypeError(f"`rows` takes a tensor of one real number for each path. Got {given}")
         device = home([x for column in columns for x in column]) if any(columns) else torch.device("cpu")
         wide = wide_dtype(device)
         flat = [moved(x.detach(), device, wide).reshape(()) for column in columns for x in column]

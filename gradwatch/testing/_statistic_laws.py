@@ -173,6 +173,7 @@ def _run(statistic: Statistic, steps: Sequence[Tensors]) -> list[Numbers | None]
 def _host(value: Tensor | None, rows: int, width: int, otherwise: float) -> NDArray[np.float64]:
     if value is None:
         return np.full((rows, width), otherwise)
+    _law(not value.is_complex(), f"sums and maxima are real. Got {value.dtype}")
     return value.detach().to(torch.float64).numpy().copy()
 
 

@@ -88,7 +88,8 @@ def _apply(treatment: Treatment, model: nn.Module, step: int = 0, **settings: An
         report = treatment.apply_(grads, context)
     _law(report is None or isinstance(report, Mapping), f"{treatment.name}: apply_ returns a mapping or None")
     for key, value in (report or {}).items():
-        plain = isinstance(value, (int, float, str, bool)) or (isinstance(value, Tensor) and value.numel() == 1)
+        is_one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+        plain = isinstance(value, (int, float, bool)) or is_one
         _law(plain, f"{treatment.name}: it reports numbers. {key!r} is {type(value).__name__}")
     return report or {}
 

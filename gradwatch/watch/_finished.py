@@ -29,6 +29,8 @@ def asked(statistic: Statistic, view: View, n: int) -> tuple[Tensor | None, Tens
             value = value[:, None] if value.shape == (n,) and width == 1 else value
             if value.shape != (n, width):
                 raise ValueError(f"`{name}` gives {n} rows of {width}. Got shape {tuple(value.shape)}")
+            if value.is_complex():
+                raise TypeError(f"`{name}` gives real numbers. Got {value.dtype}")
         found.append(value)
     return found[0], found[1]
 

@@ -370,6 +370,8 @@ def loss_value(value: Any, device: torch.device, *, as_is: bool = False) -> Tens
             return value.detach()
         value = moved(value.detach(), device, wide_dtype(device))
         return value.mean() if value.dim() else value
+    if isinstance(value, (np.ndarray, np.complexfloating)) and np.iscomplexobj(value):
+        raise TypeError(f"a loss must be real. Got {value.dtype}.")
     if isinstance(value, np.ndarray):
         return float(value.mean())
     if hasattr(type(value), "__float__"):

@@ -220,7 +220,7 @@ def run_treatments(
         numbers: dict[str, Tensor | float]
         try:
             with torch.no_grad():
-                numbers = {k: _number(v) for k, v in (treatment.apply_(grads, context) or {}).items()}
+                numbers = {k: _number(k, v) for k, v in (treatment.apply_(grads, context) or {}).items()}
         except Exception as error:
             applied.failures.append((job, error))
             numbers = {"applied": 0.0}
@@ -268,5 +268,9 @@ def _frozen(value: Tensor) -> Tensor:
     return value.detach().clone()
 
 
-def _number(value: Any) -> Tensor | float:
+def _number(name: str, value: Any) -> Tensor | float:
+    """Return what a treatment reports under a name; a tensor is known to be one number before it has arrived."""
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+        raise TypeError(f"{name!r} of its report is not one real number: {value.dtype}, shape {tuple(value.shape)}")
+    value = value.reshape(()) if isinstance(value, Tensor) else value
     return value.detach().to(wide_dtype(value.device), copy=True) if isinstance(value, Tensor) else float(value)

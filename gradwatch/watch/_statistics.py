@@ -81,7 +81,7 @@ class _Outputs:
 
 @dataclass
 class OwnDraft:
-    """A step's own statistics whose numbers are on their way."""
+    """A step's own statistics whose numbers are on their way; off: names of those that were switched off by then."""
 
     owner: OwnStatistics
     rows: OwnRows | None
@@ -89,6 +89,7 @@ class OwnDraft:
     modules: NDArray[np.int64]
     num_ranks: int
     paths: tuple[str, ...]
+    off: frozenset[str] = frozenset()
 
     def parts(self) -> dict[str, Tensor]:
         """Return what is to travel to the host, beside what was merged over ranks."""
@@ -119,25 +120,32 @@ class OwnDraft:
     def _finish(
         self, statistic: Statistic, sums: Array, maxima: Array, held: Columns, scalars: dict[str, float], places: Any
     ) -> None:
-        part = part_of(statistic)
-        if not self.owner.guard.ok(part):
+        # What was measured before it was switched off is finished; what can't be is not tried again.
+        if statistic.name in self.off or statistic.name in self.owner.unfinished:
             return
-        with self.owner.guard(part):
+        self.owner.unfinished.add(statistic.name)
+        with self.owner.guard(part_of(statistic)):
             for name, value in finished(statistic, sums, maxima, places, self.paths).items():
                 if isinstance(value, At):
                     held.put(name, value.places, value.values)
                 else:
                     scalars[name] = value
+            self.owner.unfinished.discard(statistic.name)
 
 
 @dataclass
 class OwnStatistics:
-    """Measures them for one engine. Holds the hooks of those that look at outputs; `close()` gives them back."""
+    """Measures them for one engine. Holds the hooks of those that look at outputs; `close()` gives them back.
+
+    Attributes:
+        unfinished: names of those whose numbers could not be finished.
+    """
 
     statistics: Sequence[Statistic]
     meter: ModelMeter
     guard: Guard
     views: Views
+    unfinished: set[str] = field(default_factory=set)
     _hooks: list[WeakHook] = field(default_factory=list)
     _hooked: Any = None
     _step: int = -1
@@ -273,9 +281,7 @@ class OwnStatistics:
             if len(grads) and self.guard.ok(part_of(statistic)):
                 with self.guard(part_of(statistic)):
                     view = self.views.of(statistic, step, grads, shards, optimizers, number)
-                    sums, maxima = asked(statistic, view, len(grads))
-                    if sums is not None and statistic.whole:
-                        sums = _where_whole(sums, grads.params, shards)
+                    sums, maxima = _asked(statistic, view, grads, shards)
                     if sums is not None:
                         rows.sums[:, first_sum : first_sum + statistic.num_sums] = sums
                     if maxima is not None:
@@ -291,7 +297,9 @@ class OwnStatistics:
         if rows is None and not outputs:
             return None
         paths = self.meter.watched.index.paths
-        return OwnDraft(self, rows, outputs, self.meter.module_positions(), num_ranks, paths)
+        of_rows = () if rows is None else rows.plan
+        off = frozenset(s.name for s in (*of_rows, *outputs) if not self.guard.ok(part_of(s)))
+        return OwnDraft(self, rows, outputs, self.meter.module_positions(), num_ranks, paths, off)
 
     def close(self) -> None:
         """Take the hooks off. May be called twice."""
@@ -300,6 +308,25 @@ class OwnStatistics:
         if self._ears is not None:
             self._ears.close()
         self._hooks, self._hooked, self._ears = [], None, None
+
+
+def _asked(statistic: Statistic, view: View, grads: Gradients, shards: Shards) -> tuple[Tensor | None, Tensor | None]:
+    """Return what `asked` does of gradients, which it is not to write to."""
+    writes = _writes(grads)
+    sums, maxima = asked(statistic, view, len(grads))
+    if _writes(grads) != writes:
+        raise RuntimeError(
+            f"it wrote to gradients or parameters: those of step {view.step} are no longer what they were"
+        )
+    if sums is not None and statistic.whole:
+        sums = _where_whole(sums, grads.params, shards)
+    return sums, maxima
+
+
+def _writes(grads: Gradients) -> list[int]:
+    """Return how often each gradient and parameter was written to; nothing where that is not counted."""
+    tensors = [*grads.tensors, *grads.params]
+    return [t._version for t in tensors if not t.is_inference()]
 
 
 def _where_whole(sums: Tensor, params: Sequence[Tensor], shards: Shards) -> Tensor:

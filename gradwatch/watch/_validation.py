@@ -91,12 +91,16 @@ def as_number(value: Any) -> float:
     """Return a metric given as a number, a tensor or an array of one element.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: it is none of these, or complex: half of a number is none.
     """
+    if isinstance(value, np.complexfloating) or (isinstance(value, np.ndarray) and np.iscomplexobj(value)):
+        raise TypeError("a metric must be real. Got a complex number.")
     if isinstance(value, (Tensor, np.ndarray)):
         size = value.numel() if isinstance(value, Tensor) else value.size
         if size != 1:
             raise TypeError(f"a metric must be one number. Got {size}.")
+        if isinstance(value, Tensor) and value.is_complex():
+            raise TypeError("a metric must be real. Got a complex number.")
         return float(value.detach()) if isinstance(value, Tensor) else float(value.reshape(()))
     if not hasattr(type(value), "__float__"):
         has_result = hasattr(type(value), "compute")

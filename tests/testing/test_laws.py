@@ -166,6 +166,16 @@ class Wordy(Halve):
         return {"why": [1, 2, 3]}
 
 
+class Written(Halve):
+    def apply_(self, grads, context):
+        return {"why": "3 of 4"}
+
+
+class Half(Halve):
+    def apply_(self, grads, context):
+        return {"share": torch.ones(()) * 1j}
+
+
 class Forgetful(Halve):
     """Halves at every second step, and forgets where it was."""
 
@@ -189,6 +199,8 @@ def test_sound_treatment_keeps_the_laws():
         (Mover, "leaves the parameters' values alone"),
         (Divider, "finite gradients stay finite"),
         (Wordy, "it reports numbers"),
+        (Written, "it reports numbers"),
+        (Half, "it reports numbers"),
         (Forgetful, "after a checkpoint"),
     ],
 )
@@ -261,6 +273,13 @@ class Averaging(Norms):
         return view.rows([g.mean() if g.numel() else g.new_zeros(()) for g in view.grads])
 
 
+class Imaginary(Norms):
+    name = "imaginary"
+
+    def sums(self, view):
+        return super().sums(view) * 1j
+
+
 class Narrow(Norms):
     name, num_sums = "narrow", 2
 
@@ -330,6 +349,7 @@ def test_a_sound_statistic_keeps_the_laws(statistic):
         (Changing, "leaves what it is shown"),
         (Averaging, "add up to those of the whole"),
         (Narrow, "rows of 2"),
+        (Imaginary, "sums and maxima are real"),
         (Hiding, "hides nothing"),
         (Misnaming, "gives what its columns name"),
         (Misshaping, "has shape"),

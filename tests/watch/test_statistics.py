@@ -220,6 +220,52 @@ def test_training_is_bitwise_the_same(statistics) -> None:
     assert all(torch.equal(a, b) for a, b in zip(bare.parameters(), watched.parameters(), strict=True))
 
 
+class Wrong(Statistic):
+    """Does what no statistic may, from the third step on."""
+
+    what = ""
+
+    def sums(self, view):
+        rows = view.rows([grad.sum() for grad in view.grads])
+        if view.step < 2:
+            return rows
+        if self.what == "writes":
+            view.grads[0].mul_(2)
+        if self.what == "complex":
+            return rows.to(torch.complex128)
+        if self.what == "complex rows":
+            return view.rows([grad.sum() + 1j for grad in view.grads])
+        if self.what == "none among rows":
+            return view.rows([None for _ in view.grads])
+        return rows
+
+    def finish(self, sums, maxima):
+        return sums[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("writes", "RuntimeError: it wrote to gradients or parameters: those of step 2 are no longer what they were"),
+        ("complex", "TypeError: `sums` gives real numbers. Got torch.complex128"),
+        (
+            "complex rows",
+            "TypeError: `rows` takes a tensor of one real number for each path. "
+            "Got a tensor of torch.complex64, shape ()",
+        ),
+        ("none among rows", "TypeError: `rows` takes a tensor of one real number for each path. Got None"),
+    ],
+)
+def test_one_that_does_what_none_may_is_named_and_switched_off(what, told) -> None:
+    wrong = Wrong()
+    wrong.what = what
+    with pytest.warns(GradwatchWarning, match="statistic 'wrong' failed and is switched off") as warned:
+        watch, _ = train([wrong], steps=5)
+    assert len(warned) == 1
+    assert watch.session.engine.guard.failed == {"statistic 'wrong'": told}
+    assert ["wrong" in r.columns for r in watch.history] == [True, True, False, False, False]
+
+
 @pytest.mark.parametrize("part", ["sums", "shape", "finish", "name"])
 def test_one_that_fails_is_told_once_and_switched_off_alone(part) -> None:
     broken = Broken()
@@ -558,6 +604,7 @@ def test_numbers_stay_at_their_step() -> None:
     "values",
     [
         *({"text": "high"}, {"pair": torch.ones(2)}, {"nothing": None}, {"a b": 1.0}),
+        *({"half": np.complex64(1j)}, {"halves": np.array([1j])}, {"half_tensor": torch.tensor(2 + 0j)}),
         *({"loss": 1.0}, {"seconds": 1.0}, {"grad_norm": 1.0}),
     ],
     ids=lambda v: next(iter(v)),

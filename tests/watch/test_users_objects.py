@@ -138,7 +138,9 @@ def test_a_loss_may_be_of_many_kinds(loss, expected):
     assert step_with_loss(loss).loss == expected
 
 
-@pytest.mark.parametrize("loss", ["text", object(), torch.ones(2, device="meta"), Raises])
+@pytest.mark.parametrize(
+    "loss", ["text", object(), torch.ones(2, device="meta"), Raises, np.complex64(1j), np.ones(2) * 1j]
+)
 def test_a_loss_that_is_none_is_told_once_and_the_step_is_measured(loss):
     with pytest.warns(UserWarning, match="gradwatch: the loss can't be read"):
         record = step_with_loss(lambda v: Raises() if loss is Raises else loss)

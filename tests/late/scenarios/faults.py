@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from gradwatch.rules import Exploding, NonFinite
-from gradwatch.treatments import ClipByGlobalNorm, ClipToLimit, SkipStep
+from gradwatch.stats import Statistic
+from gradwatch.treatments import BaseTreatment, ClipByGlobalNorm, ClipToLimit, SkipStep
 
 from ..loops import NAN, SPIKE, Loop, faults, fused, momentum
 from ..places import Place
@@ -229,3 +230,68 @@ def dead_units_and_other_findings_of_activations(place: Place) -> Story:
         return model
 
     return Loop(place, model=dead, rules="default", activations_every=1).run(12).story()
+
+
+class Says(BaseTreatment):
+    """Reports what is no number at the fifth step."""
+
+    num = 0
+
+    def apply_(self, grads, context):
+        self.num += 1
+        return {"share": torch.ones(3 if self.num == 5 else 1, device=grads.device)}
+
+
+@scenario()
+def a_treatment_reports_what_is_no_number(place: Place) -> Story:
+    story = Loop(place, treatments=[Says()]).run(8).story()
+    assert [r.step for r in story.records if r.skipped] == [4]
+    assert [i.treatments for i in story.incidents] == [("says",)]
+    assert len(story.records) == 8
+    return story
+
+
+class GivesUp(Statistic):
+    """Fails at the sixth step, when the numbers of those before may not have arrived."""
+
+    def sums(self, view):
+        if view.step == 5:
+            raise RuntimeError("my bug")
+        return view.rows([grad.sum() for grad in view.grads])
+
+    def finish(self, sums, maxima):
+        return sums[:, 0]
+
+
+@scenario()
+def a_statistic_fails_while_its_numbers_are_on_their_way(place: Place) -> Story:
+    story = Loop(place, statistics=[GivesUp()]).run(9).story()
+    assert ["gives_up" in r.columns for r in story.records] == [True] * 5 + [False] * 4
+    return story
+
+
+class RaisesOnce(torch.optim.SGD):
+    """An optimizer whose fourth step raises."""
+
+    num = 0
+
+    def step(self, closure=None):
+        self.num += 1
+        if self.num == 4:
+            raise OverflowError("no room for the state")
+        return super().step(closure)
+
+
+@scenario()
+def an_optimizer_raises_and_the_loop_goes_on(place: Place) -> Story:
+    loop = Loop(place, optimizer=lambda ps: RaisesOnce(ps, lr=1e-3), treatments=[ClipByGlobalNorm(0.01)])
+    with loop.watch:
+        for _ in range(8):
+            try:
+                loop.once()
+            except OverflowError:
+                loop.passed()
+    story = loop.story()
+    assert [r.step for r in story.records] == list(range(8))
+    assert all(math.isclose(r.global_norm_after, 0.01, rel_tol=1e-4) for r in story.records)
+    return story
