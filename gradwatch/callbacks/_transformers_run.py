@@ -61,6 +61,10 @@ def sinks_of(args: Any, name: str) -> list[Sink]:
         import wandb
 
         loggers += [wandb.run] if wandb.run is not None else []
+    if "trackio" in args.report_to:
+        import trackio
+
+        loggers.append(trackio)
     sinks = sinks_for_loggers(loggers, name=name)
     if "mlflow" in args.report_to:
         import mlflow

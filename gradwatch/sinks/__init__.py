@@ -20,6 +20,7 @@ from ._mlflow import MlflowSink
 from ._notify import NotifySink
 from ._run_folder import RUN_FORMAT, RunFolder
 from ._safe import SafeSinks
+from ._trackio import TrackioSink
 from ._wandb import WandbSink
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "RunFolder",
     "SafeSinks",
     "TensorBoardSink",
+    "TrackioSink",
     "WandbSink",
     "batch_name",
     "case_name",

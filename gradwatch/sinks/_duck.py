@@ -22,7 +22,7 @@ class DuckSink(ScalarSink):
     """Writes the headline to an object with `log_metrics(dict, step=)`, `log_metric(name, value, step=)`,
     `track(value, name=, step=)` or `log(dict, step=)`, the first of these that it has.
 
-    So do Lightning's loggers, Comet's experiments, a run of Aim, a run of Trackio or its module, and many others.
+    So do Lightning's loggers, Comet's experiments, a run of Aim, and many others.
 
     Args:
         logger: the object.
@@ -46,7 +46,10 @@ class DuckSink(ScalarSink):
         if self.fixed_keys:
             values = {key: values.get(key, np.nan) for key in SCALARS}
         named = {self._key(key): float(value) for key, value in values.items()}
-        logger, step = self.logger, record.step
+        self._send(named, record.step)
+
+    def _send(self, named: Mapping[str, float], step: int) -> None:
+        logger = self.logger
         match _method(logger):
             case "log_metrics":
                 logger.log_metrics(named, step=step)

@@ -9,6 +9,7 @@ from .._warn import one_line, warn
 from ..protocols import Sink
 from ._duck import DuckSink, is_logger
 from ._mlflow import MlflowSink
+from ._trackio import TrackioSink, is_trackio
 from ._wandb import WandbSink
 
 __all__ = ["sinks_for_loggers"]
@@ -17,9 +18,9 @@ __all__ = ["sinks_for_loggers"]
 def sinks_for_loggers(loggers: Iterable[Any], *, name: str = "gradwatch", **tensorboard: Any) -> list[Sink]:
     """Return a sink for each logger that gradwatch can write to, chosen by the logger's class name.
 
-    Known are Lightning's loggers (no Lightning is imported), a `SummaryWriter`, a run of wandb, of Aim or of Trackio,
-    and whatever has one of the methods of `DuckSink`. A logger that is none of these, or that fails, gives one warning
-    and is passed over.
+    Known are Lightning's loggers (no Lightning is imported), a `SummaryWriter`, a run of wandb, of Aim or of Trackio
+    (or its module), and whatever has one of the methods of `DuckSink`. A logger that is none of these, or that fails,
+    gives one warning and is passed over.
 
     Args:
         loggers: such as `trainer.loggers`. Call it on the rank that writes.
@@ -46,6 +47,8 @@ def _sink(logger: Any, name: str, tensorboard: dict[str, Any]) -> Sink | None:
             return _MAKERS[ancestor.__name__](logger, name, tensorboard)
         if ancestor.__name__ == "Run" and ancestor.__module__.startswith("wandb."):
             return WandbSink(logger, name=name)
+    if is_trackio(logger):
+        return TrackioSink(logger, name=name)
     return DuckSink(logger, name=name) if is_logger(logger) else None
 
 

@@ -132,45 +132,84 @@ def test_what_logs_sentences_is_no_logger_of_numbers():
             DuckSink(logger)
 
 
+# A caller's own numbers, logged without a step, beside ours at every fiftieth.
 REAL = textwrap.dedent("""
-    import sys
+    import json, sqlite3, sys
+    from pathlib import Path
     from gradwatch.protocols import RunMeta
     from gradwatch.sinks import SafeSinks, sinks_for_loggers
     from tests.sinks.made import record
     {begin}
-    sinks = SafeSinks(sinks_for_loggers([run]), on_error="raise", log_every=1)
-    assert [type(s).__name__ for s in sinks.sinks] == ["DuckSink"]
+    sinks = SafeSinks(sinks_for_loggers([{given}]), on_error="raise", log_every=50)
+    assert [type(s).__name__ for s in sinks.sinks] == ["{sink}"]
     sinks.open(RunMeta())
-    for step in range(3):
-        sinks.push(record(step, norm=float("nan") if step == 1 else 4.0))
+    for step in range(150):
+        sinks.push(record(step, norm=float("nan") if step == 99 else 4.0))
+        if step % 30 == 0:
+            {own}
     sinks.close()
+    found = {{}}
     {end}
+    print(json.dumps(found))
 """)
 AIM = {
+    "given": "run",
+    "sink": "DuckSink",
     "begin": "import aim; run = aim.Run(repo=sys.argv[1], system_tracking_interval=None, log_system_params=False)",
-    "end": "print(sorted(m.name for m in run.metrics())); run.close()",
+    "own": "run.track(float(step), name='loss')",
+    "end": """
+for metric in run.metrics():
+    steps, (values, *_) = metric.data.items_list()
+    found[metric.name] = dict(zip(steps, values))
+run.close()
+""",
 }
 TRACKIO = {
-    "begin": "import trackio; run = trackio.init(project='p', embed=False)",
-    "end": "trackio.finish()",
+    "sink": "TrackioSink",
+    "begin": "import trackio; run = trackio.init(project='p', embed=False, auto_log_cpu=False)",
+    "own": "trackio.log({'loss': float(step)})",
+    "end": """
+trackio.finish()
+(store,) = Path(sys.argv[1]).glob("*.db")
+for step, metrics in sqlite3.connect(store).execute("select step, metrics from metrics order by id"):
+    for name, value in json.loads(metrics).items():
+        found.setdefault(name, {})[step] = float(value)
+""",
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("package", "parts"), [("aim", AIM), ("trackio", TRACKIO)])
-def test_real_runs_of_others_take_it(package, parts, tmp_path):
-    pytest.importorskip(package)
+def store_of(parts, folder, **more):
+    """Run a training of 150 steps with another's run in a process of its own: what its store then holds."""
     done = subprocess.run(
-        [sys.executable, "-c", REAL.format(**parts), str(tmp_path)],
+        [sys.executable, "-c", REAL.format(**{**parts, **more}), str(folder)],
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
-        env={**os.environ, "TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
-    if package == "aim":
-        assert "gradwatch/global_norm" in done.stdout
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_both_are_kept(found):
+    norms = {int(step): value for step, value in found["gradwatch/global_norm"].items()}
+    assert norms == {49: 4.0, 99: pytest.approx(float("nan"), nan_ok=True), 149: 4.0}
+    # As it would be without us.
+    assert found["loss"] == {str(i): 30.0 * i for i in range(5)}
+
+
+@pytest.mark.slow
+def test_real_run_of_aim_takes_ours_beside_the_callers_own(tmp_path):
+    pytest.importorskip("aim")
+    assert_both_are_kept(store_of(AIM, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["run", "trackio"])
+def test_real_run_of_trackio_takes_ours_beside_the_callers_own(given, tmp_path):
+    pytest.importorskip("trackio")
+    assert_both_are_kept(store_of(TRACKIO, tmp_path, given=given))
 
 
 def test_fixed_keys_never_change():
