@@ -19,7 +19,8 @@ __all__ = ["fitted", "say", "say_beside", "say_ending"]
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
+    # In one piece: lines of which the last has no end send rich's stand-in for stderr round and round in a notebook.
+    print(f"{text}\n", end="", file=sys.stderr)
 
 
 def say(text: str, via: Callable[[str], object] = _to_stderr) -> None:
@@ -44,7 +45,7 @@ def say_beside(bar: Any, text: str) -> None:
 
     def through(line: str) -> None:
         try:
-            bar.print(line, file=sys.stderr)
+            bar.print(f"{line}\n", end="", file=sys.stderr)
         except TypeError:  # a bar of the user's that takes a text alone
             _to_stderr(line)
 

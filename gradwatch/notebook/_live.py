@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from time import monotonic
 from typing import Any
 
@@ -31,6 +32,21 @@ def in_notebook() -> bool:
     kernel = getattr(shell, "kernel", None)
     owner = getattr(getattr(kernel, "session", None), "pid", os.getpid())
     return kernel is not None and owner == os.getpid()
+
+
+@contextmanager
+def _streams_behind_rich() -> Iterator[None]:
+    """Put the kernel's own stdout and stderr in the place of what a progress bar of rich has put there.
+
+    A kernel flushes them before it shows something. rich's stand-in answers by showing what it holds (half a line that
+    the program has printed), for which the kernel flushes it: to the recursion limit, and each time it is shown.
+    """
+    with ExitStack() as stack:
+        for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
+            behind = getattr(getattr(sys, name), "rich_proxied_file", None)
+            if behind is not None:
+                stack.enter_context(redirect(behind))
+        yield
 
 
 class LiveCell(Sink):
@@ -78,7 +94,8 @@ class LiveCell(Sink):
         from IPython.display import display
 
         self._begin(meta.model)
-        self._handle = display(self._bundle(), raw=True, display_id=True)
+        with _streams_behind_rich():
+            self._handle = display(self._bundle(), raw=True, display_id=True)
 
     def write(self, record: StepRecord, window: Sequence[StepRecord] = ()) -> None:
         """Take what was measured; draw where it is time."""
@@ -103,7 +120,8 @@ class LiveCell(Sink):
         if self._handle is None:
             return
         began = monotonic()
-        self._handle.update(self._bundle(), raw=True)
+        with _streams_behind_rich():
+            self._handle.update(self._bundle(), raw=True)
         self._last_drawn = monotonic()
         self._pause = max(self.seconds, (self._last_drawn - began) / SHARE)
 

@@ -116,6 +116,35 @@ def test_a_live_cell_of_a_lightning_fit() -> None:
     assert len(html_of(book.cells[3])) == 1
 
 
+# As a progress bar of rich, Lightning's default, stands in for stdout and stderr; the program has printed half a line.
+RICH = """
+import sys
+from rich.console import Console
+from rich.live import Live
+from gradwatch.callbacks._say import say
+bar = Live("a bar", console=Console(), auto_refresh=False)
+"""
+
+
+def printed(cell) -> str:
+    """Return all that a cell shows, as text."""
+    return "".join(o.get("text", "") or o["data"].get("text/plain", "") for o in cell.outputs)
+
+
+def test_a_live_cell_beside_a_bar_of_rich_shows_the_end_and_repeats_nothing() -> None:
+    loop = "train(watch, 20); print('half a line', end='', file=sys.stderr); train(watch, 20)"
+    fit = f"with bar, Watch(model, optimizer, live=0.001) as watch:\n    {loop}"
+    book = executed(SETUP, RICH, fit, "print(watch.summary())")
+    assert any("steps to 39" in shown for shown in html_of(book.cells[2]))
+    assert printed(book.cells[2]).count("half a line") <= 1
+    assert "LiveCell" not in printed(book.cells[3])
+
+
+def test_lines_said_beside_a_bar_of_rich_are_said_once() -> None:
+    book = executed(SETUP, RICH, "with bar:\n    say('first\\nsecond\\nlast'); display(1)")
+    assert [printed(book.cells[2]).count(word) for word in ("first", "second", "last")] == [1, 1, 1]
+
+
 def test_an_interrupted_cell_keeps_its_last_card() -> None:
     loop = "train(w, 30)\n        raise KeyboardInterrupt"
     stop = f"try:\n    with Watch(model, optimizer, live=1) as w:\n        {loop}\nexcept KeyboardInterrupt:\n    pass"
