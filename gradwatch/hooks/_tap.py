@@ -49,6 +49,7 @@ class ModuleTap:
     Attributes:
         armed: statistics are being gathered.
         forward_order: paths in the order of their first call.
+        holders: paths of modules that hold others and have no forward, such as a ModuleList.
 
     Raises:
         UnknownPathError: the model has no module at one of the paths.
@@ -94,6 +95,7 @@ class ModuleTap:
         # its wrappers run the whole `training_step` as its forward.
         rest = [m for m in known.values() if m not in self._hooked and not _is_scripted(m)]
         self._bystanders = [m for m in dict.fromkeys(rest) if m is not model or member(model, "training_step") is None]
+        self.holders = frozenset(p for p, m in zip(self.paths, self._modules, strict=True) if not _can_be_called(m))
         self._compiled = [path for path, module in known.items() if _is_compiled(module)]
         self._layouts = [layout_after(module) for module in self._modules]
         self._relu_like = [is_relu_like(module) for module in self._modules]
@@ -234,7 +236,7 @@ class ModuleTap:
                 reasons[path] = f"the same module as {self._aliases[path]!r}, and counted there"
             elif row in self._failures:
                 reasons[path] = self._failures[row]
-            elif row not in self._entered:
+            elif row not in self._entered and path not in self.holders:
                 reasons[path] = self._why_not_entered(path, module)
             elif self._preflight is not None and (why := self._preflight.verdicts.get(row)):
                 reasons[path] = f"gradient from a tensor hook, not a full one: {why}"
@@ -383,6 +385,11 @@ class ModuleTap:
 
     def _fail(self, row: int, port: str, error: Exception) -> None:
         self._failures.setdefault(row, f"{port} could not be measured: {one_line(error)}")
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    """Return False for what only holds others, such as a ModuleList: it has no forward."""
+    return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 
 def _is_scripted(module: nn.Module) -> bool:

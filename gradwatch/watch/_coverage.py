@@ -30,7 +30,8 @@ class Standing(NamedTuple):
 
 
 def coverage(meter: ModelMeter) -> dict[str, Standing]:
-    """Return the standing of every parameter and module of a model at the last step, by path.
+    """Return the standing of every parameter and module of a model at the last step, by path; not of what only holds
+    others, as a ModuleList does: nothing can be seen of it.
 
     Parameters that an optimizer still holds and the model no more stand under `<optimizer>.` and their former path.
     """
@@ -82,10 +83,11 @@ def _modules(meter: ModelMeter) -> dict[str, Standing]:
     if meter.tap is None:
         why = "modules are not sampled: `activations_every` is None"
         return {path: Standing(UNSEEN, why) for path in meter.watched.modules}
-    reasons = meter.tap.coverage()
+    reasons, holders = meter.tap.coverage(), meter.tap.holders
     return {
         path: Standing(UNSEEN, reasons[real]) if reasons.get(real) else Standing(MEASURED)
         for path, real in ((path, meter.real_path(path)) for path in meter.watched.modules if meter.has(path))
+        if real not in holders
     }
 
 

@@ -100,6 +100,13 @@ def test_module_that_was_not_called_has_no_measurement() -> None:
     assert tap.coverage() == {"unused": "not called while it was watched"}
 
 
+def test_what_only_holds_others_is_not_missed() -> None:
+    model = nn.ModuleDict({"list": nn.ModuleList([Constant(1.0)]), "dict": nn.ModuleDict({"one": Constant(1.0)})})
+    tap = tapped(model)
+    model["dict"]["one"](model["list"][0](torch.ones(1))).sum().backward()
+    assert tap.coverage() == {}
+
+
 def test_in_place_relu_is_read_before_and_after() -> None:
     model = nn.Sequential(Constant(-1.0, 1.0), nn.ReLU(inplace=True))
     tap = tapped(model)
