@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ._flow import GradientFlow as GradientFlow
     from ._functions import Intervention as Intervention
     from ._functions import Observer as Observer
-    from ._generate import GenerationCache as GenerationCache
+    from ._generation_cache import GenerationCache as GenerationCache
     from ._hook import Hook as Hook
     from ._manager import HookManager as HookManager
     from ._monitor import Monitor as Monitor
@@ -51,7 +51,7 @@ _DOORS = {
     "Capture": "_capture",
     "Coverage": "_coverage",
     "GradientFlow": "_flow",
-    "GenerationCache": "_generate",
+    "GenerationCache": "_generation_cache",
     "Heads": "_views",
     "Hook": "_hook",
     "HookManager": "_manager",

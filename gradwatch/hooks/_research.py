@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ._base import BaseManager
 
 if TYPE_CHECKING:
-    from ._generate import GenerationCache
+    from ._generation_cache import GenerationCache
     from ._manager import HookManager
     from ._sweep import Sweep
 
@@ -124,6 +124,9 @@ class ResearchManager(BaseManager):
     ) -> tuple[Any, GenerationCache]:
         """Let the model generate, with hooks and a cache by token: `(output, cache)`.
 
+        In any form: a KV cache or none, sampling, beams (hooks act on all of them; the cache is that of the rows that
+        are returned), a prompt in pieces or after an earlier turn's cache, guesses of an assistant.
+
         Args:
             *args: of `model.generate`.
             points: what to keep; by default the outputs of all layers.
@@ -140,7 +143,7 @@ class ResearchManager(BaseManager):
             What the model generated, and a `GenerationCache`.
 
         Raises:
-            ConfigError: the model has no `generate`, or a beam search is asked for.
+            ConfigError: the model has no `generate`, or its beams move and nothing tells how.
             HookNeverFired: a hook's point, or none of its tokens, was computed.
 
         Example:

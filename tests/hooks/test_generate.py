@@ -132,8 +132,6 @@ def test_without_a_kv_cache_the_numbers_of_tokens_are_the_same(model):
 
 def test_what_can_not_be_is_said(model):
     hooks = HookManager(model)
-    with pytest.raises(ConfigError, match="a beam search moves rows about"):
-        hooks.generate(PROMPT, num_beams=2, **GREEDY)
     with pytest.raises(HookError, match="tokens are numbers, a slice, 'prompt' or 'generated'"):
         hooks.generate(PROMPT, hooks=[("layer 0", zero(), "all")], **GREEDY)
     with pytest.raises(ConfigError, match="Linear has no `generate`"):
