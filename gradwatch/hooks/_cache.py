@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError, UnknownPathError
 from ._decompose import ResidualReading
 from ._patterns import Resolver
-from ._points import READ_AT, HookPoint, layer_of
+from ._points import GRADIENT_OF, READ_AT, HookPoint, layer_of
 
 __all__ = ["Cache", "Leaves"]
 
@@ -33,7 +33,7 @@ class Cache(ResidualReading, Mapping[str, Any]):
     `"*.attn.hook_q"` gives queries with heads apart.
 
     Attributes:
-        missing: points that were asked for by a pattern and are not here, with the reason.
+        missing: points, and gradients, that were asked for by a pattern and are not here, with the reason.
     """
 
     def __init__(
@@ -93,8 +93,10 @@ class Cache(ResidualReading, Mapping[str, Any]):
     def __contains__(self, key: object) -> bool:
         try:
             self[key]
-        except (LookupError, ConfigError):
+        except LookupError:
             return False
+        except ConfigError:  # it is here, once for each of several calls
+            return True
         return True
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -126,7 +128,9 @@ class Cache(ResidualReading, Mapping[str, Any]):
         place = f"{point.path}:{READ_AT.get(point.port, point.port)}"
         if place not in source or not self._holds(point, place):
             kind = "gradient" if point.port in READ_AT else "point"
-            raise UnknownPathError(name, source, model_name=f"the {self._kind}", kind=kind)
+            missing = self.missing.get(name) or self.missing.get(point.place) or self.missing.get(_gradient_at(place))
+            note = f" It is missing: {missing}." if missing else ""
+            raise UnknownPathError(name, source, model_name=f"the {self._kind}", kind=kind, note=note)
         return point, source[place]
 
     def _short(self, name: str, layer: int | None) -> str | None:
@@ -214,6 +218,12 @@ class Cache(ResidualReading, Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"{self._kind}({len(self._values)} points, {len(self)} values, {self.num_bytes / 2**20:.1f} MiB)"
+
+
+def _gradient_at(place: str) -> str:
+    """Return the name of the gradient of what is at a place."""
+    path, _, port = place.rpartition(":")
+    return f"{path}:{GRADIENT_OF.get(port, port)}"
 
 
 def _parts(key: Any) -> tuple[str, int | None, str | None]:

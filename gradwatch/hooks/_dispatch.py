@@ -122,6 +122,10 @@ def run_entry(entry: Entry, tree: Any, call: int, step: int, recompute: bool, *,
     finish(entry, ran, recompute)
     if num_seen == 0:
         entry.note = f"it holds no tensor: {type(tree).__name__}"
+    elif wanted is not None and not ran:
+        known = [leaf for leaf, _ in tensors_of(tree)]
+        if not any(is_leaf(wanted, leaf, number) for number, leaf in enumerate(known)):
+            entry.note = f"there is no leaf {hook.options.leaf or wanted!r}, only {', '.join(map(repr, known))}"
     return new
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from ..errors import ConfigError, UnknownPathError
-from ..torchside import clean_path
+from ..torchside import clean_path, takes_hooks
 
 __all__ = ["ModelNames"]
 
@@ -19,6 +19,7 @@ class ModelNames:
         modules: by first name; the root is `""`.
         parameters: by first name.
         other_names: first name -> the other ones.
+        refusing: paths of modules that torch takes no hooks on.
     """
 
     def __init__(self, model: nn.Module, *, layers: str | None = None) -> None:
@@ -26,6 +27,7 @@ class ModelNames:
         self.other_names: dict[str, tuple[str, ...]] = {}
         self.modules: dict[str, nn.Module] = self._unique(model.named_modules(remove_duplicate=False))
         self.parameters: dict[str, nn.Parameter] = self._unique(model.named_parameters(remove_duplicate=False))
+        self.refusing = {path for path, module in self.modules.items() if not takes_hooks(module)}
         self._layers = layers
         self._first_names: dict[bool, dict[str, str]] = {}
 

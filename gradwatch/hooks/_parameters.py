@@ -30,6 +30,7 @@ class ParameterSite:
         self.replayed: tuple[Entry, ...] = ()
         self.handles: dict[str, Any] = {}
         self._counted: dict[str, tuple[int, int]] = {}
+        self.by_port: dict[str, tuple[Entry, ...]] = {}
 
     def refresh(self) -> None:
         self.by_port = {port: sorted_entries(self.entries, port) for port in ("grad", "accumulated_grad")}
@@ -45,6 +46,11 @@ class ParameterSite:
                 else:
                     register = self.parameter.register_post_accumulate_grad_hook
                     self.handles[port] = WeakHook.of(self.on_accumulated, keeps_owner=True).hang(register)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a hook can't hang yet: the parameter does not require a gradient."""
+        return any(entries and port not in self.handles for port, entries in self.by_port.items())
 
     def take_off(self) -> None:
         self.entries = []

@@ -16,6 +16,8 @@ from ._points import ATTENTION_PORTS, GRADIENT_OF, MODULE_PORTS, PARAMETER_PORTS
 __all__ = ["ALL_PORTS", "Researched", "Resolver", "gradient_of"]
 
 ALL_PORTS = PORTS + ATTENTION_PORTS
+_SCRIPTED = "it is a ScriptModule, which torch takes no hooks on: hook the module around it"
+_UNINITIALISED = "the parameter is not initialised yet (a lazy module): run the model once before"
 
 
 class Researched:
@@ -78,7 +80,7 @@ class Resolver:
         return self.aliases
 
     def point(self, path: str, port: str) -> HookPoint:
-        """Return the hook point of a first name."""
+        """Return the hook point of a first name; not available where torch takes no hook there."""
         table: Mapping[str, Any] = self.names.parameters if port in PARAMETER_PORTS else self.names.modules
         found = HookPoint(path, port, table[path])
         found.named_by = self
@@ -86,6 +88,10 @@ class Resolver:
             found.other_names = self.names.other_names[path]
         if port == "peak":
             found.writing = "refuse"
+        if port in PARAMETER_PORTS:
+            found.reason = _UNINITIALISED if isinstance(table[path], nn.UninitializedParameter) else ""
+        elif path in self.names.refusing:
+            found.reason = _SCRIPTED
         return found
 
     def matching(self, pattern: str, port: str) -> list[HookPoint]:

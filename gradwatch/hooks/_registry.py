@@ -11,7 +11,7 @@ from torch import nn
 
 from .._warn import warn
 from ..errors import ConfigError
-from ..torchside import WeakHook, compiled_parts, is_within, weakly
+from ..torchside import WeakHook, compiled_parts, is_within, takes_hooks, weakly
 from ._attention import AttentionSite
 from ._dispatch import Site
 from ._hook import Entry, Hook
@@ -171,7 +171,17 @@ class Registry:
                 site = self.sites.get(entry.site)
                 if site is not None:
                     site.refresh()
+            if any(entry.spot.is_parameter for entry in hook.entries):
+                self.fit_waiting()
             self._fit_root()
+
+    def fit_waiting(self) -> None:
+        """Hang what waits for its parameter to require a gradient (it is thawed later); look again at the next pass."""
+        with self.lock:
+            waiting = [site for site in self.sites.values() if isinstance(site, ParameterSite) and site.waits]
+            for site in waiting:
+                site.refresh()
+            self.runs.on_begin = weakly(self.fit_waiting) if any(site.waits for site in waiting) else None
 
     def refresh_all(self) -> None:
         with self.lock:
@@ -194,7 +204,7 @@ class Registry:
         """Know when a forward pass begins: by a pre-hook on the root."""
         active = any(e.hook.is_enabled for site in self.sites.values() for e in site.entries)
         wanted = bool(active or self.runs.listeners)
-        if wanted and self._root_handle is None:
+        if wanted and self._root_handle is None and takes_hooks(self.model):
             self._root_handle = WeakHook.of(self.runs.begin, keeps_owner=True).hang(
                 self.model.register_forward_pre_hook, prepend=True
             )

@@ -29,6 +29,11 @@ __all__ = ["CacheOptions", "hooks_in_place", "run_with_cache", "run_with_hooks"]
 
 LAST = -(10**9)
 Key = tuple[str, int, str]
+_NO_LOSS = "the loss does not depend on what was there"
+_NOT_FOLLOWED = (
+    "autograd did not follow what was there: gradients were off (torch.no_grad, a reentrant checkpoint), or it holds "
+    "no floating numbers"
+)
 
 
 class _StopForward(BaseException):
@@ -99,6 +104,7 @@ class Recorder:
         self.values: dict[str, dict[int, Leaves]] = {}
         self.edges: dict[Key, Any] = {}
         self.bases: dict[Key, tuple[Any, torch.Size]] = {}
+        self.followed: set[str] = set()
         self._copies: dict[int, tuple[Any, int, Tensor]] = {}
 
     def __call__(self, tensor: Tensor, point: Point) -> Tensor | None:
@@ -110,6 +116,7 @@ class Recorder:
             tensor = replaced = tensor.detach().requires_grad_().clone()
         if self.options.gradients and tensor.requires_grad:
             key = (point.spot.name, point.call, point.leaf)
+            self.followed.add(point.spot.name)
             self.edges[key] = tensor if tensor.is_leaf else get_gradient_edge(tensor)
             base = private_base(tensor, ()) if point.port == "output" and not point.leaf else None
             if base is not None:
@@ -135,6 +142,14 @@ class Recorder:
             copied = source.to(o.device or source.device, dtype or source.dtype, copy=True)
         self._copies[id(tensor)] = (weakref.ref(tensor), version, copied)
         return copied
+
+    def without_gradients(self, gradients: Mapping[str, Any]) -> dict[str, str]:
+        """Return the gradients that are not there of what was kept, with the reason."""
+        found: dict[str, str] = {}
+        for name in self.values.keys() - gradients.keys():
+            path, _, port = name.rpartition(":")
+            found[f"{path}:{GRADIENT_OF.get(port, port)}"] = _NO_LOSS if name in self.followed else _NOT_FOLLOWED
+        return found
 
     def gathered(self) -> dict[str, list[Leaves]]:
         return _in_order(self.values, self.options)
@@ -209,6 +224,9 @@ def run_with_cache(
     cache = Cache(recorder.gathered(), resolver, asked=_shown(resolver, points))
     cache.missing.update(silent)
     cache.gradients = Cache(gradients, resolver, kind="gradients")
+    if options.gradients:
+        cache.missing.update(recorder.without_gradients(gradients))
+        cache.gradients.missing.update(cache.missing)
     return part.output(output), cache
 
 

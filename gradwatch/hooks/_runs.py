@@ -62,6 +62,7 @@ class Runs:
         local: this thread's counts.
         run: the present pass, for those who need no thread of their own.
         threaded: more than one thread has run the model; `on_threaded` is called when that is found.
+        on_begin: called when a pass begins, while there is need.
         listeners: called with the step when a pass begins.
         last_step: of the pass that began last, in any thread; -1 before the first.
     """
@@ -72,6 +73,7 @@ class Runs:
         self.run = Run(0)
         self.threaded = False
         self.on_threaded: Callable[[], None] = lambda: None
+        self.on_begin: Callable[[], None] | None = None
         self._owner: int | None = None
         self.last_step = -1
         self.fixed: int | None = None
@@ -97,6 +99,8 @@ class Runs:
             self._owner = threading.get_ident()
             if self.threaded:
                 self.on_threaded()
+        if self.on_begin is not None:
+            self.on_begin()
         for listener in tuple(self.listeners):
             listener(local.step)
 

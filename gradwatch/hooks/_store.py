@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, MissingExtraError, UnknownNameError
+from ..errors import ConfigError, MissingExtraError, UnknownNameError, suggest
 
 __all__ = ["ActivationStore"]
 
@@ -27,7 +27,7 @@ def safetensors_torch() -> Any:
     return safetensors
 
 
-class ActivationStore(Sequence[Mapping[str, Tensor]]):
+class ActivationStore(Sequence[Mapping[str, Any]]):
     """Batches of named tensors in a folder, for captures larger than memory.
 
     A batch is written to a file of its own (`batch-000000.safetensors`), and then one line about it to `index.jsonl`:
@@ -98,7 +98,7 @@ class ActivationStore(Sequence[Mapping[str, Tensor]]):
             return [_Batch(self.folder, entry) for entry in self._entries[batch]]
         return _Batch(self.folder, self._entries[batch])
 
-    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
         return (_Batch(self.folder, entry) for entry in list(self._entries))
 
     def iterate(self, name: str) -> Iterator[Tensor]:
@@ -115,16 +115,23 @@ class ActivationStore(Sequence[Mapping[str, Tensor]]):
         return f"ActivationStore({str(self.folder)!r}, {len(self)} batches, {self.num_bytes / 2**20:.1f} MiB)"
 
 
-class _Batch(Mapping[str, Tensor]):
-    """One batch; each tensor is read when asked for."""
+class _Batch(Mapping[str, Any]):
+    """One batch; each tensor is read when asked for. The name of a nested output gives a dict from leaf to tensor."""
 
     def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
         self._file, self._entry = folder / entry["file"], entry
         self.metadata: dict[str, Any] = dict(entry["metadata"])
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._entry["tensors"]:
-            raise KeyError(name)
+    def __getitem__(self, name: str) -> Any:
+        known = self._entry["tensors"]
+        if name in known:
+            return self._read(name)
+        leaves = [key for key in known if key.startswith(f"{name}[") and key.endswith("]")]
+        if not leaves:
+            raise KeyError(f"batch {self._file.name} has no {name!r}. {suggest(name, known)}".rstrip())
+        return {key[len(name) + 1 : -1]: self._read(key) for key in leaves}
+
+    def _read(self, name: str) -> Tensor:
         with safetensors_torch().safe_open(str(self._file), framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor

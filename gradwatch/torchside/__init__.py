@@ -29,7 +29,7 @@ from ._flat import is_flat_sharded
 from ._graph import LossForm, loss_form, loss_pair, unmasked_attention
 from ._inert import MethodHook, OwnedHook, StepHook, WeakHook, is_owned, weakly
 from ._leaves import children, find, map_tensors, pick, storage, tensors_of, walk
-from ._members import member
+from ._members import member, takes_hooks
 from ._memory import (
     Lender,
     Lent,
@@ -159,6 +159,7 @@ __all__ = [
     "stamps_of",
     "storage",
     "storage_identity",
+    "takes_hooks",
     "tensors_of",
     "unlike",
     "unmasked_attention",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["member"]
+__all__ = ["member", "takes_hooks"]
+
+_SCRIPTED: Any = getattr(torch.jit, "RecursiveScriptModule", ())
 
 
 def member(module: nn.Module, name: str) -> Any:
@@ -18,3 +21,8 @@ def member(module: nn.Module, name: str) -> Any:
     if name in children:
         return children[name]
     return getattr(type(module), name, None)
+
+
+def takes_hooks(module: nn.Module) -> bool:
+    """Return whether torch puts hooks on a module: it refuses what `torch.jit.script` has made."""
+    return not isinstance(module, _SCRIPTED)
