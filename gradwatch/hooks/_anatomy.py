@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -58,23 +59,51 @@ def anatomy(seen: Trace, *, model_name: str) -> tuple[Meanings, list[Stack]]:
 
 def _stacks(seen: Trace) -> list[Stack]:
     found: dict[str, Stack] = {}
+    nested = _nested(seen)
     for attend in seen.attends:
         parts = attend.path.split(".")
-        depth = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if depth is None:
+        depths = [i for i, part in enumerate(parts) if part.isdigit()]
+        while len(depths) > 1 and ".".join(parts[: depths[0]]) in nested:
+            depths.pop(0)
+        if not depths:
             continue
-        container, index = ".".join(parts[:depth]), parts[depth]
+        container, index = ".".join(parts[: depths[0]]), parts[depths[0]]
         stack = found.setdefault(container, Stack(container, "", {}, {}))
-        stack.blocks[index] = ".".join(parts[: depth + 1])
+        stack.blocks[index] = ".".join(parts[: depths[0] + 1])
         stack.attends.setdefault(index, []).append(attend)
     stacks = list(found.values())
-    owners = [stack.container.split(".")[:-1] for stack in stacks]
+    _name_apart(stacks)
+    return stacks
+
+
+def _nested(seen: Trace) -> set[str]:
+    """Return the lists that are of stages, not of blocks: some of what they hold has several like blocks of its own."""
+    modules = {call.path: call.module for call in seen.calls}
+    within: dict[tuple[str, str, str], dict[str, type]] = {}
+    for attend in seen.attends:
+        parts = attend.path.split(".")
+        depths = [i for i, part in enumerate(parts) if part.isdigit()]
+        for outer, inner in pairwise(depths):
+            block = ".".join(parts[: inner + 1])
+            if block != attend.path and block in modules:
+                key = ".".join(parts[:outer]), parts[outer], ".".join(parts[outer:inner])
+                within.setdefault(key, {})[block] = type(modules[block])
+    return {lists for (lists, _, _), blocks in within.items() if len(blocks) > len(set(blocks.values()))}
+
+
+def _name_apart(stacks: list[Stack]) -> None:
+    """Give each of several stacks a prefix: where its list stands, as far as that tells them apart."""
+    owners = []
+    for stack in stacks:
+        parts = stack.container.split(".")
+        owners.append(parts if parts[-1].isdigit() else parts[:-1])
     common = 0
     while len(stacks) > 1 and all(len(o) > common and o[common] == owners[0][common] for o in owners):
         common += 1
+    if common and any(o[common : common + 1] and o[common].isdigit() for o in owners):
+        common -= 1  # a number alone says nothing
     for stack, owner in zip(stacks, owners, strict=True):
         stack.prefix = "".join(f"{part}." for part in owner[common:]) if len(stacks) > 1 else ""
-    return stacks
 
 
 def _leaf(pairs: list[tuple[str, int]], one: int) -> str | None:
@@ -105,7 +134,8 @@ class _Block:
 
     def names(self) -> Meanings:
         own = self.attends[0]
-        cross = next((a for a in self.attends[1:] if not self._from_stream(a)), None)
+        known = self.start is not None
+        cross = next((a for a in self.attends[1:] if known and not self._from_stream(a)), None)
         found = attention_names(self.flow, own, "attn")
         if cross is not None:
             found.update(attention_names(self.flow, cross, "cross_attn"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..torchside import storage_identity
 from ._aliases import Unavailable
 from ._dataflow import PLAIN, Flow, Route
 from ._trace import Attend, Call
-from ._views import Heads, Strided, View
+from ._views import Heads, PositionsFirst, Strided, View
 
 __all__ = ["Found", "Meanings", "attention_names"]
 
@@ -53,9 +53,9 @@ class _Attention:
         a, p = self.attend, self.prefix
         routes = {"q": self.flow.route(a.q), "k": self.flow.route(a.k), "v": self.flow.route(a.v)}
         found: Meanings = {}
-        rotated = {x for x in "qk" if (route := routes[x]) is not None and self._is_rotated(route)}
+        rotated = {x for x, one in (("q", a.q), ("k", a.k)) if self._is_rotated(one)}
         for letter, route in routes.items():
-            view = None if route is None else self._view(route)
+            view = None if route is None else self._shown(route, letter)
             at_port: Any = Found(a.path, letter)
             if letter in rotated:
                 at_port = Unavailable(_NOT_APART.format(letter=letter))
@@ -76,10 +76,13 @@ class _Attention:
             (c for c in self.flow.calls if c.begin > a.when and self._is_fed(c)),
             None,
         )
-        if call is not None and heads:
+        turned = None if call is None else self._is_turned(self.seen.tensors[call.inputs[0][1]], "z")
+        if call is not None and heads and turned is not None:
+            mixed: View = PositionsFirst(Heads(heads)) if turned else Heads(heads)
+            apart = PositionsFirst() if turned else None
             return {
-                f"{p}.hook_z": Found(call.path, "input", view=Heads(heads)),
-                f"{p}.hook_result": Found(call.path, "result", heads=heads),
+                f"{p}.hook_z": Found(call.path, "input", view=mixed),
+                f"{p}.hook_result": Found(call.path, "result", heads=heads, view=apart),
             }
         own = next(c for c in self.seen.calls if c.path == a.path)
         if isinstance(own.module, torch.nn.MultiheadAttention):
@@ -103,8 +106,8 @@ class _Attention:
             return z.shape[1]
         q = self.flow.route(self.attend.q)
         if z.dim() == 3 and q is not None:
-            batch = self.seen.tensors[q.projection.outputs[0][1]].shape[0]
-            return z.shape[0] // batch
+            held = self.seen.tensors[q.projection.outputs[0][1]]
+            return z.shape[0] // held.shape[1 if self._is_turned(held, "q") else 0]
         return None
 
     def _view(self, route: Route) -> Found | None:
@@ -138,7 +141,7 @@ class _Attention:
                 continue
             if part.dim() == 4 and part.shape[-1] == self.width:
                 found.append((1, self.seen.maker.get(one, -1), part))
-            elif part.dim() == whole.dim() and part.shape[-1] % self.width == 0:
+            elif part.shape[:-1] == whole.shape[:-1] and part.shape[-1] % self.width == 0:
                 found.append((0, self.seen.maker.get(one, -1), part))
         last = max(found, key=lambda entry: entry[:2])[2] if found else None
         return None if last is None or last.numel() > self.seen.tensors[end].numel() else last
@@ -165,19 +168,45 @@ class _Attention:
                 return _heads_view(len(places), width, places[0] * width, steps.pop() * width, total)
         return None
 
-    def _is_rotated(self, route: Route) -> bool:
-        """Return whether something from outside enters on the way from the projection: sines and cosines."""
-        start, end = route.ids[0], route.ids[-1]
-        after = {i for i in (*self.flow.needs.get(end, ()), end) if start in self.flow.needs.get(i, ())}
+    def _is_rotated(self, end: int) -> bool:
+        """Return whether something from outside enters on the way from the projections: sines and cosines."""
+        starts, after = self.flow.ways(end)
         norms = {call.path for call in self.flow.normed.values()}
         for one in after:
             op = self.flow.op_of(one)
             if op is None or op.path in norms:
                 continue
-            others = [self.seen.tensors[i] for i in op.inputs if i != start and i not in after]
-            if any(t.is_floating_point() and t.dim() > 1 for t in others):
+            others = [self.seen.tensors[i] for i in op.inputs if i not in starts and i not in after]
+            if any(_is_wide(tensor) for tensor in others):
                 return True
         return False
+
+    def _positions(self, letter: str) -> int:
+        """Return how many positions there are of queries, or of keys and values."""
+        a = self.attend
+        if letter == "k":
+            return self.seen.tensors[a.k].shape[-2 if a.is_fused else -1]
+        return self.seen.tensors[{"q": a.q, "v": a.v, "z": a.z}[letter]].shape[-2]
+
+    def _is_turned(self, held: torch.Tensor, letter: str) -> bool | None:
+        """Return whether a projection's (.., .., features) have positions before the batch; None: in neither way."""
+        if held.dim() != 3:
+            return None
+        positions = self._positions(letter)
+        if held.shape[1] == positions:
+            return False
+        return True if held.shape[0] == positions else None
+
+    def _shown(self, route: Route, letter: str) -> Found | None:
+        """Return the projection's output as (batch, positions, heads, width); None where no view shows it so."""
+        turned = self._is_turned(self.seen.tensors[route.projection.outputs[0][1]], letter)
+        found = None if turned is None else self._view(route)
+        return found if found is None or not turned else replace(found, view=PositionsFirst(found.view))
+
+
+def _is_wide(tensor: torch.Tensor) -> bool:
+    is_number = tensor.is_floating_point() or tensor.is_complex()
+    return is_number and tensor.dim() > 1 and not isinstance(tensor, torch.nn.Parameter)
 
 
 def _heads_view(heads: int, width: int, offset: int, step: int, total: int) -> View:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torchside import PRODUCTS, CallMode, WeakHook, member, past_override, untraced
-from ._attention_forms import AS_IT_IS, Form, Geometry, geometry_of
+from ._attention_forms import AS_IT_IS, Form, Geometry, but_sinks, geometry_of
 from ._dispatch import GradientCall, follows, has_acted, run_entry, shade, sorted_entries, takes_part
 from ._fused import Fused
 from ._hook import Entry
@@ -234,13 +234,15 @@ class _Attending(CallMode):
         scores = args[0] if args else kwargs.pop("input")
         if self.scores is None or not _same(scores.shape[:-1], self.scores[:-1]):
             return func(scores, *args[1:], **kwargs)
-        form = self.geometry.stepwise(scores).pairs
+        form, keys = self.geometry.stepwise(scores).pairs, self.scores[-1]
+        if scores.shape[-1] == keys + 1:
+            form = but_sinks(form, keys)
         scores = self.visit("scores", scores, form)
         if self.has("peak"):
             with torch.no_grad():
                 self._show_peak(scores, form)
         pattern = func(scores, *args[1:], **kwargs)
-        self.scores, self.pattern = None, pattern.shape
+        self.scores, self.pattern = None, torch.Size((*pattern.shape[:-1], min(pattern.shape[-1], keys)))
         if self.dtype is not None and pattern.dtype != self.dtype and pattern.dtype == torch.float32:
             self.uncast = pattern  # shown when it is cast to what the model computes in
             return pattern

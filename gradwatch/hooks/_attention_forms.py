@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..torchside import heads_of
 
-__all__ = ["AS_IT_IS", "Form", "Forms", "Geometry", "geometry_of"]
+__all__ = ["AS_IT_IS", "Form", "Forms", "Geometry", "but_sinks", "geometry_of"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ def _same(tensor: Tensor) -> Tensor:
 
 AS_IT_IS = Form(_same, lambda value, _: value)
 _SWAPPED = Form(lambda t: t.transpose(1, 2), lambda value, _: value.transpose(1, 2))
+
+
+def but_sinks(form: Form, keys: int) -> Form:
+    """Of a softmax that also goes over sinks, columns that are no keys and come last: the keys alone."""
+    return Form(
+        lambda t: form.show(t[..., :keys]),
+        lambda value, was: torch.cat([form.back(value, was[..., :keys]), was[..., keys:]], dim=-1),
+    )
 
 
 def _split(heads: int) -> Form:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..torchside import storage_identity
 from ._trace import Call, Op, Trace
 
 __all__ = ["Flow", "Route", "Step"]
@@ -79,6 +80,8 @@ class Flow:
         paths = [c.path for c in self.calls]
         self.once = {path for path in paths if paths.count(path) == 1}
         self.needs: dict[int, set[int]] = {}
+        self._copied: dict[int, list[Op]] = {}  # into memory, by what it is
+        held: dict[int, set[int]] = {}
         for op in seen.ops[call.begin : call.end]:
             sources = set(op.inputs)
             for one in op.inputs:
@@ -86,11 +89,20 @@ class Flow:
             for one in op.outputs:
                 if one not in op.inputs:
                     self.needs.setdefault(one, sources)
+                memory = self._memory(one)
+                held.setdefault(memory, set()).add(one)
+                if op.name == "copy_":
+                    self._copied.setdefault(memory, []).append(op)
+                    for other in held[memory]:
+                        self.needs.setdefault(other, set()).update(sources - {other})
         self.projected = {c.outputs[0][1]: c for c in self.calls if c.outputs and is_projection(c)}
         self.normed = {c.outputs[0][1]: c for c in self.calls if self.is_norm(c)}
 
     def tensor(self, one: int) -> Tensor:
         return self.seen.tensors[one]
+
+    def _memory(self, one: int) -> int:
+        return storage_identity(self.seen.tensors[one])[0]
 
     def is_norm(self, call: Call) -> bool:
         """Return whether a call is that of a norm: by its parameters, which are vectors, or by its class's name."""
@@ -147,6 +159,25 @@ class Flow:
                     came[source] = (one, op)
                     waiting.append(source)
         return None
+
+    def ways(self, end: int) -> tuple[set[int], set[int]]:
+        """Return the outputs of the projections that a tensor comes from, through norms too, and what came of them."""
+        starts: set[int] = set()
+        passed: set[int] = set()
+        waiting = [end]
+        while waiting:
+            one = waiting.pop()
+            if one in passed or one in starts:
+                continue
+            if one in self.projected:
+                starts.add(one)
+                continue
+            passed.add(one)
+            norm = self.normed.get(one)
+            op = None if norm is not None else self.op_of(one)
+            waiting += [norm.inputs[0][1]] if norm is not None else op.inputs if op is not None else ()
+            waiting += [i for copied in self._copied.get(self._memory(one), ()) for i in copied.inputs]
+        return starts, {one for one in passed if starts & self.needs.get(one, set())}
 
     def _route(self, one: int, start: int, came: dict[int, tuple[int, Op | None]]) -> Route:
         call, ids, ops = self.projected[one], [one], []

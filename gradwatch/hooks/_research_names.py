@@ -7,6 +7,7 @@ a model, those of a run that is asked for are taken, or those given to `HookMana
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,11 +17,11 @@ from .._warn import one_line, unheard
 from ..errors import ConfigError
 from ._aliases import Unavailable
 from ._anatomy import Found, Stack, anatomy
-from ._made_up import made_up_inputs
+from ._made_up import Inputs, made_up_inputs
 from ._names import ModelNames
 from ._patterns import Researched
 from ._points import HookPoint
-from ._trace import trace
+from ._trace import Trace, trace
 
 __all__ = ["ResearchNames"]
 
@@ -71,6 +72,7 @@ class ResearchNames(Researched):
         self.stacks: list[Stack] = []
         self._found: dict[str, HookPoint] | None = None
         self._attending: set[str] = set()
+        self._has_failed = False
 
     def names(self, pattern: str = "") -> Mapping[str, HookPoint]:
         if self._found is None:
@@ -78,7 +80,10 @@ class ResearchNames(Researched):
             if roots:
                 self._found = self._probed(roots)
             elif self.at_hand is not None and "hook_" in pattern:
-                self._found = self._probed({"": self.at_hand})
+                self._found = self._probed({"": [self.at_hand]})
+        if self._has_failed and self.at_hand is not None:
+            # What was made up was no good: what a run is given is.
+            self._found = self._probed({"": [self.at_hand]})
         return self._found or {}
 
     def probe(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -87,7 +92,7 @@ class ResearchNames(Researched):
         Raises:
             ConfigError: the pass fails, or nothing in it attends.
         """
-        found = self._probed({"": (args, kwargs)})
+        found = self._probed({"": [(args, kwargs)]})
         if not self._attending:
             reason = next((p.reason for p in found.values()), _NOTHING_ATTENDS)
             raise ConfigError(f"no research names for {type(self.model).__name__}: {reason}.")
@@ -109,34 +114,34 @@ class ResearchNames(Researched):
         torches = {p for p, m in self.known_names.modules.items() if isinstance(m, nn.MultiheadAttention)}
         return self._attending | torches
 
-    def _roots(self) -> dict[str, tuple[Sequence[Any], Mapping[str, Any]]]:
+    def _roots(self) -> dict[str, list[Inputs]]:
         """Return the outermost modules that inputs can be made up for, with these."""
-        found: dict[str, tuple[Sequence[Any], Mapping[str, Any]]] = {}
+        found: dict[str, list[Inputs]] = {}
         for path, module in self.known_names.modules.items():
             if any(path == root or path.startswith(root + ".") or not root for root in found):
                 continue
             try:
                 given = made_up_inputs(module)
             except Exception:  # a stack of no layers, a config of its own kind: no inputs can be made up
-                given = None
-            if given is not None:
+                given = []
+            if given:
                 found[path] = given
         return found
 
-    def _probed(self, roots: Mapping[str, tuple[Sequence[Any], Mapping[str, Any]]]) -> dict[str, HookPoint]:
+    def _probed(self, roots: Mapping[str, list[Inputs]]) -> dict[str, HookPoint]:
         found: dict[str, HookPoint] = {}
-        self.stacks = []
-        for path, (args, kwargs) in roots.items():
+        self.stacks, self._has_failed = [], False
+        for path, ways in roots.items():
             inside = f"{path}." if path else ""
             module = self.known_names.modules[path]
             try:
                 with unheard():
                     _refuse_sharded(module)
-                    seen = trace(module, args, kwargs)
+                    seen = _tried(module, ways)
                     names, stacks = anatomy(seen, model_name=type(module).__name__)
             except Exception as cause:
                 reason = one_line(f"no forward pass of {type(module).__name__} could be tried: {cause!r}", 300)
-                names, stacks = self._all_unavailable(path, reason), []
+                names, stacks, self._has_failed = self._all_unavailable(path, reason), [], True
             else:
                 self._attending |= {f"{inside}{attend.path}" for attend in seen.attends}
             first = not any(point.available for point in found.values())
@@ -177,6 +182,18 @@ class ResearchNames(Researched):
             layers = []
         names.update({f"blocks.{i}.{name}": missing for i in range(len(layers)) for name in _IN_BLOCKS})
         return names
+
+
+def _tried(module: nn.Module, ways: list[Inputs]) -> Trace:
+    """Return what was seen in a pass with the first inputs that the model takes; raises what the first raised."""
+    (args, kwargs), *others = ways
+    try:
+        return trace(module, args, kwargs)
+    except Exception:
+        if others:
+            with suppress(Exception):
+                return _tried(module, others)
+        raise
 
 
 def _refuse_sharded(module: nn.Module) -> None:

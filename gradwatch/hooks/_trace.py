@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..torchside import PRODUCTS, past_override, random_state, set_random_state, tensors_of
+from ..torchside import PRODUCTS, past_override, random_state, set_random_state, takes_hooks, tensors_of
 
 __all__ = ["Attend", "Call", "Op", "Trace", "trace"]
 
@@ -93,7 +93,7 @@ class Trace:
             elif op.name in PRODUCTS:
                 left = self.tensors[op.inputs[-2]] if len(op.inputs) > 1 else None
                 pair = softmaxes.get(op.path)
-                if pair and left is not None and left.numel() == self.tensors[self.ops[pair[1]].outputs[0]].numel():
+                if pair and left is not None and _goes_over(self.tensors[self.ops[pair[1]].outputs[0]], left):
                     first = self.ops[pair[0]]
                     q, k = first.inputs[-2:]
                     attend = Attend(op.path, q, k, op.inputs[-1], op.outputs[0], number, False)
@@ -104,8 +104,16 @@ class Trace:
                     products[op.path] = number
             elif op.name == "softmax" and op.path in products:
                 product = self.ops[products[op.path]]
-                if self.tensors[product.outputs[0]].numel() == self.tensors[op.inputs[0]].numel():
+                if _goes_over(self.tensors[op.inputs[0]], self.tensors[product.outputs[0]]):
                     softmaxes[op.path] = (products[op.path], number)
+
+
+def _goes_over(softmax: Tensor, pairs: Tensor) -> bool:
+    """Return whether a softmax goes over these pairs: of queries and keys, or of a sink besides."""
+    if not (softmax.dim() and pairs.dim()):
+        return False
+    rows, keys = softmax.shape[:-1].numel(), softmax.shape[-1]
+    return rows == pairs.shape[:-1].numel() and keys - pairs.shape[-1] in (0, 1)
 
 
 class _Recorder(TorchFunctionMode):
@@ -154,6 +162,8 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
         call.outputs, call.end = seen.know(output), len(seen.ops)
 
     for path, module in shadow.named_modules():
+        if not takes_hooks(module):
+            continue
 
         def begin(module: nn.Module, given: Any, named: Any, path: str = path) -> None:
             before(module, given, named, path=path)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Heads", "Strided", "View"]
+__all__ = ["Heads", "PositionsFirst", "Strided", "View"]
 
 
 class View(Protocol):
@@ -76,3 +76,17 @@ class Strided:
         new = tensor.clone()
         self.read(new).copy_(value)
         return new
+
+
+@dataclass(frozen=True)
+class PositionsFirst:
+    """What a model holds as (positions, batch, ...), shown with the batch first."""
+
+    inner: View | None = None
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return (tensor if self.inner is None else self.inner.read(tensor)).transpose(0, 1)
+
+    def write(self, tensor: Tensor, value: Tensor) -> Tensor:
+        swapped = value.transpose(0, 1)
+        return swapped if self.inner is None else self.inner.write(tensor, swapped)
