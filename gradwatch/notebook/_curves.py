@@ -1,8 +1,13 @@
-"""Curves over steps as a small SVG."""
+"""Curves over steps as a small picture, with words around it.
+
+A notebook that was not run here is not trusted: it loses every SVG element that stands in a cell, and keeps pictures.
+So the lines are an SVG in an address, and the words are text of the page: in its colour, which a picture can't know.
+"""
 
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +20,10 @@ __all__ = ["Curve", "curves", "lies_on"]
 
 WIDTH, HEIGHT, LEFT, TOP = 720, 92, 64, 12
 RIGHT = WIDTH - 8
-MOST_TICKS = 200
+MOST_TICKS, MOST_TOLD = 200, 8
+
+_WORDS = "font-size:11px;line-height:1.4;margin:4px 0"
+_ROW = "display:flex;justify-content:space-between"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +62,34 @@ def curves(
         return ""
     ends = (float(seen.min()), float(seen.max())) if len(seen) else (0.0, 1.0)
     frame = _Frame.around(float(steps[0]), float(last_step), *ends)
+    marked = [i for i in incidents if frame.first <= i.first_step <= frame.last]
     parts = [_path(frame, steps, values, line.color) for line, values in drawn]
     parts += [_tick(frame.x(step)) for step in steps[broken][:MOST_TICKS].tolist()]
-    parts += [_mark(frame.x(i.first_step), i) for i in incidents if frame.first <= i.first_step <= frame.last]
-    parts += [*(frame.labels(is_log=is_log) if len(seen) else ()), _caption(title, lines)]
+    parts += [_mark(frame.x(i.first_step), i) for i in marked]
     said = f"{escape(title)} from step {frame.first:,.0f} to {frame.last:,.0f}"
-    return (
-        f'<svg role="img" aria-label="{said}" viewBox="0 0 {WIDTH} {HEIGHT + 22}"'
-        f' style="display:block;width:100%;font:11px sans-serif">{"".join(parts)}</svg>'
-    )
+    heights = frame.heights(is_log=is_log) if len(seen) else ("", "")
+    return _figure(_picture(parts, said, marked), heights, frame, _caption(title, lines))
+
+
+def _figure(picture: str, heights: tuple[str, str], frame: _Frame, caption: str) -> str:
+    """Return a picture between its words: the ends of its axes, and what is drawn."""
+    high, low = (f'<div style="opacity:.75">{escape(height)}</div>' for height in heights)
+    side = f"width:{LEFT - 6}px;padding-right:6px;text-align:right;flex-shrink:0"
+    beside = f'<div style="{side};{_ROW};flex-direction:column">{high}{low}</div>'
+    ends = (f"step {frame.first:,.0f}", f"{frame.last:,.0f}")
+    first, last = (f'<div style="opacity:.75">{end}</div>' for end in ends)
+    below = f'<div style="{_ROW};padding-left:{LEFT}px">{first}<div>{caption}</div>{last}</div>'
+    return f'<div style="{_WORDS}"><div style="{_ROW}">{beside}{picture}</div>{below}</div>'
+
+
+def _picture(parts: Sequence[str], said: str, incidents: Sequence[Incident]) -> str:
+    """Return an image element. What stands in it is numbers and colours: no name out of a run."""
+    width = RIGHT - LEFT
+    axes = f'<path d="M.5 {TOP}V{HEIGHT - 0.5}H{width}" fill="none" stroke="#888" opacity=".6"/>'
+    drawn = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}">{axes}{"".join(parts)}</svg>'
+    address = f"data:image/svg+xml;base64,{b64encode(drawn.encode()).decode()}"
+    told = "&#10;".join(escape(i) for i in incidents[:MOST_TOLD])
+    return f'<img alt="{said}" title="{told}" src="{address}" style="width:100%;min-width:0">'
 
 
 @dataclass(frozen=True)
@@ -81,27 +108,21 @@ class _Frame:
         return cls(first, max(last, first + 1), low - half, high + half)
 
     def x(self, step: float) -> float:
-        return LEFT + (RIGHT - LEFT) * (step - self.first) / (self.last - self.first)
+        return (RIGHT - LEFT) * (step - self.first) / (self.last - self.first)
 
     def y(self, value: float) -> float:
         return TOP + (HEIGHT - TOP) * (1 - (value - self.low) / (self.high - self.low))
 
-    def labels(self, *, is_log: bool) -> list[str]:
-        """Return the axes, and words at their ends."""
+    def heights(self, *, is_log: bool) -> tuple[str, str]:
+        """Return the words at the upper and at the lower end."""
         low, high = (10**self.low, 10**self.high) if is_log else (self.low, self.high)
-        return [
-            f'<path d="M{LEFT} {TOP}V{HEIGHT}H{RIGHT}" fill="none" stroke="currentColor" opacity=".3"/>',
-            _label(LEFT - 6, TOP + 8, number(high), "end"),
-            _label(LEFT - 6, HEIGHT, number(low), "end"),
-            _label(LEFT, HEIGHT + 16, f"step {self.first:,.0f}", "start"),
-            _label(RIGHT, HEIGHT + 16, f"{self.last:,.0f}", "end"),
-        ]
+        return number(high), number(low)
 
 
 def _caption(title: str, lines: Sequence[Curve]) -> str:
-    names = [f'<tspan dx="10" fill="{line.color}">━</tspan> {escape(line.name)}' for line in lines if len(lines) > 1]
-    place = f'x="{WIDTH / 2:.0f}" y="{HEIGHT + 16}" text-anchor="middle" fill="currentColor"'
-    return f"<text {place}>{escape(title)}{''.join(names)}</text>"
+    swatch = "display:inline-block;width:14px;vertical-align:middle;border-top:2px solid"
+    named = [f'<span style="{swatch} {line.color}"></span> {escape(line.name)}' for line in lines if len(lines) > 1]
+    return " &nbsp; ".join([escape(title), *named])
 
 
 def _tick(x: float) -> str:
@@ -129,10 +150,4 @@ def _path(frame: _Frame, steps: Floats, values: Floats, color: str) -> str:
 
 def _mark(x: float, incident: Incident) -> str:
     color = TONES.get(incident.severity, TONES["warning"])
-    return f'<path d="M{x - 5:.1f} 0h10l-5 9z" fill="{color}"><title>{escape(incident)}</title></path>'
-
-
-def _label(x: float, y: float, text: str, anchor: str) -> str:
-    return (
-        f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="currentColor" opacity=".75">{escape(text)}</text>'
-    )
+    return f'<path d="M{x - 5:.1f} 0h10l-5 9z" fill="{color}"/>'
