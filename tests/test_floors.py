@@ -19,6 +19,7 @@ FLOORS = [
         "_address",
         "_lazy",
         "_markup",
+        "_places",
         "_text",
         "_version",
         "_warn",

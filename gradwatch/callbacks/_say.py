@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from .._text import printable
+from .._text import as_typed, printable
 from ..watch import Session
 
 __all__ = ["fitted", "say", "say_beside", "say_ending"]
@@ -86,9 +86,10 @@ def say_ending(session: Session, *, no_files: str = "") -> None:
         no_files: why nothing was written, where something could have been.
     """
     say(fitted(session.summary()))
+    folder = as_typed(str(session.run_dir))
     if session.wrote:
-        say(f"gradwatch wrote {session.run_dir}; `gradwatch report` turns it into a page")
+        say(f"gradwatch wrote {folder}; `gradwatch report` turns it into a page")
     elif session.run_dir is not None:
-        say(f"gradwatch could not write all of {session.run_dir}: {session.sinks.trouble or 'it is not there'}")
+        say(f"gradwatch could not write all of {folder}: {session.sinks.trouble or 'it is not there'}")
     elif no_files and session.incidents:
         say(f"gradwatch wrote no files: {no_files}. `run_dir=` names a folder for them")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .._places import anchored
 from ..protocols import Sink
 from ..sinks import sinks_for_loggers
 
@@ -56,7 +57,7 @@ def sinks_of(args: Any, name: str) -> list[Sink]:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or Path(args.output_dir) / "runs"
-        loggers.append(SummaryWriter(str(Path(folder).expanduser() / name)))
+        loggers.append(SummaryWriter(str(anchored(folder) / name)))
     if "wandb" in args.report_to:
         import wandb
 

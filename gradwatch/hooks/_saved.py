@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._places import anchored
 from ..errors import RunFormatError
 from ._capture import State
 from ._store import safetensors_torch
@@ -43,7 +44,7 @@ class SavedStates(Sequence[State]):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = anchored(path)
         with safetensors_torch().safe_open(str(self.path), framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER)
         if header is None:

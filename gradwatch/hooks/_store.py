@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._places import anchored
 from ..errors import ConfigError, MissingExtraError, UnknownNameError, suggest
 
 __all__ = ["ActivationStore"]
@@ -46,7 +47,7 @@ class ActivationStore(Sequence[Mapping[str, Any]]):
 
     def __init__(self, folder: str | Path) -> None:
         safetensors_torch()
-        self.folder = Path(folder)
+        self.folder = anchored(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._index = self.folder / INDEX
         self._entries: list[dict[str, Any]] = _read_index(self._index)

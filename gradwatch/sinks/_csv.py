@@ -6,8 +6,8 @@ import csv
 import os
 from collections.abc import Mapping, Sequence
 from io import StringIO
-from pathlib import Path
 
+from .._places import anchored
 from ..errors import RunFormatError
 from ..protocols import RunMeta
 from ..records import StepRecord
@@ -41,7 +41,7 @@ class CsvSink(ScalarSink):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(name="")
-        self.path = Path(path)
+        self.path = anchored(path)
         self._continued = False
 
     def open(self, meta: RunMeta) -> None:

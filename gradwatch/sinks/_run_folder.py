@@ -12,6 +12,7 @@ from time import time
 from typing import Any
 
 from .._closing import end_all
+from .._places import anchored
 from .._warn import warn
 from ..errors import ConfigError, GradwatchError, RunFormatError
 from ..protocols import RunMeta, Sink
@@ -78,7 +79,7 @@ class RunFolder(Sink):
         for name, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"RunFolder: `{name}` must be above 0. Got {value}.")
-        self.path = Path(path) if path is not None else None
+        self.path = anchored(path) if path is not None else None
         self._settings = positive
         self._pid = -1
         self._meta: dict[str, Any] = {}
@@ -115,7 +116,7 @@ class RunFolder(Sink):
         if self.path is None:
             if meta.run_dir is None:
                 raise ConfigError("RunFolder has no path, and the run has no `run_dir`. Give one of them.")
-            self.path = Path(meta.run_dir)
+            self.path = anchored(meta.run_dir)
         self.path.mkdir(parents=True, exist_ok=True)
         refuse_links(self.path)
         lock = FolderLock(self.path)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from .._places import anchored
 from .._warn import one_line
 from ..errors import ConfigError
 from ..requests import GoBack, Request, StopTraining
@@ -102,7 +103,7 @@ def _plan(wanted: Sequence[_Wanted], run_dir: Path | None) -> Plan:
     every, count = min(each.every for each in wanted), max(item.snapshots for item in items)
     if len(wanted) > 1 and count > 1:
         count = max(count, *(-(-each.reach // every) + 1 for each in wanted))
-    folder = next((Path(item.folder) for item in items if item.folder is not None), None)
+    folder = next((anchored(item.folder) for item in items if item.folder is not None), None)
     return Plan(
         every=every,
         count=count,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .._places import anchored
 from ..errors import ConfigError
 
 __all__ = ["RunDir", "checked_run_dir", "free_run_dir", "run_dir_of"]
@@ -20,13 +21,14 @@ def checked_run_dir(given: RunDir) -> RunDir:
     Raises:
         ConfigError: it is no folder.
     """
-    if given is not None and not isinstance(given, (str, os.PathLike, bool)):
+    # An empty name would be the working directory's.
+    if given == "" or (given is not None and not isinstance(given, (str, os.PathLike, bool))):
         raise ConfigError(f"`run_dir` takes a folder, True, False or None. Got {given!r}.")
     return given
 
 
 def run_dir_of(given: RunDir, name: str, kept: Path | None, *, fresh: bool = True) -> Path | None:
-    """Return the folder for a run's files; None where nothing is to be written.
+    """Return the folder for a run's files, which stays where it is; None where nothing is to be written.
 
     Args:
         given: as at the door.
@@ -41,10 +43,10 @@ def run_dir_of(given: RunDir, name: str, kept: Path | None, *, fresh: bool = Tru
     if given is False:
         return None
     if isinstance(given, (str, os.PathLike)):
-        return Path(given)
+        return anchored(given)
     if kept is None and given is None:
         return None
-    folder = (kept or Path()) / name
+    folder = anchored(kept or Path()) / name
     return free_run_dir(folder) if fresh else folder
 
 
