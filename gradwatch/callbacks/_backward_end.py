@@ -5,12 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..torchside import Aside, WeakHook, find, graph_task_id, tensors_of
+from ..torchside import Aside, WeakHook, find, graph_task_id, tensors_of, untraced
 
 __all__ = ["BackwardEnd", "Pass"]
 
@@ -94,7 +95,8 @@ class BackwardEnd:
         self._begun = key
         this.num_backwards += 1
         # Twice around: those who queued theirs during this backward (DDP's reduction) come before the second.
-        _call_at_end(lambda: _call_at_end(lambda: self._on_end(this)))
+        told = untraced(lambda: self._on_end(this))
+        _call_at_end(partial(_call_at_end, told))
 
 
 class _Begun:
@@ -106,6 +108,7 @@ class _Begun:
     def __init__(self, owner: BackwardEnd, this: Pass, *, weigh: bool) -> None:
         self.owner, self.this, self.weigh = weakref.ref(owner), this, weigh
 
+    @untraced
     def __call__(self, grad: Tensor) -> None:
         owner = self.owner()
         if owner is None or owner.is_muted():

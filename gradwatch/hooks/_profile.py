@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..torchside import WeakHook, storage_identity, tensors_of
+from ..torchside import WeakHook, storage_identity, tensors_of, untraced
 from ._gradients import hook_gradient
 from ._profile_records import Clock, Record
 from ._profile_report import ModuleProfile, chrome_trace, summarise, table
@@ -193,6 +193,7 @@ class _Mark:
     def __init__(self, profile: Profile, record: Record, what: str) -> None:
         self.profile, self.record, self.what = profile, record, what
 
+    @untraced
     def __call__(self, grad: Tensor | None) -> None:
         if not self.profile.is_running:
             return

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..torchside import OwnedHook, is_traced
+from ..torchside import OwnedHook, is_traced, uncompiled, untraced
 
 if TYPE_CHECKING:
     from ._tap import ModuleTap
@@ -84,6 +84,7 @@ class PreForwardProbe(_ModuleProbe):
     __slots__ = ()
     hooks = "_forward_pre_hooks"
 
+    @uncompiled
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         # Without keyword arguments: taken off in the midst of torch's walk.
         if kwargs is not None and not is_traced() and (tap := self.tap) is not None:
@@ -96,6 +97,7 @@ class ForwardProbe(_ModuleProbe):
     __slots__ = ()
     hooks = "_forward_hooks"
 
+    @uncompiled
     def __call__(self, module: nn.Module, args: Any, *kwargs_and_output: Any) -> None:
         # The output alone: taken off in the midst of torch's walk.
         if len(kwargs_and_output) == 2 and not is_traced() and (tap := self.tap) is not None:
@@ -107,6 +109,7 @@ class GradProbe(_Probe):
 
     __slots__ = ()
 
+    @untraced
     def __call__(self, grad: Tensor | None) -> None:
         # None: torch's way to say zero, to a hook on an output of a fused function that nothing used.
         if grad is None:
@@ -123,6 +126,7 @@ class BackwardProbe(_Probe):
 
     __slots__ = ()
 
+    @untraced
     def __call__(self, module: nn.Module, grad_input: Any, grad_output: Any) -> None:
         if (tap := self.tap) is not None:
             for grad in grad_output:

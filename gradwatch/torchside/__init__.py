@@ -53,7 +53,7 @@ from ._samples import Samples, unlike
 from ._stages import Away, Pipeline, pipeline_of
 from ._standins import Owned, masters, parameters_of
 from ._untouched import every_random_state, set_every_random_state, untouched
-from ._untraced import is_traced, untraced
+from ._untraced import is_traced, uncompiled, untraced
 from ._values import Values, declassed, dense, overlaps, owned, parts, values, why_unreadable, writable
 from ._zero import ZeroPart, engine_of, is_split_by_zero
 
@@ -164,6 +164,7 @@ __all__ = [
     "unlike",
     "unmasked_attention",
     "untouched",
+    "uncompiled",
     "untraced",
     "values",
     "wait_for",

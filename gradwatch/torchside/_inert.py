@@ -193,6 +193,7 @@ def weakly(method: Any, otherwise: Any = None) -> Callable[..., Any]:
     # `weakref.WeakMethod` does the same in Python, at three times the price.
     reference, function = weakref.ref(method.__self__), method.__func__
 
+    @untraced
     def call(*args: Any, **kwargs: Any) -> Any:
         owner = reference()
         return otherwise if owner is None else function(owner, *args, **kwargs)

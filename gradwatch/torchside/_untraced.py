@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch.compiler import is_compiling
 
-__all__ = ["is_traced", "untraced"]
+__all__ = ["is_traced", "uncompiled", "untraced"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
@@ -28,6 +28,13 @@ def untraced(fn: Function) -> Function:
     the compiler. The names are private; where they are missing, torch.compile traces what it can.
     """
     fn._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return uncompiled(fn)
+
+
+def uncompiled(fn: Function) -> Function:
+    """Keep torch.compile from compiling a function that is called in the midst of the user's compiled program, by
+    autograd or by a module that is not compiled. Where the program's own trace leads into it, it is traced.
+    """
     frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
     with suppress(AttributeError, TypeError):
         if hasattr(frames, "set_code_exec_strategy"):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..torchside import clean_path, tensors_of, untouched
+from ..torchside import clean_path, tensors_of, untouched, untraced
 from ._replays import Replay
 
 __all__ = ["Autopsy", "examine"]
@@ -59,6 +60,7 @@ def _run_one(model: nn.Module, replay: Replay, params: Sequence[Tensor]) -> Auto
     rows: list[dict[str, Any]] = []
     backward: list[str] = []
 
+    @untraced
     def on_grad(row: dict[str, Any], grad: Tensor) -> None:
         row["grad_output_absmax"] = _absmax([grad])
         if not _finite([grad]):
@@ -75,7 +77,7 @@ def _run_one(model: nn.Module, replay: Replay, params: Sequence[Tensor]) -> Auto
         rows.append(row)
         for tensor in outputs:
             if tensor.requires_grad:
-                tensor.register_hook(lambda grad: on_grad(row, grad))
+                tensor.register_hook(partial(on_grad, row))
 
     with ExitStack() as stack:
         for path, module in model.named_modules():

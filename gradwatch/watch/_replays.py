@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..samples import Begun
-from ..torchside import Aside, WeakHook, accelerator, find, is_traced, map_tensors, set_every_random_state, tensors_of
+from ..torchside import (
+    Aside,
+    WeakHook,
+    accelerator,
+    find,
+    is_traced,
+    map_tensors,
+    set_every_random_state,
+    tensors_of,
+    untraced,
+)
 from ._batch import num_samples
 
 __all__ = ["ForwardMemory", "Replay"]
@@ -81,6 +91,7 @@ class _GradSeen:
     def __init__(self, seen: _Seen, name: str) -> None:
         self.seen, self.name = weakref.ref(seen), name
 
+    @untraced
     def __call__(self, grad: Tensor) -> None:
         seen = self.seen()
         if seen is None:

@@ -16,7 +16,7 @@ from ..errors import TrainingStopped
 from ..protocols import Sink, Treatment
 from ..records import Incident, StepRecord, Verdict
 from ..requests import Request, StopTraining
-from ..torchside import weakly
+from ..torchside import untraced, weakly
 from ._batch import num_samples, validation_inputs
 from ._closure import Evaluated, closure_in, only_one
 from ._deepspeed import EngineStepper, steppers_of
@@ -69,8 +69,9 @@ class Watch:
         treatments: for every step.
         surgery: a method's name or a `Surgery`, for `backward({...})` and `split(...)`.
         statistics: your own measurements: `gradwatch.stats.Statistic` objects, or names of registered ones.
-        run_dir: folder for records and incidents; None and False: none; True: `<name>` in the working directory, or the
-            first of `<name>-1`, `<name>-2`, ... that is free.
+        run_dir: folder for records and incidents (`~` is the home folder; a relative one stays where it is now); None
+            and False: none; True: `<name>` in the working directory, or the first of `<name>-1`, `<name>-2`, ... that
+            is free.
         sinks: where else records go.
         log_every: optimizer steps between two log entries of sinks without a cadence of their own.
         on_incident: told of incidents in a thread of its own: a callable (each one, when it opens and when it is over),
@@ -191,6 +192,7 @@ class Watch:
         """What was decided of the last step that was given a closure."""
         return self._outcome
 
+    @untraced
     def backward(
         self, losses: Mapping[str, Tensor] | Tensor, *, parts: int = 1, last: bool = True, batch_size: int = 1
     ) -> Tensor:
@@ -222,6 +224,7 @@ class Watch:
         self._losses.append(total.detach())
         return total.detach()
 
+    @untraced
     def step(
         self,
         loss: Any = None,
@@ -305,12 +308,14 @@ class Watch:
         self.after_step()
         return loss
 
+    @untraced
     def micro_batch(self, loss: Any = None, batch: Any = None) -> None:
         """Hand over what a micro-batch gave whose gradients accumulate; the last one of a step is `step`'s."""
         self.session.see(batch)
         self._micro_losses += [] if loss is None else [loss]
         self._num_samples += num_samples(batch)
 
+    @untraced
     def after_backward(
         self,
         loss: Any = None,
@@ -368,6 +373,7 @@ class Watch:
         known = next((s.scaled for s in self._steppers if s.raw is optimizer), optimizer)
         return scale_left_in_gradients(self.scaler, known)
 
+    @untraced
     def after_step(self) -> None:
         """The second half of `step`: call it after the optimizer has stepped.
 
@@ -405,6 +411,7 @@ class Watch:
             yield batch
         self.at(epoch=epoch)
 
+    @untraced
     def at(self, *, epoch: int = -1, batch_idx: int = -1, loader: Any = None) -> None:
         """Say which batch goes on, for a loop that counts its own; `batches` does it for the others.
 
@@ -417,6 +424,7 @@ class Watch:
         if loader is not None:
             self.session.cases.take_loader(loader)
 
+    @untraced
     def validation(self, loss: Any = None, *, batch: Any = None, **metrics: Any) -> None:
         """Hand over validation values; they stand on the next step's record as `val_loss` and `val_<metric>`;
         after the last step, rules hear of them when the run ends.
@@ -432,6 +440,7 @@ class Watch:
         if batch is not None:
             self._extra |= validation_inputs(batch, guard)
 
+    @untraced
     def record(self, **values: Any) -> None:
         """Put numbers of your own on the next step's record: `watch.record(kl=kl, reward=reward)`.
 
@@ -449,6 +458,7 @@ class Watch:
         """
         self.session.register(objects)
 
+    @untraced
     def annotate(
         self, text: str, *, silence: int = 0, paths: str | Sequence[str] = "*", rules: str | Sequence[str] = "*"
     ) -> None:
