@@ -15,6 +15,7 @@ GROUPS = {
     "lightning_cases.py": "Lightning `ddp`, 2 processes",
     "alone_cases.py": "DistributedDataParallel and FSDP2, 2 processes",
     "change_cases.py": "plain gloo, 2 processes, whose models change in mid run",
+    "company_cases.py": "DistributedDataParallel, 2 processes that do not all take part alike",
     "statistic_cases.py": "DistributedDataParallel and FSDP2, 2 processes",
     "flat_cases.py": "FSDP1 (`FullyShardedDataParallel`), 2 processes; HSDP1, 4 processes",
     "pipeline_cases.py": "`torch.distributed.pipelining`, 2 processes; times DDP or FSDP2, 4 processes",

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -89,13 +89,24 @@ def choose_run_dir(trainer: Any, given: RunDir, name: str, *, fresh: bool) -> Pa
     leaves the working directory as it is. A logger that has no folder (a remote one) has its files where the Trainer
     puts its checkpoints.
     """
-    # `log_dir` is a collective: every rank asks.
-    log_dir = trainer.log_dir
     if trainer.fast_dev_run:
         return None
-    if log_dir is None or not trainer.loggers:
+    log_dir = _log_dir(trainer)
+    if log_dir is None:
         log_dir = _root(trainer)
     return run_dir_of(given, name, None if log_dir is None else Path(log_dir), fresh=fresh)
+
+
+def _log_dir(trainer: Any) -> str | None:
+    """Return the folder of the first logger, as this rank knows it.
+
+    `Trainer.log_dir` waits for all ranks, and a callback may be on rank 0 alone.
+    """
+    if not trainer.loggers:
+        return None
+    logger = trainer.loggers[0]
+    has_own = {"TensorBoardLogger", "CSVLogger"} & {base.__name__ for base in type(logger).__mro__}
+    return cast("str | None", logger.log_dir if has_own else logger.save_dir)
 
 
 def _root(trainer: Any) -> str | None:
@@ -137,8 +148,12 @@ def home_of(session: Session, trainer: Any, *, say: Callable[[str], None]) -> Ho
             raise TrainingStopped(request.reason)
         trainer.should_stop = True
 
-    folder = session.run_dir or Path(trainer.default_root_dir)
-    return Home(stop, lambda filename: trainer.save_checkpoint(folder / f"{filename}.ckpt"))
+    def save(filename: str) -> None:
+        # Ranks save together, into one place: rank 0's, whose folder may have another number.
+        folder = trainer.strategy.broadcast(str(session.run_dir or trainer.default_root_dir))
+        trainer.save_checkpoint(Path(folder, f"{filename}.ckpt"))
+
+    return Home(stop, save)
 
 
 def hear_raw_steps(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._warn import one_line
+from ..errors import ConfigError
 from ..protocols import Statistic, Treatment
 from ..records import Incident, StepRecord
 from ..requests import StopTraining
@@ -33,6 +35,7 @@ from ._history import History
 from ._judge import Judge, own_incident
 from ._measurements import measurements
 from ._measuring import Measuring
+from ._meeting import Meeting, terms_of
 from ._memory import memory_of, remember
 from ._model_meter import ModelMeter
 from ._noise_scale import NoiseScale
@@ -76,11 +79,13 @@ class Engine:
         options: what to measure.
         statistics: the user's own measurements.
         run_dir: where snapshots may lie that are to lie in files.
+        meeting: tells whether the other ranks take part.
         on_incident: told of every incident that opens or changes.
         on_record: told of every finished record.
 
     Attributes:
         ends_at_once: `finish_step` follows the optimizers' steps, with nothing in between.
+        is_off: the other ranks do not take part: nothing is measured, judged or treated any more.
         is_replaying: a step's micro-batches are run again: what hooks see is none of the training's.
         waits_for: what makes every step wait for the device: a treatment that must look, or a rule with a treatment
             that is not decided by one norm alone. "" where nothing does.
@@ -96,6 +101,7 @@ class Engine:
         options: MeasureOptions,
         statistics: Sequence[Statistic] = (),
         run_dir: Path | None = None,
+        meeting: Meeting | None = None,
         on_incident: Callable[[Incident], None],
         on_record: Callable[[StepRecord], None],
     ) -> None:
@@ -110,6 +116,7 @@ class Engine:
         of_updates = own_updates(statistics, self.meter, views)
         self.tables = Tables((*built_in, *of_updates, *statistics), self.meter, self.guard, views)
         self.rates = LearningRates(optimizers)
+        self._meeting, self._statistics = meeting or Meeting(model), tuple(statistics)
         self.completion = Completion(
             self.judge,
             self.optimizers,
@@ -164,7 +171,7 @@ class Engine:
         self._current: Draft | None = None
         self._replays: list[Replay] = []
         self._inputs: StepInputs | None = None
-        self.is_replaying = False
+        self.is_replaying = self.is_off = False
         self.autopsy: Autopsy | None = None
         self.alarmed: Alarmed = {}
         self.produced = Produced(self.meter, self.guard, weakly(self._is_due))
@@ -216,6 +223,8 @@ class Engine:
     @timed
     def before_forward(self, step: int) -> None:
         """Say that the forward passes of a step begin. May be called once per micro-batch."""
+        if self.is_off:
+            return
         plan = self.planner.at(step)
         self.produced.counts = plan.histograms and not self.produced.is_to_compare(step)
         if plan.modules and self.guard.ok("hooks on modules"):
@@ -282,6 +291,8 @@ class Engine:
     def after_backward(self, inputs: StepInputs, optimizers: Sequence[Optimizer] | None = None) -> StepOutcome:
         """Measure, judge and treat the gradients that lie complete in `.grad`, before the optimizer steps."""
         optimizers = self.optimizers if optimizers is None else tuple(optimizers)
+        if self.is_off or (self.planner.at(inputs.step).num_ranks > 1 and self._is_alone(inputs.step)):
+            return StepOutcome()
         if self._measured == (key := (inputs.step, inputs.optimizer)):
             # A closure called again (LBFGS): one decision per step stands.
             return StepOutcome(skip=self._current is not None and self._current.vetoed)
@@ -307,6 +318,20 @@ class Engine:
             return self._failed(error, optimizers)
         self._failures = 0
         return outcome
+
+    def _is_alone(self, step: int) -> bool:
+        """Whether the other ranks do not take part alike. Then all of gradwatch goes: what it would exchange they would
+        take for what they exchange themselves, and a treatment on some ranks alone would part their weights."""
+        why = self._meeting.why_alone(partial(self._terms, step))
+        if not why:
+            return False
+        self.is_off = True
+        self.take_off()
+        self.guard.report("measuring", ConfigError(why))
+        return True
+
+    def _terms(self, step: int) -> dict[str, Any]:
+        return terms_of(self.options, self.book.rules, self.all_treatments, self._statistics, step)
 
     def _go_back_late(self, optimizers: Sequence[Optimizer]) -> bool:
         """Go back where that was asked for and nobody said that the step was over; return whether the gradients at hand
@@ -494,6 +519,8 @@ class Engine:
     @timed
     def finish_step(self) -> None:
         """Complete the last step's record: called after the optimizer has stepped."""
+        if self.is_off:
+            return
         self._complete_last()
         if self._measured is not None and self._measured[0] == self._begun:
             # Not between the micro-batches of a step.

@@ -31,6 +31,7 @@ from ._coverage import Standing, coverage
 from ._deepspeed import check_deepspeed
 from ._engine import Engine, StepOutcome
 from ._incident_target import IncidentTarget, incident_sink
+from ._meeting import Meeting
 from ._named import own_numbers
 from ._noise_scale import noise_line
 from ._paths import unwrap
@@ -101,6 +102,7 @@ class Session:
             options=settings.options,
             statistics=settings.statistics,
             run_dir=self.run_dir,
+            meeting=Meeting(model),
             on_incident=weakly(self._incident),
             on_record=weakly(self._record),
         )

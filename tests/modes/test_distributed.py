@@ -11,6 +11,7 @@ from gradwatch.callbacks import GradWatch
 from tests.modes import (
     alone_cases,
     change_cases,
+    company_cases,
     ddp_cases,
     expert_cases,
     flat_cases,
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 DDP, LIGHTNING = list(ddp_cases.CASES), list(lightning_cases.CASES)
 ALONE = list(alone_cases.CASES)
 CHANGES = list(change_cases.CASES)
+COMPANY = list(company_cases.CASES)
 STATISTICS = list(statistic_cases.CASES)
 TWO, FOUR = list(sharded_cases.TWO), list(sharded_cases.FOUR)
 PIPELINE_TWO, PIPELINE_FOUR = list(pipeline_cases.TWO), list(pipeline_cases.FOUR)
@@ -121,6 +123,12 @@ def test_a_failure_on_one_rank_alone(name: str, outcomes) -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_models_that_change_on_all_ranks_or_on_one(name: str, outcomes) -> None:
     _, found = outcomes("tests.modes.change_cases", 2, tuple(CHANGES))
+    assert not found[name], found[name]
+
+
+@pytest.mark.parametrize("name", COMPANY)
+def test_ranks_that_do_not_all_take_part_alike(name: str, outcomes) -> None:
+    _, found = outcomes("tests.modes.company_cases", 2, tuple(COMPANY))
     assert not found[name], found[name]
 
 
