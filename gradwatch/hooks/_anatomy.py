@@ -17,6 +17,8 @@ from ._views import Strided
 __all__ = ["Found", "Stack", "anatomy"]
 
 _NO_STREAM = "the block's additions to its residual stream could not be followed"
+_PARTS = ("hook_attn_out", "hook_mlp_out", "hook_resid_mid", "mlp.hook_pre", "mlp.hook_post")
+_NOT_TOLD = "the block adds no such part to its stream by itself (parts may be added up in place before)"
 _NO_SCALE = "the norm computes it within one function"
 
 
@@ -31,6 +33,7 @@ class Stack:
         attends: index -> what attends there.
         final_norm: path, or "".
         unembed: path of what makes logits of the last norm's output, or "".
+        logit_scale: what the model multiplies these by.
     """
 
     container: str
@@ -39,6 +42,7 @@ class Stack:
     attends: dict[str, list[Attend]] = None  # type: ignore[assignment]
     final_norm: str = ""
     unembed: str = ""
+    logit_scale: float = 1.0
 
 
 def anatomy(seen: Trace, *, model_name: str) -> tuple[Meanings, list[Stack]]:
@@ -166,6 +170,8 @@ class _Block:
                 if what == "mlp":
                     found.update(self._mlp_names(addend))
         found.update(self._states(roles))
+        for name in _PARTS:
+            found.setdefault(name, Unavailable(_NOT_TOLD))
         return found
 
     def _when(self, one: int) -> int:
@@ -293,10 +299,30 @@ def _around(whole: Flow, stack: Stack, model_name: str) -> Meanings:
         stack.final_norm = norm.path
         found[p + "ln_final.hook_normalized"] = Found(norm.path)
         after = [c for c in whole.calls if c.begin >= norm.end and c in whole.projected.values()]
-        stack.unembed = after[-1].path if after else ""
+        fed = [c for c in after if c.inputs and whole.is_moved(c.inputs[0][1], norm.outputs[0][1])]
+        for call in fed:
+            scale = _scale_after(whole, call)
+            if scale is not None:
+                stack.unembed, stack.logit_scale = call.path, scale
     else:
         found[p + "ln_final.hook_normalized"] = Unavailable(f"{model_name} has no final norm after its blocks")
     return found
+
+
+def _scale_after(whole: Flow, unembed: Call) -> float | None:
+    """Return what the model multiplies a projection's output by to make its logits; 1 where it does something else to
+    them, as a soft cap; None where the projection makes no logits."""
+    made = unembed.outputs[0][1]
+    logits = whole.tensor(made)
+    for _, one in whole.call.outputs:
+        final = whole.tensor(one)
+        if final.shape != logits.shape or whole.ways(one)[0] != {made}:
+            continue
+        ratios = (final.double() / logits.double())[logits.abs() > logits.abs().mean()]
+        exact = 1e-2 if final.dtype.itemsize < 4 else 1e-4
+        is_scaled = bool(ratios.numel()) and torch.allclose(ratios, ratios[:1], rtol=exact)
+        return float(ratios.mean()) if is_scaled and one != made else 1.0
+    return None
 
 
 def _is_within(path: str, container: str) -> bool:

@@ -120,6 +120,15 @@ class Flow:
         number = self.seen.maker.get(one)
         return self.seen.ops[number] if number is not None and self.call.begin <= number < self.call.end else None
 
+    def is_moved(self, one: int, source: int) -> bool:
+        """Return whether a tensor is another one, with nothing done to it but moving it about."""
+        while one != source:
+            op = self.op_of(one)
+            if op is None or op.name not in PLAIN:
+                return False
+            one = op.inputs[0]
+        return True
+
     def emitted(self, one: int, *, before: int | None = None) -> Call | None:
         """Return the outermost of the calls that gave a tensor out last, of modules that are called but once."""
         found = [

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnavailablePointError
+from ._norms import norm_of
 from ._results import head_results, weight_of
 
 if TYPE_CHECKING:
@@ -33,18 +34,23 @@ class Residual:
         found = {n.removeprefix(blocks).split(".")[0] for n in self.names if n.startswith(blocks)}
         self.layers = sorted(int(i) for i in found if i.isdigit())
         if not self.layers:
+            others = sorted({n[: n.index("blocks.")] for n in self.names if "blocks." in n})
+            if others:
+                shown = " or ".join(f"prefix={other!r}" for other in others)
+                raise ConfigError(f"the model has no blocks under the prefix {prefix!r}. Its stacks: {shown}.")
             raise ConfigError("the model has no research names of blocks: nothing to take apart.")
 
     def _name(self, layer: int, what: str) -> str:
         return f"{self.prefix}blocks.{layer}.{what}"
 
     def _at(self, layer: int | None) -> int:
-        """Return how many blocks stand before a layer; None and -1 mean all."""
+        """Return how many of the blocks that have names stand before a layer; None and -1 mean all."""
+        most = self.layers[-1] + 1
         if layer is None or layer == -1:
             return len(self.layers)
-        if not 0 <= layer <= len(self.layers):
-            raise ConfigError(f"`layer` is a number of blocks from 0 to {len(self.layers)}, or -1. Got {layer}.")
-        return layer
+        if not 0 <= layer <= most:
+            raise ConfigError(f"`layer` is a number of blocks from 0 to {most}, or -1. Got {layer}.")
+        return sum(known < layer for known in self.layers)
 
     def parts(
         self, layer: int | None = None, *, mlp_input: bool = False, mode: str = "all"
@@ -63,12 +69,46 @@ class Residual:
         labels: list[str] = []
         if mode == "all":
             found, labels = self._embeddings()
-        for i in self.layers[: number + mlp_input]:
+        for place, i in enumerate(self.layers[: number + mlp_input]):
+            if mode == "all" and place:
+                self._bridge(found, labels, self.layers[place - 1], i)
             for kind in ("attn", "mlp"):
-                if mode in ("all", kind) and not (kind == "mlp" and i == number):
+                if mode in ("all", kind) and not (kind == "mlp" and place == number):
                     found.append(self.cache[self._name(i, f"hook_{kind}_out")].reshape(self._shape()))
                     labels.append(f"{i}_{kind}_out")
+            if mode == "all" and place != number:
+                self._check(found, i)
+        if mode == "all" and not mlp_input and 0 < number < len(self.layers):
+            self._bridge(found, labels, self.layers[number - 1], self.layers[number])
+        if not found:
+            raise ConfigError(f"no block stands before layer {layer}: there are no parts.")
         return torch.stack(found), labels
+
+    def _held(self, layer: int, what: str) -> Tensor | None:
+        name = self._name(layer, what)
+        return self.cache[name].reshape(self._shape()) if name in self.cache else None
+
+    def _bridge(self, found: list[Tensor], labels: list[str], before: int, after: int) -> None:
+        """Add what blocks that have no names (that do not attend) put between two that have."""
+        left, entered = self._held(before, "hook_resid_post"), self._held(after, "hook_resid_pre")
+        if left is not None and entered is not None and after - before > 1:
+            found.append(entered - left)
+            labels.append(f"{before + 1}_to_{after}_pre")
+
+    def _check(self, found: list[Tensor], layer: int) -> None:
+        """See that the parts are the stream after a block, where that was kept.
+
+        Raises:
+            ConfigError: they are not: the model normalises the stream itself between its additions.
+        """
+        post = self._held(layer, "hook_resid_post")
+        total = torch.stack(found).sum(dim=0)
+        slack = max(1e-3, 64 * torch.finfo(total.dtype).eps)
+        if post is not None and float((total - post).abs().max()) > slack * float(post.abs().max()):
+            raise ConfigError(
+                f"the parts do not add up to {self._name(layer, 'hook_resid_post')!r}: the model changes its residual "
+                "stream between additions (a norm after each, a scale), so what is added early is not there as it was"
+            )
 
     def _shape(self) -> torch.Size:
         shape: torch.Size = self.cache[self._name(self.layers[0], "hook_resid_pre")].shape
@@ -77,11 +117,13 @@ class Residual:
     def _embeddings(self) -> tuple[list[Tensor], list[str]]:
         """Return embeddings, where the model adds them up as they are; else the first state as one part."""
         first = self.cache[self._name(self.layers[0], "hook_resid_pre")]
-        names = [n for n in ("hook_embed", "hook_pos_embed", "hook_token_type_embed") if self.prefix + n in self.cache]
-        found = [self.cache[self.prefix + n].expand_as(first) for n in names]
+        kinds = ("hook_embed", "hook_pos_embed", "hook_token_type_embed")
+        held = {n: self.cache[self.prefix + n] for n in kinds if self.prefix + n in self.cache}
+        names = [n for n, tensor in held.items() if tensor.shape[-1] == first.shape[-1]]
+        found = [held[n].expand_as(first) for n in names]
         if found and torch.allclose(torch.stack(found).sum(dim=0), first, atol=1e-5):
             return found, [name.removeprefix("hook_") for name in names]
-        return [first], ["embed"]
+        return [first], ["embed" if self.layers[0] == 0 else f"{self.layers[0]}_pre"]
 
     def states(self, layer: int | None = None, *, incl_mid: bool = False) -> tuple[Tensor, list[str]]:
         """Return the stream before each block up to a layer, and after the last; between attention and MLP too."""
@@ -95,8 +137,8 @@ class Residual:
             found.append(self.cache[self._name(self.layers[-1], "hook_resid_post")])
             labels.append("final_post")
         else:
-            found.append(self.cache[self._name(number, "hook_resid_pre")])
-            labels.append(f"{number}_pre")
+            found.append(self.cache[self._name(self.layers[number], "hook_resid_pre")])
+            labels.append(f"{self.layers[number]}_pre")
         return torch.stack(found), labels
 
     def heads(self, layer: int | None = None, *, incl_remainder: bool = False) -> tuple[Tensor, list[str]]:
@@ -110,9 +152,11 @@ class Residual:
             results = self._results(i)
             found += list(results.unbind(dim=2))
             labels += [f"L{i}H{head}" for head in range(results.shape[2])]
+        if not found and not incl_remainder:
+            raise ConfigError(f"no block stands before layer {layer}: there are no heads.")
         if incl_remainder:
             state = self.states(layer)[0][-1]
-            found.append(state - torch.stack(found).sum(dim=0))
+            found.append(state - torch.stack(found).sum(dim=0) if found else state)
             labels.append("remainder")
         return torch.stack(found), labels
 
@@ -155,10 +199,11 @@ class Residual:
             point = self._point(f"{self.prefix}ln_final.hook_normalized")
             state = self.cache[self._name(self.layers[-1], "hook_resid_post")]
         else:
-            point = self._point(self._name(number, f"ln{1 + mlp_input}.hook_normalized"))
-            state = self.cache[self._name(number, f"hook_resid_{'mid' if mlp_input else 'pre'}")]
+            block = self.layers[number]
+            point = self._point(self._name(block, f"ln{1 + mlp_input}.hook_normalized"))
+            state = self.cache[self._name(block, f"hook_resid_{'mid' if mlp_input else 'pre'}")]
         state = sliced(state.reshape(self._shape()), pos_slice)
-        gain, eps, centred = _norm_of(point.target, parts.shape[-1])
+        gain, eps, centred = norm_of(point.target, parts.shape[-1])
         if centred:
             parts = parts - parts.mean(dim=-1, keepdim=True)
             state = state - state.mean(dim=-1, keepdim=True)
@@ -185,7 +230,7 @@ class Residual:
         for stack in getattr(researched, "stacks", ()):
             if stack.prefix == self.prefix and stack.unembed:
                 weight: Tensor = self.modules[stack.unembed].weight  # type: ignore[assignment]
-                return weight.detach()
+                return weight.detach() * stack.logit_scale
         raise ConfigError("no projection of the final norm's output makes logits in this model.")
 
 
@@ -194,20 +239,6 @@ def _rows(weight: Tensor, tokens: Any) -> Tensor:
     chosen = torch.as_tensor(tokens, device=weight.device)
     rows = weight[chosen]
     return rows[:, None] if chosen.dim() == 1 else rows
-
-
-def _norm_of(module: Any, width: int) -> tuple[Tensor, float, bool]:
-    """Return (gain, eps, whether it centres) of a norm, told by what it makes of ones."""
-    weight = getattr(module, "weight", None)
-    eps = next((float(e) for n in ("eps", "variance_epsilon") if (e := getattr(module, n, None)) is not None), 0.0)
-    if isinstance(module, nn.LayerNorm):
-        gain = torch.ones(width) if weight is None else weight.detach()
-        return gain, eps, True
-    with torch.no_grad():
-        like = weight if isinstance(weight, Tensor) else torch.ones(width)
-        ones = torch.ones(1, 1, width, device=like.device, dtype=like.dtype)
-        made: Tensor = type(module).forward(module, ones)
-    return made.reshape(-1) * (1.0 + eps) ** 0.5, eps, False
 
 
 def sliced(tensor: Tensor, pos_slice: Any) -> Tensor:
@@ -303,7 +334,7 @@ class ResidualReading:
             prefix: of the stack's names.
 
         Returns:
-            (parts, batch, positions). Before any soft cap of the model's on its logits.
+            (parts, batch, positions). With the scale that the model gives its logits; before a soft cap on them.
         """
         residual = self.residual(prefix=prefix)
         return residual.logits(residual_stack, tokens, incorrect_tokens, pos_slice=pos_slice)

@@ -8,7 +8,7 @@ from gradwatch.hooks import HookManager
 
 transformers = pytest.importorskip("transformers")
 
-from ._families import FAMILIES, family, inputs  # noqa: E402
+from ._families import FAMILIES, GROUPED, USUAL, family, inputs  # noqa: E402
 
 DECODERS = ("gpt2", "llama", "qwen3", "gemma2", "neox", "bloom", "mixtral")
 LIGHT = ("gpt2", "llama")
@@ -97,3 +97,81 @@ def test_a_model_without_names_says_so():
     with pytest.raises(ConfigError, match="no research names of blocks"):
         cache.decompose_resid()
     assert set(DECODERS) <= set(FAMILIES)
+
+
+HYBRID = {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4}
+ODD = {
+    "a-scale-on-logits": ("CohereForCausalLM", "CohereConfig", {**GROUPED, "logit_scale": 0.25}),
+    "a-gain-that-counts-from-1": ("NemotronForCausalLM", "NemotronConfig", GROUPED),
+    "blocks-that-do-not-attend": ("JambaForCausalLM", "JambaConfig", {**GROUPED, **HYBRID, "mamba_dt_rank": 4}),
+}
+TOKENS = torch.tensor([[3, 5, 4, 9, 7, 6], [11, 5, 13, 4, 8, 10]])
+
+
+def made(model, config, sizes):
+    torch.manual_seed(0)
+    return getattr(transformers, model)(getattr(transformers, config)(**sizes, attn_implementation="eager")).eval()
+
+
+@pytest.mark.parametrize("form", [pytest.param(form, id=name) for name, form in ODD.items()])
+def test_shares_add_up_to_the_logits_whatever_the_model_does_to_them(form):
+    model = made(*form)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(5.0)
+    output, cache = HookManager(model).run_with_cache(TOKENS)
+    parts, labels = cache.decompose_resid(return_labels=True)
+    last = max(int(label.split("_")[0]) for label in labels if label.endswith("mlp_out"))
+    assert torch.allclose(parts.sum(dim=0), cache["resid_post", last], atol=1e-5)
+    norm = HookManager(model).points("ln_final.hook_normalized")[0].module
+    bias = getattr(norm, "bias", None)
+    constant = 0 if bias is None else bias @ (model.lm_head.weight[3] - model.lm_head.weight[4])
+    wanted = (output.logits[..., 3] - output.logits[..., 4]).detach()
+    assert float(wanted.abs().max()) > 0.05
+    assert torch.allclose(cache.logit_attrs(parts, 3, 4).sum(dim=0) + constant, wanted, atol=1e-4)
+
+
+def test_what_stands_between_blocks_that_attend_is_a_part_of_its_own():
+    _, cache = HookManager(made(*ODD["blocks-that-do-not-attend"])).run_with_cache(TOKENS)
+    parts, labels = cache.decompose_resid(return_labels=True)
+    assert labels == ["1_pre", "1_attn_out", "1_mlp_out", "2_to_3_pre", "3_attn_out", "3_mlp_out"]
+    assert torch.equal(parts[3], cache["resid_pre", 3] - cache["resid_post", 1])
+    assert torch.allclose(cache.decompose_resid(3).sum(dim=0), cache["resid_pre", 3], atol=1e-5)
+    assert cache.accumulated_resid(3, return_labels=True)[1] == ["1_pre", "3_pre"]
+
+
+def test_parts_that_do_not_add_up_are_no_parts():
+    _, cache = HookManager(family("bert")).run_with_cache(**inputs("bert"))
+    with pytest.raises(ConfigError, match=r"do not add up to 'blocks\.0\.hook_resid_post': the model changes"):
+        cache.decompose_resid()
+
+
+def test_a_projection_that_makes_no_logits_is_no_unembedding():
+    sizes = {**USUAL, "cls_token_id": 1, "sep_token_id": 2}
+    model = made("ModernBertForMaskedLM", "ModernBertConfig", sizes)
+    _, cache = HookManager(model).run_with_cache(TOKENS)
+    with pytest.raises(ConfigError, match="no projection of the final norm's output makes logits"):
+        cache.logit_attrs(cache.decompose_resid(), 3, 4)
+
+
+def test_of_several_stacks_one_is_to_be_named():
+    _, cache = HookManager(family("t5")).run_with_cache(**inputs("t5"))
+    with pytest.raises(ConfigError, match=r"Its stacks: prefix='decoder\.' or prefix='encoder\.'"):
+        cache.decompose_resid()
+    assert cache.accumulated_resid(prefix="decoder.").shape[0] == 3
+
+
+def test_before_the_first_block_there_are_no_heads():
+    _, cache = HookManager(family("llama")).run_with_cache(**inputs("llama"))
+    with pytest.raises(ConfigError, match="no block stands before layer 0: there are no heads"):
+        cache.stack_head_results(0)
+    rest, labels = cache.stack_head_results(0, incl_remainder=True, return_labels=True)
+    assert labels == ["remainder"]
+    assert torch.equal(rest[0], cache["resid_pre", 0])
+
+
+def test_a_part_that_a_block_does_not_add_by_itself_is_listed_with_the_reason():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    model = made("FalconForCausalLM", "FalconConfig", sizes)
+    found = {p.name: p.reason for p in HookManager(model).points("blocks.0.*hook_*")}
+    for name in ("hook_attn_out", "hook_resid_mid"):
+        assert "adds no such part to its stream by itself" in found[f"blocks.0.{name}"]
