@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from types import MappingProxyType
 
 import numpy as np
@@ -21,6 +22,7 @@ from ._shards import index_on
 
 __all__ = ["Gradients"]
 
+_DTYPE = attrgetter("dtype")
 _WIDE = frozenset({torch.float64, torch.complex128})
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -101,9 +103,8 @@ class _Shared:
         kept = self._whole
         if kept is None or kept[0] is not norms or kept[1] != _version(norms) or kept[3] != _version(kept[2]):
             # Squares of norms of float32 tensors do not leave float64.
-            grads = [param.grad for param in self.params]
-            wide = any(grad is not None and grad.dtype in _WIDE for grad in grads)
-            whole = global_norm(norms, in_range=not wide)
+            # Gradients are of their parameters' types.
+            whole = global_norm(norms, in_range=_WIDE.isdisjoint(map(_DTYPE, self.params)))
             kept = self._whole = (norms, _version(norms), whole, _version(whole))
         return kept[2]
 

@@ -12,7 +12,7 @@ from ..torchside import home, is_host
 from ._details import local_details
 from ._device import scanned, scans
 from ._exponents import local_histograms
-from ._native import native
+from ._native import native_lent
 from ._norms import Row, local_norms, norms_apart
 from ._packed import counted, counted_apart
 from ._shards import Shards, alike, index_on, put_together
@@ -194,9 +194,10 @@ def _of_one_kind(pieces: Sequence[Tensor], histograms: bool) -> _Measured:
         assert rows is not None
         return local_norms(pieces), rows[:, :2].contiguous(), rows[:, 2:].contiguous(), counts
     if pieces[0].dtype is not torch.float64:
-        kernels = native(pieces, worth=_WORTH_NATIVE)
-        if kernels is not None:
-            table, bins = kernels.everything(pieces) if histograms else (kernels.moments(pieces), None)
+        at_hand = native_lent(pieces, worth=_WORTH_NATIVE)
+        if at_hand is not None:
+            kernels, lent = at_hand
+            table, bins = kernels.everything(pieces, lent) if histograms else (kernels.moments(pieces, lent), None)
             moments = torch.from_numpy(table)
             counts = None if bins is None else torch.from_numpy(bins)
             return moments[:, 1].sqrt(), moments[:, 2:4].contiguous(), moments[:, 4:].contiguous(), counts

@@ -22,7 +22,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UnreadableError
-from ..torchside import are_several, can_lend, can_lend_all, lend, lend_at_once, lend_in_passing, lend_one, world_size
+from ..torchside import (
+    Lent,
+    Loan,
+    are_several,
+    can_lend,
+    can_lend_all,
+    lend,
+    lend_at_once,
+    lend_in_passing,
+    lend_one,
+    world_size,
+)
 from ._library import NoLibraryError, is_compiled, library
 from ._reference import agrees, reference
 
@@ -35,6 +46,7 @@ __all__ = [
     "native_at_hand",
     "native_fault",
     "native_for",
+    "native_lent",
     "native_state",
 ]
 
@@ -49,7 +61,6 @@ WORTH_THREADS = 1 << 20
 """and above which several threads of torch read it sooner, where there are."""
 _CPU = torch.device("cpu")
 _IS_CPU = attrgetter("is_cpu")
-Lent = tuple["array[int]", "array[int]"]
 _Five = ctypes.c_double * 5
 _RARELY = 1024
 _CHEAP, _FEW = 1 << 16, 64
@@ -132,37 +143,53 @@ class Native:
                 self._blame("norms")
             return (np.sqrt(squares), math.sqrt(total)) if self.fault else (norms, whole)
 
-    def moments(self, pieces: Sequence[Tensor]) -> NDArray[np.float64]:
+    def moments(self, pieces: Sequence[Tensor], lent: Lent | None = None) -> NDArray[np.float64]:
         """Return sum, sum of squares, zeros, non-finite and absmax without nan, float64, shape (n, 5)."""
-        return self._trusted("moments", pieces)
+        return self._trusted("moments", pieces, (), lent)
 
     def histograms(self, pieces: Sequence[Tensor]) -> NDArray[np.int64]:
         """Return signed exponent histograms, int64, shape (n, 512)."""
         return self._trusted("histograms", pieces).astype(np.int64, copy=False)
 
-    def everything(self, pieces: Sequence[Tensor]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return moments (n, 5) and histograms (n, 512) from one read."""
+    def everything(
+        self, pieces: Sequence[Tensor], lent: Lent | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return moments (n, 5) and histograms (n, 512) from one read; lent: what `lend_at_once` gives for them."""
         moments, counts = np.empty((len(pieces), 5)), np.empty((len(pieces), 512), np.int64)
         for first in range(0, len(pieces), _AT_ONCE):
             some = slice(first, first + _AT_ONCE)
-            rows = self._trusted("everything", pieces[some])
+            of_some = None if lent is None else (lent[0][some], lent[1][some])
+            rows = self._trusted("everything", pieces[some], (), of_some)
             moments[some], counts[some] = rows[:, :5], rows[:, 5:]
         return moments, counts
 
-    def moved(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> NDArray[np.float64]:
+    def moved(self, before: Sequence[Tensor], after: Sequence[Tensor], lent: Lent | None = None) -> NDArray[np.float64]:
         """Return sums of squares of (before - after) and of before, float64, shape (n, 2).
+
+        Args:
+            before, after: the tensors.
+            lent: what `lend_at_once` gives for both, one after the other.
 
         Raises:
             ValueError: a tensor has not as many elements as what it became.
         """
-        return self._trusted("moved", before, after)
+        return self._trusted("moved", before, after, lent)
 
-    def run(self, name: str, pieces: Sequence[Tensor], more: Sequence[Tensor] = ()) -> NDArray[Any]:
-        """Return what a kernel writes, one row for each tensor, as it is."""
+    def run(
+        self, name: str, pieces: Sequence[Tensor], more: Sequence[Tensor] = (), lent: Lent | None = None
+    ) -> NDArray[Any]:
+        """Return what a kernel writes, one row for each tensor, as it is.
+
+        Args:
+            name: of the kernel.
+            pieces, more: the tensors that it reads.
+            lent: what `lend_at_once` gives for all of these now, where somebody has asked.
+        """
         count = len(pieces)
         if not count:
             return np.zeros((0, _KERNELS[name]))
-        loan = lend((*pieces, *more), dtype=_readable_type(pieces[0]), device=_CPU)
+        dtype = _readable_type(pieces[0])
+        loan = lend((*pieces, *more), dtype=dtype, device=_CPU) if lent is None else Loan((*pieces, *more), lent)
         if more and not np.array_equal(loan.numels[:count], loan.numels[count:]):
             raise ValueError("what a tensor became has not as many elements")
         out = np.zeros(count * _KERNELS[name], np.int64 if name == "histograms" else np.float64)
@@ -173,8 +200,10 @@ class Native:
             return np.hstack([sums.reshape(-1, 5), counts.view(np.int64).reshape(-1, 512).astype(np.float64)])
         return out.reshape(count, -1)
 
-    def _trusted(self, name: str, pieces: Sequence[Tensor], more: Sequence[Tensor] = ()) -> NDArray[Any]:
-        rows = self.run(name, pieces, more)
+    def _trusted(
+        self, name: str, pieces: Sequence[Tensor], more: Sequence[Tensor] = (), lent: Lent | None = None
+    ) -> NDArray[Any]:
+        rows = self.run(name, pieces, more, lent)
         return self._checked(name, rows, pieces, more) if pieces and self._is_due(name) else rows
 
     def _is_due(self, name: str) -> bool:
@@ -237,6 +266,19 @@ def native(pieces: Sequence[Tensor], *, worth: int) -> Native | None:
     if not (all(map(_IS_CPU, pieces)) and can_lend_all(pieces)) or world_size() > 1:
         return None
     return _load()
+
+
+def native_lent(pieces: Sequence[Tensor], *, worth: int) -> tuple[Native, Lent | None] | None:
+    """Return what `native` does, with what `lend_at_once` gives for the pieces, where it does: the kernels need not ask
+    them again."""
+    if not pieces or pieces[0].dtype not in _TYPES:
+        return None
+    lent = lend_at_once(pieces, dtype=pieces[0].dtype) if pieces[0].is_cpu else None
+    if lent is None:
+        kernels = native(pieces, worth=worth)
+    else:
+        kernels = None if sum(lent[1]) + 256 * len(pieces) < worth or world_size() > 1 else _load()
+    return None if kernels is None else (kernels, lent)
 
 
 def native_at_hand(work: int, *, worth: int) -> Native | None:

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _USUAL = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-_DEVICE, _DTYPE = attrgetter("device"), attrgetter("dtype")
+_DEVICE, _DTYPE, _IS_CPU = attrgetter("device"), attrgetter("dtype"), attrgetter("is_cpu")
 
 
 class Shards:
@@ -184,7 +184,9 @@ def is_whole(tensor: Tensor) -> bool:
 
 def alike(pieces: Sequence[Tensor]) -> list[list[int]]:
     """Return positions grouped by device and dtype: what one kernel may be given."""
-    if len(set(zip(map(_DEVICE, pieces), map(_DTYPE, pieces), strict=True))) == 1:
+    # Each device that a tensor names is an object made anew: of thousands of tensors that is what costs.
+    same = len(set(map(_DTYPE, pieces))) == 1 and (all(map(_IS_CPU, pieces)) or len(set(map(_DEVICE, pieces))) == 1)
+    if same:
         return [list(range(len(pieces)))]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for position, piece in enumerate(pieces):

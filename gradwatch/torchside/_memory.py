@@ -122,11 +122,12 @@ class Lender:
         numels: how many elements each parameter has.
     """
 
-    __slots__ = ("_kind", "_nbytes", "_numels", "_sizes")
+    __slots__ = ("_kind", "_lengths", "_nbytes", "_numels", "_sizes")
 
     def __init__(self, numels: array[int]) -> None:
         self._numels, self._sizes, self._kind = numels, numels.tolist(), SameKind()
         self._nbytes: list[int] = []
+        self._lengths = np.empty(0, np.uint64)
 
     def lend(self, tensors: Sequence[Tensor]) -> Lent | None:
         """Return addresses and numbers of elements; None where `lend_at_once` gives none.
@@ -144,7 +145,7 @@ class Lender:
             first, room = block.data_ptr(), block.nbytes()
             if first <= places[-1] < first + room:  # all in one block,
                 begins = np.frombuffer(places, np.uint64)
-                ends = begins + np.asarray(self._nbytes, np.uint64)
+                ends = begins + self._lengths
                 has_room = bool(0 < first <= begins.min() and ends.max() <= first + room)
             else:  # or each in one that it fills
                 has_room = 0 not in places and all(
@@ -163,6 +164,7 @@ class Lender:
         lent = lend_at_once(tensors, dtype=dtype, numels=self._numels if is_of_size else None)
         if lent is not None and is_of_size and self._kind.learn(tensors):
             self._nbytes = [numel * dtype.itemsize for numel in self._sizes]
+            self._lengths = np.array(self._nbytes, np.uint64)
         return lent
 
 

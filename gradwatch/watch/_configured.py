@@ -84,7 +84,8 @@ def configured(model: nn.Module, optimizers: Sequence[Optimizer], *, in_pieces: 
     """
     groups = [(o, g) for o in optimizers for g in o.param_groups if _number(g.get("lr")) > 0]
     epsilon = {} if in_pieces else _epsilon(groups)
-    return {**_decay(groups), **epsilon, **_modes(model), **_statistics(model)}
+    modules = list(model.modules())
+    return {**_decay(groups), **epsilon, **_modes(modules), **_statistics(modules)}
 
 
 def _number(value: Any) -> float:
@@ -146,9 +147,9 @@ def _moments(optimizer: Optimizer, group: Mapping[str, Any]) -> list[Tensor]:
     return moments
 
 
-def _modes(model: nn.Module) -> Scalars:
+def _modes(modules: Sequence[nn.Module]) -> Scalars:
     """Dropout: how many layers are in eval mode while the model is trained, and the largest rate of the others."""
-    drops = [m for m in model.modules() if isinstance(m, _DropoutNd) and m.p > 0]
+    drops = [m for m in modules if isinstance(m, _DropoutNd) and m.p > 0]
     if not drops:
         return {}
     rates = [float(m.p) for m in drops if m.training]
@@ -156,9 +157,9 @@ def _modes(model: nn.Module) -> Scalars:
     return {"dropout_in_eval": in_eval, **({"dropout_rate": max(rates)} if rates else {})}
 
 
-def _statistics(model: nn.Module) -> Scalars:
+def _statistics(modules: Sequence[nn.Module]) -> Scalars:
     """What BatchNorm's running statistics are made of: of how many layers they are not used, how far they follow."""
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and _is_trained(m)]
+    norms = [m for m in modules if isinstance(m, _NormBase) and m.track_running_stats and _is_trained(m)]
     counts = [m.num_batches_tracked for m in norms if isinstance(m.num_batches_tracked, Tensor)]
     if not counts or len(counts) != len(norms):
         return {}
@@ -170,17 +171,17 @@ def _statistics(model: nn.Module) -> Scalars:
     means = [m.running_mean for m in norms if isinstance(m.running_mean, Tensor) and m.running_mean.device == device]
     return {
         **({"batch_norm_means": torch.stack(torch._foreach_norm(means)).sum()} if means else {}),
-        "batch_norm_in_eval": _share_in_eval(model, norms),
+        "batch_norm_in_eval": _share_in_eval(modules, norms),
         "batch_norm_followed": (1 - kept.pow(seen)).amin(),
         "batch_norm_batches": seen.amin(),
         **({"batch_norm_momentum": min(m for m in momenta if m)} if any(momenta) else {}),
     }
 
 
-def _share_in_eval(model: nn.Module, norms: Sequence[nn.Module]) -> float:
+def _share_in_eval(modules: Sequence[nn.Module], norms: Sequence[nn.Module]) -> float:
     """Return which share of layers is in eval mode together with the module that holds them: one that is set so by
     itself, within a module in training mode, is somebody's choice."""
-    chosen = {id(child) for holder in model.modules() if holder.training for child in holder.children()}
+    chosen = {id(child) for holder in modules if holder.training for child in holder.children()}
     return sum(not m.training and id(m) not in chosen for m in norms) / len(norms)
 
 

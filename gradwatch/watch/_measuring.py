@@ -409,7 +409,10 @@ class Measuring:
     def _take_gradients(self, seen: _Seen, turn: Turn, grads: Gradients) -> None:
         """Measure the gradients, where that was not done when backward was over."""
         look, has_details = self.produced.take(grads), turn.plan.histograms and len(grads) > 0
-        seen.is_sealed = look is not None and not _is_unscaled(turn.inputs, grads) and look.holds(grads.params)
+        is_scaled = look is not None and not _is_unscaled(turn.inputs, grads)
+        seen.is_sealed = look is not None and is_scaled and look.holds(grads.params, turn.tensors)
+        if look is not None and seen.is_sealed:
+            turn.seals = look.seals
         if look is not None and seen.is_sealed and not self.produced.is_to_compare(turn.step):
             seen.pieces = look.pieces(grads, histograms=has_details)
         else:
