@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ._scripted import keep_out_of_scripts
 from ._untraced import untraced
 
 __all__ = ["MethodHook", "OwnedHook", "StepHook", "WeakHook", "is_owned", "weakly"]
@@ -45,6 +46,8 @@ class OwnedHook:
         if options.get("with_kwargs") or options.get("always_call"):
             _number_apart(handle, first=bool(options.get("prepend")))
         place = getattr(register, "__self__", None)
+        if isinstance(place, torch.nn.Module):
+            keep_out_of_scripts(is_owned)
         self._place = None if place is None else weakref.ref(place)
         owner = self._owner()
         if owner is not None:
