@@ -258,6 +258,7 @@ class GradWatch:
         return look(batch, outputs) if watch is None else watch.session.look(batch, outputs)
 
     def _on_backward_end(self, seen: Pass) -> None:
+        self._measured.clear()  # one whose step has raised
         if not any(seen is known for known in self._passes):  # backward may run through one forward again
             self._passes.append(seen)
         # Of its first step there is no Watch yet: what a clip ahead of it would hide is looked at here.
@@ -280,6 +281,8 @@ class GradWatch:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._measure(optimizer)
+            # A step that calls the one it inherits comes here twice.
+            self._measured.add(id(optimizer))
             return None
 
         def measured() -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +34,7 @@ class LearningRates:
         # Steps left by name, of each optimizer; None: until `restore`.
         self._lowered: dict[str, tuple[float, list[int | None]]] = {}
         self._own: dict[int, list[Any]] = {}
+        self._steps = _Steps()
         self._handles: list[StepHook] = []
 
     @property
@@ -84,6 +87,8 @@ class LearningRates:
             self.install()
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._steps.begin(optimizer):
+            return
         # A closure that raised left the lowered rates behind.
         self._put_back(optimizer)
         factor = self._factor(self._position(optimizer))
@@ -95,6 +100,8 @@ class LearningRates:
                 _set(group, group["lr"] * factor)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._steps.end(optimizer):
+            return
         self._put_back(optimizer)
         k = self._position(optimizer)
         for _, left in self._lowered.values():
@@ -117,6 +124,44 @@ class LearningRates:
 
     def _position(self, optimizer: Optimizer) -> int:
         return next(k for k, known in enumerate(self._optimizers) if known is optimizer)
+
+
+class _Steps:
+    """The steps that go on. One that calls the step it inherits is one step, though torch calls hooks around both.
+
+    A step that raises is not said to have ended: it is known by its caller, which is in the stack no more.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[int, tuple[FrameType, int]] = {}
+
+    def begin(self, optimizer: Optimizer) -> bool:
+        """Note a call of the hook before; return whether a step begins, and not one within it."""
+        caller = frame = _caller()
+        known, depth = self._open.get(id(optimizer), (None, 0))
+        while frame is not known and frame.f_back is not None:
+            frame = frame.f_back
+        if frame is known:
+            self._open[id(optimizer)] = frame, depth + 1
+            return False
+        self._open[id(optimizer)] = caller, 1
+        return True
+
+    def end(self, optimizer: Optimizer) -> bool:
+        """Note a call of the hook behind; return whether the step is over."""
+        frame, depth = self._open.pop(id(optimizer), (None, 1))
+        if frame is None or depth == 1:
+            return True
+        self._open[id(optimizer)] = frame, depth - 1
+        return False
+
+
+def _caller() -> FrameType:
+    """Return the frame from which torch calls our hooks."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("gradwatch."):
+        frame = frame.f_back
+    return frame
 
 
 def _is_left(steps: int | None) -> bool:

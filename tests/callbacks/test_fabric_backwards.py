@@ -86,3 +86,43 @@ def test_a_treatment_acts_once_on_the_whole(program: Program) -> None:
     train(program, watch)
     assert [len(record.treatments) for record in watch.history] == [1] * 6
     assert [record.global_norm_after for record in watch.history] == pytest.approx([0.01] * 6, rel=1e-5)
+
+
+class Inherits(torch.optim.SGD):
+    """Calls the step that it inherits: torch runs its hooks around both. Raises at one of them."""
+
+    num, raises_at = 0, -1
+
+    def step(self, closure: Any = None) -> Any:
+        self.num += 1
+        if self.num == self.raises_at:
+            raise OverflowError("no room for the state")
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("raises_at", [-1, 1, 3], ids=["never", "first", "third"])
+@pytest.mark.parametrize("is_announced", [False, True])
+def test_a_step_that_calls_the_one_it_inherits_is_one_step(is_announced: bool, raises_at: int) -> None:
+    watch = GradWatch(verbose=False, treatments=[ClipByGlobalNorm(1e-3)])
+    fabric = Fabric(accelerator="cpu", devices=1, callbacks=[watch])
+    net = nn.Linear(4, 1)
+    torch.optim.SGD(net.parameters(), 0.1)  # from here on torch's hooks are around its step, too
+    raw = Inherits(net.parameters(), 0.1)
+    raw.raises_at = raises_at
+    model, optimizer = fabric.setup(net, raw)
+    norms = []
+    for step in range(5):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+        fabric.backward(model(x).square().sum())
+        norms.append(float(torch.stack([p.grad.norm() for p in net.parameters()]).norm()))
+        if is_announced:
+            fabric.call("on_before_optimizer_step", optimizer)
+        before = net.weight.detach().clone()
+        try:
+            optimizer.step()
+        except OverflowError:
+            assert step + 1 == raises_at
+        assert (net.weight - before).norm() <= 1.01e-4
+        optimizer.zero_grad()
+    fabric.call("on_train_end")
+    assert [record.global_norm for record in watch.history] == pytest.approx(norms, rel=1e-6)

@@ -1,5 +1,6 @@
 """Actions leave requests; LearningRates and Webhook carry two of them out."""
 
+import contextlib
 import json
 import math
 import threading
@@ -150,6 +151,42 @@ def test_rates_are_lowered_for_so_many_steps_and_come_back() -> None:
     rates = LearningRates([optimizer])
     rates.lower(0.1, 2)
     assert rates_used(optimizer, param, 4) == pytest.approx([0.1, 0.1, 1.0, 1.0])
+    assert rates.factor == 1.0
+
+
+class Inherits(torch.optim.SGD):
+    """Calls the step that it inherits, decays afterwards by the rate, and raises at one of its steps."""
+
+    num, raises_at = 0, -1
+
+    def step(self, closure=None):
+        self.num += 1
+        found = super().step(closure)
+        if self.num == self.raises_at:
+            raise OverflowError
+        self.used.append(self.param_groups[0]["lr"])
+        return found
+
+
+@pytest.mark.parametrize("raises_at", [-1, 2])
+def test_a_step_that_calls_the_one_it_inherits_is_one_lowered_step(raises_at: int) -> None:
+    param = nn.Parameter(torch.zeros(1))
+    torch.optim.SGD([param], lr=1.0)  # from here on torch's hooks are around its step, too
+    optimizer = Inherits([param], lr=1.0)
+    optimizer.used, optimizer.raises_at = [], raises_at
+    rates = LearningRates([optimizer])
+    rates.lower(0.1, 3)
+    moved = []
+    for _ in range(5):
+        param.grad, before = torch.ones(1), param.item()
+        with contextlib.suppress(OverflowError):
+            optimizer.step()
+        moved.append(before - param.item())
+    # One that has raised was none.
+    num_lowered = 3 if raises_at < 0 else 4
+    assert moved == pytest.approx([0.1] * num_lowered + [1.0] * (5 - num_lowered))
+    assert optimizer.used == pytest.approx([0.1] * 3 + [1.0] * (5 - num_lowered))
+    assert optimizer.param_groups[0]["lr"] == 1.0
     assert rates.factor == 1.0
 
 
