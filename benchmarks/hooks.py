@@ -1,10 +1,11 @@
 """What a hook costs: increments over a bare module, all arms interleaved in one run, medians.
 
-    python benchmarks/hooks.py [--quick]
+    python benchmarks/hooks.py [--quick | --reads]
 
-The first table hooks each of 50 small Linear layers (so that what a hook itself costs shows), and gives microseconds
-per module call. The second runs a model of the size of GPT-2 small. Times are processor time of this thread, which
-other programs on the machine disturb less than the clock on the wall.
+With `--reads` it tells what each thing costs that an observer's call asks for. The first table hooks each of 50 small
+Linear layers (so that what a hook itself costs shows), and gives microseconds per module call. The second runs a model
+of the size of GPT-2 small. Times are processor time of this thread, which other programs on the machine disturb less
+than the clock on the wall.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import gc
 import random
 import statistics
 import time
+import timeit
+from sys import getrefcount
 
 import torch
 from torch import nn
 
 from gradwatch.hooks import HookManager, Observer
+from gradwatch.torchside import graph_task_id
 
 LAYERS = 50
 TARGETS = {
@@ -135,6 +139,24 @@ def per_hook(rounds):
     return found
 
 
+def what_reads_cost():
+    """Print the least nanoseconds of each read that a call of an observer makes, and which law needs it."""
+    tensor, kept = torch.randn(4, 8), object()
+    reads = {
+        "tensor._version, which is read twice: it changes nothing": lambda: tensor._version,
+        "graph_task_id(): a repeated forward is not shown": graph_task_id,
+        "is_grad_enabled(): it records no graph": torch.is_grad_enabled,
+        "getrefcount(point): a point may be kept": lambda: getrefcount(kept),
+        "the function itself": lambda: nothing(tensor, kept),
+    }
+    nil = min(timeit.repeat(lambda: None, number=100_000, repeat=15)) * 1e4
+    for name, read in reads.items():
+        cost = min(timeit.repeat(read, number=100_000, repeat=15)) * 1e4
+        is_call = name[0] in "gi"  # called as it is; the others within a function, whose call is taken off
+        print(f"{cost - (0 if is_call else nil):6.0f} ns  {name}")
+    print(f"{nil:6.0f} ns  for a call of a Python function that does nothing")
+
+
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -243,8 +265,13 @@ def many_points(rounds):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="few rounds, and the first table only")
-    quick = parser.parse_args().quick
+    parser.add_argument("--reads", action="store_true", help="what an observer's call asks for, read by read")
+    given = parser.parse_args()
+    quick = given.quick
     torch.set_num_threads(1)
+    if given.reads:
+        what_reads_cost()
+        return
     per_hook(60 if quick else 300)
     if not quick:
         cache_cost(7)
