@@ -102,8 +102,8 @@ class _Attention:
         return one is not None
 
     def _heads(self, z: torch.Tensor) -> int | None:
-        if z.dim() == 4:
-            return z.shape[1]
+        if self.attend.heads is not None:
+            return self.attend.heads
         q = self.flow.route(self.attend.q)
         if z.dim() == 3 and q is not None:
             held = self.seen.tensors[q.projection.outputs[0][1]]
@@ -183,10 +183,7 @@ class _Attention:
 
     def _positions(self, letter: str) -> int:
         """Return how many positions there are of queries, or of keys and values."""
-        a = self.attend
-        if letter == "k":
-            return self.seen.tensors[a.k].shape[-2 if a.is_fused else -1]
-        return self.seen.tensors[{"q": a.q, "v": a.v, "z": a.z}[letter]].shape[-2]
+        return self.attend.queries if letter in "qz" else self.attend.keys
 
     def _is_turned(self, held: torch.Tensor, letter: str) -> bool | None:
         """Return whether a projection's (.., .., features) have positions before the batch; None: in neither way."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..torchside import PRODUCTS, CallMode, WeakHook, member, past_override, untraced
 from ._attention_forms import AS_IT_IS, Form, Geometry, but_sinks, geometry_of
 from ._dispatch import GradientCall, follows, has_acted, run_entry, shade, sorted_entries, takes_part
+from ._einsum import Contraction, Orders, contraction, operands, turned
 from ._fused import Fused
 from ._hook import Entry
 from ._points import ATTENTION_PORTS, GRADIENT_OF
@@ -116,6 +117,8 @@ class _Attending(CallMode):
             return self._fused(func, args, kwargs)
         if name in PRODUCTS:
             return self._product(func, args, kwargs)
+        if name == "einsum" and (product := contraction(func, args)) is not None:
+            return self._einsum(product, func, args)
         if name == "softmax":
             return self._softmax(func, args, kwargs)
         if name in _CONTAINS_ATTENTION:
@@ -229,6 +232,38 @@ class _Attending(CallMode):
         scores = func(*given, **kwargs)
         self.scores = scores.shape
         return scores
+
+    def _einsum(self, product: Contraction, func: Any, args: tuple[Any, ...]) -> Any:
+        given = operands(args)
+        if given is None:
+            return func(*args)
+        left, right = given
+        if self.pattern is None:
+            orders = product.of_scores
+            return func(*args) if orders is None else self._scores(func, args[0], left, right, orders)
+        orders = product.of_values if _same(left.shape, self.pattern) else None
+        return func(*args) if orders is None else self._values(func, args[0], left, right, orders)
+
+    def _scores(self, func: Any, equation: str, q: Tensor, k: Tensor, orders: Orders) -> Tensor:
+        self._begin()
+        one, other = orders
+        form = self.geometry.stepwise(q.permute(one))
+        q = self.visit("q", q, turned(one, form.rows))
+        k = self.visit("k", k, turned(other, form.columns(k.permute(other))))
+        scores: Tensor = func(equation, q, k)
+        self.scores = scores.shape
+        return scores
+
+    def _values(self, func: Any, equation: str, pattern: Tensor, v: Tensor, orders: Orders) -> Tensor:
+        one, other = orders
+        form = self.geometry.stepwise(pattern)
+        if self.uncast is not None:
+            self.uncast = None
+            pattern = self.visit("pattern", pattern, form.pairs)
+        v = self.visit("v", v, turned(one, form.columns(v.permute(one))))
+        self.pattern = None
+        self.mixed = self.visit("z", func(equation, pattern, v), turned(other, form.rows))
+        return self.mixed
 
     def _softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         scores = args[0] if args else kwargs.pop("input")

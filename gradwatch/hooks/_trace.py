@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..torchside import PRODUCTS, past_override, random_state, set_random_state, takes_hooks, tensors_of
+from ._einsum import Contraction, contraction
 
 __all__ = ["Attend", "Call", "Op", "Trace", "trace"]
 
@@ -43,11 +44,12 @@ class Op:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     path: str
+    product: Contraction | None = None
 
 
 @dataclass(frozen=True)
 class Attend:
-    """One attention: its tensors as the model holds them."""
+    """One attention: its tensors as the model holds them; of queries and keys, how many there are; heads, if told."""
 
     path: str
     q: int
@@ -55,7 +57,9 @@ class Attend:
     v: int
     z: int
     when: int
-    is_fused: bool
+    queries: int
+    keys: int
+    heads: int | None
 
 
 class Trace:
@@ -89,23 +93,33 @@ class Trace:
         for number, op in enumerate(self.ops):
             if op.name == "scaled_dot_product_attention":
                 q, k, v = op.inputs[:3]
-                self.attends.append(Attend(op.path, q, k, v, op.outputs[0], number, True))
-            elif op.name in PRODUCTS:
+                keys = self.tensors[k].shape[-2]
+                self.attends.append(self._attend(op, q, k, v, number, keys))
+            elif op.name in PRODUCTS or op.product is not None:
                 left = self.tensors[op.inputs[-2]] if len(op.inputs) > 1 else None
                 pair = softmaxes.get(op.path)
-                if pair and left is not None and _goes_over(self.tensors[self.ops[pair[1]].outputs[0]], left):
+                mixes = op.product is None or op.product.of_values is not None
+                if pair and mixes and left is not None and _goes_over(self.tensors[self.ops[pair[1]].outputs[0]], left):
                     first = self.ops[pair[0]]
                     q, k = first.inputs[-2:]
-                    attend = Attend(op.path, q, k, op.inputs[-1], op.outputs[0], number, False)
-                    self.attends.append(attend)
+                    keys = self.tensors[first.outputs[0]].shape[-1]
+                    self.attends.append(self._attend(op, q, k, op.inputs[-1], number, keys))
                     softmaxes.pop(op.path)
                     products.pop(op.path, None)
-                else:
+                elif op.product is None or op.product.of_scores is not None:
                     products[op.path] = number
             elif op.name == "softmax" and op.path in products:
                 product = self.ops[products[op.path]]
                 if _goes_over(self.tensors[op.inputs[0]], self.tensors[product.outputs[0]]):
                     softmaxes[op.path] = (products[op.path], number)
+
+    def _attend(self, op: Op, q: int, k: int, v: int, when: int, keys: int) -> Attend:
+        z = self.tensors[op.outputs[0]]
+        if op.product is not None:
+            orders = op.product.of_values
+            z = z if orders is None else z.permute(orders[1])
+        heads = z.shape[1] if z.dim() == 4 else None
+        return Attend(op.path, q, k, v, op.outputs[0], when, z.shape[-2], keys, heads)
 
 
 def _goes_over(softmax: Tensor, pairs: Tensor) -> bool:
@@ -133,7 +147,7 @@ class _Recorder(TorchFunctionMode):
             inputs = tuple(i for _, i in self.seen.know([args, kwargs]))
             if outputs:
                 number = len(self.seen.ops)
-                self.seen.ops.append(Op(name, inputs, outputs, self.stack[-1]))
+                self.seen.ops.append(Op(name, inputs, outputs, self.stack[-1], contraction(func, args)))
                 for one in outputs:
                     if one not in inputs:
                         self.seen.maker.setdefault(one, number)

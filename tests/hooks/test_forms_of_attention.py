@@ -223,3 +223,83 @@ def test_where_inputs_that_were_made_up_are_no_good_those_of_the_run_are_taken()
     _, cache = hooks.run_with_cache(*given, points=name)
     assert cache[name].shape == (2, HEADS, 6, 6)
     assert "blocks.0.hook_resid_post" in HookManager(Demanding().eval()).run_with_cache(*given)[1]
+
+
+EQUATIONS = {
+    "heads-before-positions": ("b h i d, b h j d -> b h i j", "b h i j, b h j d -> b h i d", "bhpd"),
+    "positions-before-heads": ("bihd,bjhd->bhij", "bhij,bjhd->bihd", "bphd"),
+    "positions-before-the-batch": ("ibhd,jbhd->bhij", "bhij,jbhd->ibhd", "pbhd"),
+    "heads-in-the-batch": ("nid,njd->nij", "nij,njd->nid", "npd"),
+}
+
+
+class ByEquations(nn.Module):
+    """The same attention, written as equations over letters."""
+
+    def __init__(self, equations):
+        super().__init__()
+        self.num_heads, (self.scores, self.mixed, self.order) = HEADS, equations
+        self.q_proj, self.k_proj, self.v_proj, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (self.held(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        pattern = (torch.einsum(self.scores, q, k) / 2).softmax(dim=-1)
+        z = torch.einsum(self.mixed, pattern, v)
+        if self.order == "npd":
+            z, order = z.unflatten(0, (-1, HEADS)), "bhpd"
+        else:
+            order = self.order
+        return self.out(z.permute([order.index(c) for c in "bphd"]).flatten(-2))
+
+    def held(self, t):
+        t = t.unflatten(-1, (HEADS, -1))
+        if self.order == "npd":
+            return t.transpose(1, 2).flatten(0, 1)
+        return t.permute(["bphd".index(c) for c in self.order])
+
+
+@pytest.mark.parametrize("equations", [pytest.param(e, id=name) for name, e in EQUATIONS.items()])
+def test_attention_written_as_equations_is_attention(equations):
+    plain, written = Blocks(), Blocks()
+    for block in written.blocks:
+        block.attn = ByEquations(equations)
+    written.load_state_dict(plain.state_dict())
+    usual, hooks = probed(plain, STATES), probed(written, STATES)
+    untouched = written(STATES)
+    _, wanted = usual.run_with_cache(STATES, gradients=lambda out: out.square().sum())
+    output, cache = hooks.run_with_cache(STATES, gradients=lambda out: out.square().sum())
+    assert torch.equal(output, untouched)
+    for part in PARTS:
+        name = f"blocks.1.attn.hook_{part}"
+        assert cache[name].shape == wanted[name].shape
+        assert torch.allclose(cache[name], wanted[name], atol=1e-6), part
+        specs = [(name, lambda tensor, point: tensor * torch.linspace(0, 1, tensor.shape[-1]))]
+        changed = hooks.run_with_hooks(STATES, hooks=specs)
+        assert torch.allclose(changed, usual.run_with_hooks(STATES, hooks=specs), atol=1e-5), part
+        assert not torch.allclose(changed, untouched, atol=1e-3)
+    for port in ("q", "k", "v", "scores", "pattern", "z"):
+        specs = [(f"blocks.1.attn:{port}", lambda tensor, point: tensor * 0.5)]
+        changed, alike = (h.run_with_hooks(STATES, hooks=specs) for h in (hooks, usual))
+        assert torch.allclose(changed, alike, atol=1e-6), port
+        _, one = hooks.run_with_cache(STATES, points=specs[0][0], gradients=lambda out: out.square().sum())
+        _, other = usual.run_with_cache(STATES, points=specs[0][0], gradients=lambda out: out.square().sum())
+        assert torch.allclose(one.gradients[specs[0][0]], other.gradients[specs[0][0]], atol=1e-5), port
+
+
+@pytest.mark.parametrize(
+    "equation", ["bij,bjk->bik", "ij,jk->ik", "bhid,bhjd->bhji", "bhid,hjd->bhij", "...id,...jd->...ij"]
+)
+def test_other_equations_are_left_alone(equation):
+    class Multiplies(nn.Module):
+        def forward(self, x):
+            shapes = {"i": 3, "j": 3, "k": 3, "b": 2, "h": 2, "d": 3}
+            left, right = equation.split("->")[0].split(",")
+            given = (torch.ones([shapes[c] for c in part.replace(".", "")]) for part in (left, right))
+            return torch.einsum(equation, *given).softmax(dim=-1) + x.mean()
+
+    hooks = HookManager(Multiplies())
+    wanted = hooks.model(STATES)
+    seen = []
+    hooks.observe([(hooks.model, "q"), (hooks.model, "z")], lambda tensor, point: seen.append(point.name))
+    assert torch.equal(hooks.model(STATES), wanted)
+    assert ":z" not in seen
