@@ -53,8 +53,8 @@ class Columns:
 
     def put_underflow(self, positions: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
         """Set the share of non-zero values below 2**-14, where a float16 becomes denormal."""
-        small = counts[:, 1:113].sum(axis=1) + counts[:, 257:369].sum(axis=1)
-        self.put("underflow_fraction", positions, small / np.maximum(counts.sum(axis=1), 1))
+        magnitude = counts[:, :256] + counts[:, 256:]
+        self.put("underflow_fraction", positions, magnitude[:, 1:113].sum(axis=1) / np.maximum(counts.sum(axis=1), 1))
 
 
 def as_float32(values: NDArray[Any]) -> Floats:
