@@ -12,6 +12,7 @@ from ..errors import ConfigError, HookNeverFired
 from ._functions import Intervention
 from ._generation_cache import GenerationCache, Kept
 from ._passes import Passes, generating
+from ._patch import numbers_of
 from ._points import PAIR_PORTS, Point
 from ._run import LAST, CacheOptions, Recorder, hooks_in_place
 from ._silence import check_fired, check_missing
@@ -21,17 +22,15 @@ if TYPE_CHECKING:
 
 __all__ = ["generate"]
 
-Tokens = int | slice | Sequence[int] | str
-
 
 class _AtTokens(Intervention):
     """Lets a function act at some tokens alone, in whatever pass they come."""
 
     is_pure = True
 
-    def __init__(self, fn: Any, tokens: Tokens, passes: Passes) -> None:
+    def __init__(self, fn: Any, tokens: Any, passes: Passes) -> None:
         super().__init__(fn)
-        self.tokens, self.passes = tokens, passes
+        self.tokens, self.passes = _checked(tokens), passes
         self.has_acted = False
 
     def intervene(self, tensor: Tensor, point: Point) -> Tensor | None:
@@ -54,19 +53,36 @@ class _AtTokens(Intervention):
         tokens = self.tokens
         first = self.passes.first_generated(numbers)
         if isinstance(tokens, str):
-            if tokens not in ("prompt", "generated"):
-                raise ValueError(f"tokens are numbers, a slice, 'prompt' or 'generated'. Got {tokens!r}")
             return (numbers >= first) if tokens == "generated" else (numbers >= 0) & (numbers < first)
         if isinstance(tokens, slice):
             start, stop, step = tokens.start or 0, tokens.stop, tokens.step or 1
-            if start < 0 or (stop is not None and stop < 0) or step < 1:
-                raise ValueError(f"a slice of tokens counts from the first: 0 or more. Got {tokens}")
             found = (numbers >= start) & ((numbers - start) % step == 0)
             return found if stop is None else found & (numbers < stop)
-        wanted = [tokens] if isinstance(tokens, int) else [int(t) for t in tokens]
-        if any(number < 0 for number in wanted):
-            raise ValueError(f"tokens count from the first: 0 or more. Got {wanted}")
-        return torch.isin(numbers, torch.tensor(wanted, device=numbers.device))
+        return torch.isin(numbers, torch.tensor(tokens, device=numbers.device))
+
+
+def _checked(tokens: Any) -> str | slice | list[int]:
+    """Return which tokens are meant: `"prompt"`, `"generated"`, a slice, or their numbers (of a mask, its Trues).
+
+    Raises:
+        ConfigError: something else, or a number that does not count from the first.
+    """
+    if isinstance(tokens, str):
+        if tokens not in ("prompt", "generated"):
+            raise ConfigError(f"tokens are numbers, a mask, a slice, 'prompt' or 'generated'. Got {tokens!r}.")
+        return tokens
+    if isinstance(tokens, slice):
+        start, stop, step = tokens.start or 0, tokens.stop, tokens.step or 1
+        if start < 0 or (stop is not None and stop < 0) or step < 1:
+            raise ConfigError(f"a slice of tokens counts from the first: 0 or more. Got {tokens}.")
+        return tokens
+    given = numbers_of(tokens, "tokens")
+    if given is None:
+        raise ConfigError("tokens are numbers, a mask, a slice, 'prompt' or 'generated'. Got None.")
+    found = [given] if isinstance(given, int) else list(given)
+    if any(number < 0 for number in found):
+        raise ConfigError(f"tokens count from the first: 0 or more. Got {found}.")
+    return found
 
 
 class _TokenRecorder(Recorder):

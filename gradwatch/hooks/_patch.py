@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ._functions import Intervention
 from ._points import PAIR_PORTS, READ_AT, Point
 
-__all__ = ["add", "mean", "noise", "patch", "scale", "zero"]
+__all__ = ["add", "mean", "noise", "numbers_of", "patch", "scale", "zero"]
 
 Selection = int | slice | Sequence[int] | Tensor | None
 
@@ -43,7 +43,7 @@ class _Where:
             raise ConfigError("say where by `positions` and `heads`, or by `index`, not both.")
         if num_heads is not None and not num_heads >= 1:
             raise ConfigError(f"`num_heads` is at least 1. Got {num_heads!r}.")
-        self.positions, self.heads, self.index = _numbers(positions, "positions"), _numbers(heads, "heads"), index
+        self.positions, self.heads, self.index = numbers_of(positions, "positions"), numbers_of(heads, "heads"), index
         self.num_heads, self.position_dim = num_heads, position_dim
 
     def at_positions(self, positions: Selection) -> _Where:
@@ -87,7 +87,7 @@ class _Where:
         return tuple(where)
 
 
-def _numbers(which: Selection, what: str) -> Selection:
+def numbers_of(which: Selection, what: str) -> Selection:
     """Return positions or heads as numbers or a slice; a mask (True where it is meant) as the numbers of its Trues."""
     if which is None or isinstance(which, slice):
         return which

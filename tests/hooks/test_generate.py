@@ -1,9 +1,10 @@
 """Generation by token: a cache across the passes of a KV cache, and interventions at tokens by number."""
 
+import numpy as np
 import pytest
 import torch
 
-from gradwatch.errors import ConfigError, HookError, UnknownPathError
+from gradwatch.errors import ConfigError, UnknownPathError
 from gradwatch.hooks import HookManager, add, zero
 
 transformers = pytest.importorskip("transformers")
@@ -61,6 +62,10 @@ def test_tokens_of_a_padded_row_count_from_its_first(model):
     [
         (3, [3]),
         ([1, 7], [1, 7]),
+        (np.int64(3), [3]),
+        (torch.tensor([1, 7]), [1, 7]),
+        ([False, True, False, True], [1, 3]),
+        (torch.arange(10) > 7, [8, 9]),
         (slice(4, 8), [4, 5, 6, 7]),
         (slice(5, None), [5, 6, 7, 8, 9]),
         ("prompt", range(6)),
@@ -132,8 +137,15 @@ def test_without_a_kv_cache_the_numbers_of_tokens_are_the_same(model):
 
 def test_what_can_not_be_is_said(model):
     hooks = HookManager(model)
-    with pytest.raises(HookError, match="tokens are numbers, a slice, 'prompt' or 'generated'"):
-        hooks.generate(PROMPT, hooks=[("layer 0", zero(), "all")], **GREEDY)
+    for tokens, said in (
+        ("all", "tokens are numbers, a mask, a slice, 'prompt' or 'generated'"),
+        (None, "tokens are numbers, a mask, a slice, 'prompt' or 'generated'"),
+        (-1, "tokens count from the first"),
+        (slice(-3, None), "a slice of tokens counts from the first"),
+        (1.5, "`tokens` is a number, a list of numbers, a mask, or a slice"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            hooks.generate(PROMPT, hooks=[("layer 0", zero(), tokens)], **GREEDY)
     with pytest.raises(ConfigError, match="Linear has no `generate`"):
         HookManager(torch.nn.Linear(2, 2)).generate(PROMPT)
     assert not hooks.hooks
