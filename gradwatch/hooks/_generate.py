@@ -79,7 +79,8 @@ def _checked(tokens: Any) -> str | slice | list[int]:
     given = numbers_of(tokens, "tokens")
     if given is None:
         raise ConfigError("tokens are numbers, a mask, a slice, 'prompt' or 'generated'. Got None.")
-    found = [given] if isinstance(given, int) else list(given)
+    found = [given] if isinstance(given, int) else given
+    assert not isinstance(found, slice)
     if any(number < 0 for number in found):
         raise ConfigError(f"tokens count from the first: 0 or more. Got {found}.")
     return found

@@ -87,7 +87,7 @@ class _Where:
         return tuple(where)
 
 
-def numbers_of(which: Selection, what: str) -> Selection:
+def numbers_of(which: Selection, what: str) -> int | slice | list[int] | None:
     """Return positions or heads as numbers or a slice; a mask (True where it is meant) as the numbers of its Trues."""
     if which is None or isinstance(which, slice):
         return which
