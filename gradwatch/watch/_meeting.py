@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..torchside import world_size
 from ._options import MeasureOptions
@@ -38,6 +39,10 @@ _NOBODY = (
     "every rank: rank 0 alone writes all the same"
 )
 _UNLIKE = "the ranks were not told the same: {} on some, {} on others. Give every rank the same options"
+_OF_SOME = (
+    "the model is trained by {} of {} ranks, in a process group of their own, and gradwatch exchanges numbers among "
+    "all ranks: it can't watch a part of them"
+)
 _JOINING = (
     "ranks may run out of batches one after another here (`Join`, `join_uneven_inputs`), and those that still have "
     "some would wait for the others in what gradwatch exchanges"
@@ -70,13 +75,15 @@ class Meeting:
         Args:
             terms: tells what must be the same on all ranks, by name, in plain values; asked at the first call.
         """
-        why = ""
+        model, why = self._model(), ""
         if not self._has_met:
+            if isinstance(model, DistributedDataParallel) and not _are_all_copies(model):
+                return _OF_SOME.format(model.process_group.size(), world_size())
             self._has_met = True
             with suppress(Exception):  # a store that fails tells nothing: all are taken to be here
                 why = _meet(terms())
         # Ranks run out of batches one after another there, and those that have none left answer for the wrapper alone.
-        config = getattr(self._model(), "__dict__", {}).get("_join_config")
+        config = getattr(model, "__dict__", {}).get("_join_config")
         return why or (_JOINING if getattr(config, "enable", False) else "")
 
 
@@ -92,6 +99,11 @@ def terms_of(
     for kind, several in (("rule", rules), ("treatment", treatments), ("statistic", statistics)):
         found |= {f"{kind} {one.name!r}": _numbers_of(one) for one in several}
     return found | {"the first step": step}
+
+
+def _are_all_copies(model: DistributedDataParallel) -> bool:
+    """Whether every rank trains this model, or holds pieces of it: tensor parallelism times DDP."""
+    return model.process_group.size() == world_size() or any(hasattr(p, "device_mesh") for p in model.parameters())
 
 
 def _gone() -> None:

@@ -189,6 +189,21 @@ def out_of_batches(rank: int, world: int, folder: Path) -> None:
     is_off(watch, [str(w.message) for w in told if issubclass(w.category, GradwatchWarning)], "run out of batches")
 
 
+def in_groups_of_their_own(rank: int, world: int, folder: Path) -> None:
+    """Ranks train models of their own, for as long as each likes, in groups that are parts of all."""
+    groups = [dist.new_group([r]) for r in range(world)]
+    model = DistributedDataParallel(Net(), process_group=groups[rank])
+    optimizer = sgd(model)
+    with warnings.catch_warnings(record=True) as told, plain(model, optimizer) as watch:
+        warnings.simplefilter("always")
+        for (pair,) in batches(world, STEPS)[: STEPS - 2 * rank]:
+            loss = loss_of(model, mine(pair, rank))
+            loss.backward()
+            watch.step(loss=loss)
+            optimizer.zero_grad()
+    is_off(watch, [str(w.message) for w in told if issubclass(w.category, GradwatchWarning)], "by 1 of 2 ranks")
+
+
 def raising(rank: int, world: int, folder: Path) -> None:
     """Who asks for errors gets one, on the rank that is alone."""
     net = Net()
@@ -240,6 +255,7 @@ CASES: dict[str, Callable[[int, int, Path], None]] = {
         for name, of in UNLIKE.items()
     },
     "out-of-batches": out_of_batches,
+    "in-groups-of-their-own": in_groups_of_their_own,
     "raising": raising,
     "lightning-callback-on-rank-0": lightning_callback_on_rank_0,
 }
