@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-__all__ = ["Surroundings", "end_all", "insist", "why_ended"]
+__all__ = ["Surroundings", "end_all", "how_ended", "insist", "why_ended"]
 
 
 def end_all(*steps: Callable[[], object]) -> None:
@@ -58,3 +59,17 @@ def why_ended(error: BaseException | None) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return f"crashed: {type(error).__name__}: {str(error)[:200]}".rstrip(": ")
+
+
+def how_ended(why: str, step: int) -> str:
+    """Return how a run ended that did not come to its end, in a few words: `crashed (ValueError in training step 120)`.
+
+    Args:
+        why: as `why_ended` puts it on record; "" for one that was closed.
+        step: during which it ended; below 0: not known.
+    """
+    at = f" in training step {step}" if step >= 0 else ""
+    if why.startswith("crashed"):
+        kind = re.match(r"crashed: ([\w.]+)", why)
+        return f"crashed ({kind[1] if kind else 'an exception'}{at})"
+    return f"{why or 'closed before its end'}{at}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._markup import number
 from ..records import Floats, Incident, heading, rank_incidents
 from ._sparkline import sparkline
 from ._terminal import Grid, columns
@@ -49,8 +50,8 @@ def layer_grid(data: ReportData, *, max_layers: int = 40, biases: bool = False) 
             path,
             sparkline(values, width),
             short(_median(values)),
-            short(_largest(values)),
-            short(_last(values)),
+            _shown(values, np.max),
+            _shown(values, lambda measured: measured[-1]),
             short(_median(ratios.values[:, i].astype(np.float64))) if ratios is not None else "-",
             " ".join(dict.fromkeys(name for name, _ in told)),
             style=max((severity for _, severity in told), key=lambda s: RANK.get(s, 1), default=""),
@@ -120,13 +121,7 @@ def _median(values: Floats) -> float:
     return float(np.median(finite)) if len(finite) else float("nan")
 
 
-def _largest(values: Floats) -> float:
+def _shown(values: Floats, pick: Callable[[Floats], Any]) -> str:
+    """Return one of the measurements, as a notebook's card and the report give it; "-" where there is none."""
     measured = values[values != -np.inf]
-    if not len(measured):
-        return float("nan")
-    return float("inf") if not np.isfinite(measured).all() else float(measured.max())
-
-
-def _last(values: Floats) -> float:
-    measured = values[values != -np.inf]
-    return float(measured[-1]) if len(measured) else float("nan")
+    return number(float(pick(measured))) if len(measured) else "-"

@@ -27,10 +27,10 @@ COLUMNS = ("grad_norm", "grad_absmax", "zero_fraction", "nonfinite_count", "para
 def incident_html(incident: Incident) -> str:
     """Return one incident: what, when, where, the numbers, what was done and what to do."""
     facts = [
-        ("when", _when(incident)),
+        ("step", _when(incident)),
         ("where", escape(_where(incident))),
         ("seen", escape(incident.seen or number(incident.value))),
-        ("limit", "" if np.isnan(incident.limit) else escape(number(incident.limit))),
+        ("bar", "" if np.isnan(incident.limit) else escape(number(incident.limit))),
         ("done", escape(", ".join(incident.done))),
         ("what to do", escape(incident.advice)),
     ]

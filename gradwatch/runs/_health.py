@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .._closing import how_ended
 from .._markup import Prints
 
 __all__ = ["STATES", "Health", "health_of"]
@@ -54,21 +54,16 @@ def health_of(
 
 
 def _end(session: Mapping[str, Any], is_written: bool) -> tuple[str, str]:
-    why, step = str(session.get("ended") or ""), session.get("ended_at")
-    at = f" in training step {step}" if isinstance(step, int) and step >= 0 else ""
+    why, ended_at = str(session.get("ended") or ""), session.get("ended_at")
+    how = how_ended(why, ended_at if isinstance(ended_at, int) else -1)
     if session.get("failed"):
         return "recording failed", f"recording failed ({session['failed']})"
-    if why.startswith("crashed"):
-        kind = re.match(r"crashed: ([\w.]+)", why)
-        return "crashed", f"crashed ({kind[1] if kind else 'an exception'}{at})"
-    if why == "interrupted":
-        return "interrupted", f"interrupted{at}"
     if why:
-        return "interrupted", f"{why}{at}"
+        return "crashed" if why.startswith("crashed") else "interrupted", how
     if session.get("complete") and session.get("finished") is not None:
         return "complete", "complete"
     if session.get("finished") is not None:
-        return "interrupted", f"closed before its end{at}"
+        return "interrupted", how
     if is_written:
         return "running", "running"
     is_told = session.get("is_told", True)

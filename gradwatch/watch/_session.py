@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._closing import end_all
+from .._closing import end_all, how_ended
 from .._warn import log, one_line, warn
 from ..errors import ConfigError
 from ..notebook import LiveCell, RunCard, Series
@@ -202,11 +202,9 @@ class Session:
         """How the run ended, in words; that it ended well, or goes on."""
         if self.sinks.trouble and not self._why:
             return f"recording failed ({self.sinks.trouble})"
-        if self._why:
-            return f"the run {self._why}" if self._why.startswith("crashed") else f"the run was {self._why}"
-        if self._is_finished:
-            return ENDED_WELL
-        return "the run was closed before its end" if self._closed else GOING_ON
+        if not self._why and (self._is_finished or not self._closed):
+            return ENDED_WELL if self._is_finished else GOING_ON
+        return how_ended(self._why, self.history[-1].step + 1 if self.history else 0)
 
     def summary(self) -> str:
         """Return the verdict, the table of layers and the incidents, as text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,42 @@ def test_what_gradwatch_itself_took_is_one_number_at_every_door(
     for data in (ReportData.from_run(read_run(tmp_path / "run")), ReportData.from_records(watch.history)):
         assert any(fact.startswith(f"gradwatch itself: {told};") for fact in summarise(data).facts)
     assert f"gradwatch itself: {told};" in terminal(tmp_path / "run", capsys)[0]
+
+
+@pytest.mark.parametrize(
+    "ending", [None, ValueError("boom\nand more"), KeyboardInterrupt()], ids=["closed", "crash", "^C"]
+)
+def test_how_a_run_ended_is_said_in_one_way(ending: BaseException | None, tmp_path: Path) -> None:
+    model = relu()
+    watch = Watch(model, torch.optim.SGD(model.parameters(), lr=0.1), run_dir=tmp_path / "run")
+    with contextlib.suppress(ValueError, KeyboardInterrupt), watch if ending else contextlib.nullcontext():
+        for _ in range(3):
+            model(usual(0)[0]).sum().backward()
+            watch.step()
+        if ending:
+            raise ending
+    if not ending:
+        watch.close()
+    assert watch.verdict().headline == read_run(tmp_path / "run").verdict().headline
+
+
+def test_a_run_of_which_too_little_was_seen_is_not_shown_in_the_colour_of_health(tmp_path: Path) -> None:
+    model = relu()
+    with Watch(model, torch.optim.SGD(model.parameters(), lr=0.1), run_dir=tmp_path / "run"):
+        pass
+    page = to_html(ReportData.from_run(read_run(tmp_path / "run")))
+    (state,) = re.findall(r'<header class="gw-report (gw-state-\w+)"', page)
+    assert state == "gw-state-unseen"
+    tone = re.search(r"\.gw-state-unseen \{ --gw-tone: var\(--gw-(\w+)\)", page)
+    assert tone is not None
+    assert tone[1] != "good"
+
+
+def test_the_largest_of_nan_is_nan_at_every_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "nan batch")
+    said, _ = terminal(tmp_path / "run", capsys)
+    (row,) = re.findall(r"^0\.weight .*$", said, re.MULTILINE)
+    assert row.split()[-5:-1].count("NaN") == 2, row
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -64,6 +64,19 @@ def test_report_from_disk_asks_for_nothing(driver, show, data):
     assert "Not healthy since step 300. The likely cause: the gradient vanishes." in text(driver, ".gw-headline")
 
 
+@pytest.mark.parametrize("most", [1e3, 1e34, 1e38])
+def test_an_axis_has_its_numbers_whatever_it_spans(driver, show, most):
+    records = [replace(r, loss=most ** (i / 59)) for i, r in enumerate(make_records(steps=60))]
+    show(ReportData.from_records(records))
+    wait_until(lambda: driver.find_elements("css selector", ".gw-loss canvas"), "the loss")
+    inked = """
+        const c = document.querySelector('.gw-loss canvas'), over = document.querySelector('.gw-loss .u-over');
+        const ratio = window.devicePixelRatio || 1, [left, tall] = [over.style.left, over.style.height].map(parseFloat);
+        return c.getContext('2d').getImageData(0, 0, left * ratio - 4, tall * ratio).data.some((v) => v > 0);
+    """
+    assert driver.execute_script(inked)
+
+
 def test_story_leads_to_its_place_in_the_picture(driver, show, data):
     show(data)
     driver.execute_script("document.querySelector('.gw-story[data-step=\"330\"] button').click()")
