@@ -1,7 +1,7 @@
 """How the cost of measuring every gradient grows with the number of elements and of tensors.
 
     python benchmarks/scale.py [--device cpu|cuda] [--rounds 7] [--most-elements 100000000]
-    python benchmarks/scale.py --experts [--steps 48] [--layers 60] [--run-dir FOLDER]
+    python benchmarks/scale.py --experts [--steps 48] [--layers 60] [--run-dir FOLDER] [--no-gc]
 
 Arms run in turns in one process (CPU time; event time on CUDA). A straight line, cost = a + b x tensors + c x elements,
 is fitted to the medians: b is the price of one more tensor, c that of a million more elements.
@@ -11,12 +11,15 @@ layers, 11,520 parameters: printed are the CPU milliseconds that watching adds t
 the history take, and what a run folder takes on disk. A bare training of the like takes turns with it, step by step,
 and its backward and optimizer's step are subtracted. After the first third of the steps the median is that of a step
 at which norms alone are due, and the mean holds the sampled ones as well (modules, updates, histograms: the powers of
-two at first, one step in 50 later), which are more in a short run than in a long one.
+two at first, one step in 50 later), which are more in a short run than in a long one; of all sampled steps but the
+first the median is printed, too. With `--no-gc` Python collects no garbage meanwhile: what a sampled step leaves calls
+for a pass over all that the process holds, which takes longer than its measurements.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -89,7 +92,7 @@ def experts(layers: int, steps: int, run_dir: str | None) -> None:
     _, bare_optimizer, bare_backward = mixture(layers)
     model, optimizer, backward = mixture(layers)
     num_paths = len(list(model.parameters()))
-    added: list[float] = []
+    added: dict[int, float] = {}
     with Watch(model, optimizer, run_dir=run_dir) as watch:
         for step in range(steps):
             start = time.process_time()
@@ -98,14 +101,16 @@ def experts(layers: int, steps: int, run_dir: str | None) -> None:
             between = time.process_time()
             watch.step(loss=backward())
             end = time.process_time()
-            if step >= steps // 3:
-                added.append((end - between - (between - start)) * 1e3)
+            added[step] = (end - between - (between - start)) * 1e3
         records = list(watch.history)
         held = sum(column.nbytes for record in records for column in record.columns.values())
         start = time.process_time()
     ended = time.process_time() - start
-    print(f"{num_paths} parameters, {steps} steps: added CPU ms a step, median {statistics.median(added):.1f},")
-    print(f"mean {statistics.fmean(added):.1f}; {len(records)} records in memory, {held / 2**20:.1f} MiB of columns")
+    late = [ms for step, ms in added.items() if step >= steps // 3]
+    sampled = [added[r.step] for r in records if r.step and len(r.columns) > 1]
+    print(f"{num_paths} parameters, {steps} steps: added CPU ms a step, median {statistics.median(late):.1f},")
+    print(f"mean {statistics.fmean(late):.1f}, of {len(sampled)} sampled ones {statistics.median(sampled):.0f}")
+    print(f"{len(records)} records in memory, {held / 2**20:.1f} MiB of columns")
     print(f"{ended:.1f} s to end the watching")
     if run_dir is not None:
         size = sum(file.stat().st_size for file in Path(run_dir).rglob("*") if file.is_file())
@@ -121,8 +126,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=60)
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--run-dir", default=None, help="record there, and print what it takes")
+    parser.add_argument("--no-gc", action="store_true", help="collect no garbage meanwhile")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.no_gc:
+        gc.disable()
     if options.experts:
         experts(options.layers, options.steps, options.run_dir)
         return
