@@ -30,7 +30,7 @@ class _AtTokens(Intervention):
 
     def __init__(self, fn: Any, tokens: Any, passes: Passes) -> None:
         super().__init__(fn)
-        self.tokens, self.passes = _checked(tokens), passes
+        self.asked, self.tokens, self.passes = tokens, _checked(tokens), passes
         self.has_acted = False
 
     def intervene(self, tensor: Tensor, point: Point) -> Tensor | None:
@@ -126,7 +126,7 @@ def generate(
         silent = check_fired(manager, asked[1:], missing=missing)
         for _, hook in asked[1:] if missing == "raise" else ():
             if isinstance(hook.fn, _AtTokens) and not hook.fn.has_acted:
-                reason = f"no token that was computed is among {hook.fn.tokens!r}"
+                reason = f"no token that was computed is among {hook.fn.asked!r}"
                 raise HookNeverFired(hook.id, hook.points[0].name, "condition", reason)
     output = passes.finish(output)
     cache = GenerationCache(recorder.kept_of, passes, manager._resolver)
