@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ __all__ = ["keep_out_of_scripts"]
 
 _READERS = ("get_hook_stubs", "infer_concrete_type_builder")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_is_done = False
 
 
+@cache
 def keep_out_of_scripts(is_ours: Callable[[Any], bool]) -> None:
     """Let torch's compiler of modules pass over hooks, from now on.
 
@@ -26,10 +26,6 @@ def keep_out_of_scripts(is_ours: Callable[[Any], bool]) -> None:
     Args:
         is_ours: tells of a hook whether it is to be passed over.
     """
-    global _is_done
-    if _is_done:
-        return
-    _is_done = True
     # Private: what is not there is left alone.
     compiler: Any = getattr(torch.jit, "_recursive", None)
     for name in _READERS:

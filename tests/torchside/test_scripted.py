@@ -51,7 +51,7 @@ def test_a_model_with_our_hooks_is_scripted_without_them(door: Any) -> None:
 
 
 def test_a_hook_of_the_users_is_scripted_all_the_same() -> None:
-    def doubled(self: Any, input: tuple[Tensor], output: Tensor) -> Tensor:
+    def doubled(self: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
         return output * 2
 
     model, x = net(), torch.randn(3, 4)
