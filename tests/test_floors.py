@@ -21,6 +21,7 @@ FLOORS = [
         "_markup",
         "_places",
         "_text",
+        "_uncopied",
         "_version",
         "_warn",
     },

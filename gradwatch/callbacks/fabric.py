@@ -50,6 +50,10 @@ __all__ = ["GradWatch"]
 _Batch = TypeVar("_Batch")
 
 
+def _nothing() -> None:
+    """Return what is known of a loader before there is one."""
+
+
 class GradWatch:
     """Watches the training loops of a Fabric without a line in them, and acts if asked.
 
@@ -116,6 +120,17 @@ class GradWatch:
         told = {"on_incident": incident_target(on_incident), "on_checkpoint": on_checkpoint}
         self._given = {"rules": rules, "name": name, **told, **options}
         self._run_dir, self._verbose = checked_run_dir(run_dir), verbose
+        self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Spawned processes get the callback as it was before any setup.
+        return {"_given": self._given, "_run_dir": self._run_dir, "_verbose": self._verbose}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
         self._fabric: Any = None
         self._ends: dict[int, tuple[nn.Module, BackwardEnd]] = {}
         self._watches: dict[int, Watch] = {}
@@ -128,7 +143,7 @@ class GradWatch:
         self._scale = ScaleReader()
         self._first_look: Look | None = None
         self._epoch = self._batch_idx = -1
-        self._loader: Callable[[], Any] = lambda: None
+        self._loader: Callable[[], Any] = _nothing
         self._first_batch: Any = None
         self._forget()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._uncopied import Uncopied
 from ..errors import UnknownNameError
 from ._cache import Cache
 from ._layers import LayerRun
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["HookManager"]
 
 
-class HookManager(ResearchManager):
+class HookManager(Uncopied, ResearchManager):
     """Hooks on one model: look into it, change what flows through it, and leave no trace.
+
+    Where a model holds its own manager, deep copies and pickles of the model hold None in that place.
 
     Args:
         model: any module; nothing is written on it.

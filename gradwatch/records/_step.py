@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +86,10 @@ class StepRecord(Prints):
     skipped: bool = False
     has_gradient: bool = True
     unseen: Mapping[str, str] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views of mappings can't be copied.
+        return {name: dict(v) if isinstance(v, MappingProxyType) else v for name, v in vars(self).items()}
 
     def __repr__(self) -> str:
         loss = f", loss={self.loss:.6g}" if self.has_loss else ""

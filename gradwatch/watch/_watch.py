@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._markup import Text
+from .._uncopied import Uncopied
 from ..errors import TrainingStopped
 from ..protocols import Sink, Treatment
 from ..records import Incident, StepRecord, Verdict
@@ -42,7 +43,7 @@ __all__ = ["Watch"]
 _Batch = TypeVar("_Batch")
 
 
-class Watch:
+class Watch(Uncopied):
     """Watches the gradients of a plain training loop, and acts if asked.
 
     ```python
@@ -54,7 +55,8 @@ class Watch:
             optimizer.zero_grad()
     ```
 
-    Nothing is written on the model; hooks come off when the `with` ends, however it ends.
+    Nothing is written on the model; hooks come off when the `with` ends, however it ends. Where a model, a trainer or a
+    data set of yours holds a watch, its deep copies and pickles hold None in that place: they are not watched.
 
     Args:
         model: the model as it is trained; DDP, compile, Fabric and Accelerate wrappers are looked through. Of a
