@@ -58,8 +58,8 @@ export class LineChart {
         // The heatmap's own steps.
         {stroke: muted, grid, ticks: grid, size: 28, font: '11px system-ui, sans-serif', splits: () => ticks(spec.low, last - 1, Math.max(2, room / 90))},
         {stroke: muted, grid, ticks: {show: false}, size: spec.gutter, font: '11px system-ui, sans-serif',
-          // uPlot knows no steps above 1e32, and leaves out an axis for which it finds none.
-          ...(spec.linear ? {space: 20} : {incrs: (u, i, low, high) => [high - low], splits: (u, i, low, high) => powers(low, high), filter: (u, splits) => splits}),
+          // uPlot knows no steps above 1e32, and of those below 5 only its own; it leaves out an axis for which it finds none.
+          ...(spec.linear ? {space: 20} : {incrs: (u, i, low, high) => [Math.max(5, high - low)], splits: (u, i, low, high) => powers(low, high), filter: (u, splits) => splits}),
           values: (u, splits) => splits.map((v) => (v === null ? '' : number(v)))},
       ],
       series: [

@@ -64,7 +64,7 @@ def test_report_from_disk_asks_for_nothing(driver, show, data):
     assert "Not healthy since step 300. The likely cause: the gradient vanishes." in text(driver, ".gw-headline")
 
 
-@pytest.mark.parametrize("most", [1e3, 1e34, 1e38])
+@pytest.mark.parametrize("most", [1e-9, 1e-5, 1e3, 1e34, 1e38])
 def test_an_axis_has_its_numbers_whatever_it_spans(driver, show, most):
     records = [replace(r, loss=most ** (i / 59)) for i, r in enumerate(make_records(steps=60))]
     show(ReportData.from_records(records))
