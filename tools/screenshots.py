@@ -36,6 +36,7 @@ def shoot(folder: Path, out: Path, wanted: set[str], *, summarised: Path) -> Non
         wanted: some of `PICTURES`.
         summarised: run folder that `gradwatch summary` and the notebook's card are of.
     """
+    folder = folder / "transformer"  # runs of the digits have the same names
     if wanted & {*TAB, "report"}:
         for name, fault in RUNS.items():
             if not (folder / name).exists():

@@ -46,7 +46,7 @@ def train(folder: Path, fault: str, steps: int = 300, **options: Any) -> Watch:
         for layer in (model[10], model[12], model[14]):  # live on their biases alone
             nn.init.constant_(layer.bias, 0.1)
     held = [p for n, p in model.named_parameters() if fault != "forgotten" or not n.startswith("6.")]
-    rate = {"wild": 0.45, "sigmoid": 0.05, "crawl": 1e-5}.get(fault, 0.02)
+    rate = {"wild": 0.7, "sigmoid": 0.05, "crawl": 1e-5}.get(fault, 0.02)
     optimizer = torch.optim.SGD(held, lr=rate, momentum=0.9 if fault != "wild" else 0.0)
     with Watch(model, optimizer, run_dir=folder, **options) as watch:
         for step, (x, y) in enumerate(batches(steps)):
