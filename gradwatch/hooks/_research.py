@@ -131,8 +131,8 @@ class ResearchManager(BaseManager):
             *args: of `model.generate`.
             points: what to keep; by default the outputs of all layers.
             hooks: (points, fn) pairs that act in every pass; (points, fn, tokens) triples act at some tokens alone: a
-                number, a list, a mask, a slice, `"prompt"` or `"generated"`. Tokens count from 0 in each row, padding on the
-                left not counted.
+                number, a list, a mask, a slice, `"prompt"` or `"generated"`. Tokens count from 0 in each row, padding
+                on the left not counted.
             device: move what is kept there.
             dtype: convert floating tensors.
             clone: copy what is kept.
