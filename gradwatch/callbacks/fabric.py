@@ -139,6 +139,7 @@ class GradWatch:
         self._tasks: tuple[nn.Module, Tasks] | None = None
         self._collecting = ExitStack()
         self._measured: set[int] = set()
+        self._num_closures = 0
         self._hook: Any = None
         self._scale = ScaleReader()
         self._first_look: Look | None = None
@@ -273,7 +274,8 @@ class GradWatch:
         return look(batch, outputs) if watch is None else watch.session.look(batch, outputs)
 
     def _on_backward_end(self, seen: Pass) -> None:
-        self._measured.clear()  # one whose step has raised
+        if not self._num_closures:
+            self._measured.clear()  # one whose step has raised
         if not any(seen is known for known in self._passes):  # backward may run through one forward again
             self._passes.append(seen)
         # Of its first step there is no Watch yet: what a clip ahead of it would hide is looked at here.
@@ -301,8 +303,20 @@ class GradWatch:
             return None
 
         def measured() -> Any:
-            result = closure()
-            self._measure(optimizer)
+            self._num_closures += 1
+            try:
+                result = closure()
+            except BaseException:
+                if id(optimizer) in self._measured:
+                    self.on_after_optimizer_step(None, optimizer)  # nobody else says that this step is over
+                raise
+            finally:
+                self._num_closures -= 1
+            if id(optimizer) in self._measured:
+                self._forget()  # called again within its step
+            else:
+                self._measure(optimizer)
+                self._measured.add(id(optimizer))
             return result
 
         if "closure" in kwargs:
@@ -364,7 +378,7 @@ class GradWatch:
         log_dir = next((x.log_dir for x in self._fabric.loggers if getattr(x, "log_dir", None)), None)
         return run_dir_of(self._run_dir, name, None if log_dir is None else Path(log_dir))
 
-    def on_after_optimizer_step(self, strategy: Any, optimizer: Optimizer) -> None:
+    def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
         raw = raw_optimizer(optimizer)
         self._measured.discard(id(raw))
         watch = self._watches.get(id(raw))

@@ -126,3 +126,34 @@ def test_a_step_that_calls_the_one_it_inherits_is_one_step(is_announced: bool, r
         optimizer.zero_grad()
     fabric.call("on_train_end")
     assert [record.global_norm for record in watch.history] == pytest.approx(norms, rel=1e-6)
+
+
+@pytest.mark.parametrize("raises_at", [-1, 3], ids=["never", "third"])  # at the first, LBFGS itself can't go on
+def test_a_step_whose_closure_runs_several_times_is_one_step(raises_at: int) -> None:
+    watch = GradWatch(run_dir=False, verbose=False, rules=[])
+    fabric = Fabric(accelerator="cpu", devices=1, callbacks=[watch])
+    torch.manual_seed(0)
+    net = nn.Linear(4, 1)
+    model, optimizer = fabric.setup(net, torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=3))
+    firsts: list[float] = []
+    for step in range(1, 6):
+        norms: list[float] = []
+
+        def closure(step: int = step, norms: list[float] = norms) -> Tensor:
+            if norms and step == raises_at:
+                raise OverflowError("no room for the state")
+            optimizer.zero_grad()
+            loss: Tensor = model(torch.ones(3, 4)).square().sum()
+            fabric.backward(loss)
+            norms.append(float(torch.cat([p.grad.flatten() for p in net.parameters()]).norm()))
+            return loss
+
+        try:
+            optimizer.step(closure)
+        except OverflowError:
+            assert step == raises_at
+        else:
+            assert len(norms) > 1
+        firsts.append(norms[0])
+    fabric.call("on_train_end")
+    assert [record.global_norm for record in watch.history] == pytest.approx(firsts, rel=1e-6)
