@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +14,7 @@ from ..errors import ConfigError
 from ._context import StepOutcome
 from ._stepper import Stepper
 
-__all__ = ["Evaluated", "closure_in", "only_one"]
+__all__ = ["Evaluated", "closure_in", "only_one", "within_a_step"]
 
 
 def closure_in(loss: Any) -> Callable[[], Any] | None:
@@ -66,3 +69,21 @@ class Evaluated:
             self.outcome = self._measure(self.loss)
             return self.loss
         return self.loss if self.outcome.skip else self._closure()
+
+
+def within_a_step() -> bool:
+    """Return whether the `step` of some optimizer that was given a closure is among those who call.
+
+    Also of a wrapper that no hook hears: told by its name and the parameter groups of its owner. Walks up the stack: for
+    what happens seldom.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "step" and code.co_argcount > 1:
+            owner, closure = map(frame.f_locals.get, code.co_varnames[:2])
+            with suppress(Exception):  # it may be anything, and raise when asked
+                if callable(closure) and isinstance(owner.param_groups, list):  # type: ignore[union-attr]
+                    return True
+        frame = frame.f_back
+    return False

@@ -283,9 +283,8 @@ class Engine:
             handle.grad_scale = scale
 
     def is_left_open(self, step: int, optimizer: int | None) -> bool:
-        """Return whether a step was measured under this number and nobody has said that it is over; a closure that is
-        called again announces no new one."""
-        return self._measured == (step, optimizer) and not self.gates.are_in_closure
+        """Return whether a step was measured under this number and nobody has said that it is over."""
+        return self._measured == (step, optimizer)
 
     @timed
     def after_backward(self, inputs: StepInputs, optimizers: Sequence[Optimizer] | None = None) -> StepOutcome:

@@ -246,11 +246,6 @@ class StepGate:
             self._on_stepped(self.optimizer)
 
     @property
-    def is_in_closure(self) -> bool:
-        """Whether the optimizer runs its closure just now."""
-        return self._in_closure
-
-    @property
     def tells(self) -> bool:
         """Whether this gate itself tells when the optimizer has stepped, and not whoever called it."""
         if self._vetoes.in_parts:
@@ -331,11 +326,6 @@ class Gates:
         """Say that a step is over with all that came after it, one that raised too."""
         for gate in self._gates.values():
             gate.over()
-
-    @property
-    def are_in_closure(self) -> bool:
-        """Whether any of the optimizers runs its closure just now."""
-        return any(gate.is_in_closure for gate in self._gates.values())
 
     def can_arm_on_device(self, optimizers: Iterable[Optimizer]) -> bool:
         """Whether all of these can decide for themselves, from a flag on the device."""

@@ -19,7 +19,7 @@ from ..records import Incident, StepRecord, Verdict
 from ..requests import Request, StopTraining
 from ..torchside import untraced, weakly
 from ._batch import num_samples, validation_inputs
-from ._closure import Evaluated, closure_in, only_one
+from ._closure import Evaluated, closure_in, only_one, within_a_step
 from ._deepspeed import EngineStepper, steppers_of
 from ._ending import Ending
 from ._engine import StepOutcome
@@ -363,12 +363,14 @@ class Watch(Uncopied):
 
     def _end_left_open(self, number: int | None) -> None:
         """End the step before where its optimizer raised, or the loop went on between the two halves: what comes now is
-        another one, which is not to go unseen.
+        another one, which is not to go unseen. A closure that its optimizer calls again announces no new one.
 
         Args:
             number: of the optimizer that steps alone.
         """
         if self._deepspeed is None and self.session.engine.is_left_open(self._step, number):
+            if within_a_step():
+                return
             self.after_step()
 
     def _scale_left(self, optimizer: Optimizer) -> float | Tensor:

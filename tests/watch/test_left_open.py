@@ -106,3 +106,35 @@ def test_a_closure_that_announces_its_step_is_called_again_within_it() -> None:
             loop.watch.after_step()
     assert [r.step for r in loop.watch.history] == list(range(4))
     assert loop.watch.num_steps == 4
+
+
+class Outer:
+    """A wrapper that no hook hears: two passes around the step of the optimizer inside."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups = optimizer, optimizer.param_groups
+
+    def step(self, closure: Callable[[], torch.Tensor]) -> torch.Tensor:
+        closure()
+        loss = closure()
+        self.inner.step()
+        return loss
+
+
+def test_a_wrapper_that_calls_its_closure_twice_takes_one_step() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 2), torch.randn(8, 4)
+    outer = Outer(torch.optim.SGD(model.parameters(), lr=0.1))
+    with Watch(model, outer.inner, rules=[]) as watch:
+
+        def closure() -> torch.Tensor:
+            outer.inner.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            watch.after_backward(loss)
+            return loss
+
+        for _ in range(4):
+            outer.step(closure)
+            watch.after_step()
+    assert [r.step for r in watch.history] == list(range(4))
