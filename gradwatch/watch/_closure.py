@@ -74,8 +74,8 @@ class Evaluated:
 def within_a_step() -> bool:
     """Return whether the `step` of some optimizer that was given a closure is among those who call.
 
-    Also of a wrapper that no hook hears: told by its name and the parameter groups of its owner. Walks up the stack: for
-    what happens seldom.
+    Also of a wrapper that no hook hears: told by its name and the parameter groups of its owner. Walks up the stack:
+    for what happens seldom.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
