@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from time import monotonic, sleep
 from typing import Any
 
 import torch.distributed as dist
@@ -173,9 +173,9 @@ class _Place:
             self._store.set(self._of(f"kind/{self._store.add(self._of('kinds'), 1)}"), text)
         self._store.set(self._of(self._rank), "here")
         num_here = self._store.add(self._of("num"), 1)
-        until, pause = time.monotonic() + PATIENCE, _PAUSE
-        while num_here < self._num_ranks and time.monotonic() < until:
-            time.sleep(pause)
+        until, pause = monotonic() + PATIENCE, _PAUSE
+        while num_here < self._num_ranks and monotonic() < until:
+            sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
             num_here = self._store.add(self._of("num"), 0)
         said = _TOGETHER if num_here >= self._num_ranks else _APART
