@@ -209,6 +209,8 @@ class NotLearning(Rule):
             return f"; {clipped}"
         if update > 0.03:
             return f"; each update is {update:.2g} of the weights: lower the learning rate{rate}"
+        if not update and (dead := _without_gradient(record)):
+            return f"; {dead}"
         if update < 1e-4:
             return f"; each update is {update:.1g} of the weights: raise the learning rate{rate}"
         return ""
@@ -229,6 +231,18 @@ class NotLearning(Rule):
 
 _MOSTLY = 0.5
 """Share of a model that, frozen, may be why it does not learn."""
+
+
+def _without_gradient(record: StepRecord) -> str:
+    """Return that most parameters have a gradient of zeros, as a phrase; "" where they have not."""
+    column = record.columns.get("grad_norm")
+    if column is None:
+        return ""
+    norms = column[record.measured("grad_norm")]
+    num = int((norms == 0).sum())
+    if 2 * num < len(norms) or not num:
+        return ""
+    return f"{num} of {len(norms)} parameters have a gradient of zeros: what lies behind them is dead or constant"
 
 
 def _frozen_share(index: Index) -> float:

@@ -17,7 +17,7 @@ from gradwatch.callbacks._say import say_ending
 from gradwatch.callbacks.fabric import GradWatch as FabricGradWatch
 from gradwatch.callbacks.transformers import GradWatchCallback
 from gradwatch.records import Incident
-from gradwatch.rules import Exploding
+from gradwatch.rules import Exploding, NotLearning
 from gradwatch.sinks import NotifySink
 from gradwatch.treatments import Notify
 from gradwatch.watch._telling import Telling
@@ -225,3 +225,23 @@ def test_gradients_that_are_not_finite_were_clipped_by_nobody_unless_somebody_di
             optimizer.zero_grad()
     assert ("clipped the gradients" in watch.summary()) == clips
     assert "the norm nan became nan" not in watch.summary()
+
+
+def test_weights_that_get_no_gradient_are_not_helped_by_a_higher_learning_rate():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    with torch.no_grad():
+        net[2].bias.fill_(-50)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with Watch(net, optimizer, rules=[NotLearning()]) as watch:
+        for _ in range(300):
+            x = torch.randn(32, 8)
+            targets = (x[:, :3] > 0).long() @ torch.tensor([1, 2, 4])
+            outputs = net(x)
+            loss = nn.functional.cross_entropy(outputs, targets)
+            loss.backward()
+            watch.step(loss=loss, outputs=outputs, targets=targets)
+            optimizer.zero_grad()
+    (told,) = watch.incidents
+    assert "5 of 6 parameters have a gradient of zeros" in told.message
+    assert "raise" not in told.message
