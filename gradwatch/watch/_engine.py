@@ -290,7 +290,7 @@ class Engine:
     def after_backward(self, inputs: StepInputs, optimizers: Sequence[Optimizer] | None = None) -> StepOutcome:
         """Measure, judge and treat the gradients that lie complete in `.grad`, before the optimizer steps."""
         optimizers = self.optimizers if optimizers is None else tuple(optimizers)
-        if self.is_off or (self.planner.at(inputs.step).num_ranks > 1 and self._is_alone(inputs.step)):
+        if self.is_off:
             return StepOutcome()
         if self._measured == (key := (inputs.step, inputs.optimizer)):
             # A closure called again (LBFGS): one decision per step stands.
@@ -305,6 +305,8 @@ class Engine:
         self.gates.arm(optimizers, False)
         self._inputs = inputs if self.options.autopsy else None
         turn = Turn(self.planner.at(inputs.step), inputs, optimizers, self._measuring, self.after_the_step)
+        if turn.plan.num_ranks > 1 and self._is_alone(inputs.step):
+            return StepOutcome()
         if "measuring" in self.guard.failed:
             turn.give_up()
             return StepOutcome()
@@ -324,7 +326,7 @@ class Engine:
         why = self._meeting.why_alone(partial(self._terms, step))
         if not why:
             return False
-        self.is_off = True
+        self.is_off, self._measured = True, None
         self.take_off()
         self.guard.report("measuring", ConfigError(why))
         return True

@@ -291,7 +291,9 @@ class Watch(Uncopied):
             self.micro_batch(loss, handed["batch"])
             return loss
         engine = self.session.engine
-        self._end_left_open(None if handed["optimizer"] is None else self.optimizers.index(stepper.raw))
+        number = None if handed["optimizer"] is None else self.optimizers.index(stepper.raw)
+        if engine.is_left_open(self._step, number):
+            self._end_left_open()
 
         def measure(loss: Any) -> StepOutcome:
             outcome = self._outcome = self.after_backward(loss, **handed)
@@ -336,7 +338,8 @@ class Watch(Uncopied):
             known = chosen(known, optimizer)
             stepping = tuple([s.raw for s in known])
         number = None if optimizer is None else self.optimizers.index(stepping[0])
-        self._end_left_open(number)
+        if self.session.engine.is_left_open(self._step, number):
+            self._end_left_open()
         inputs = StepInputs(
             step=self._step,
             epoch=self._epoch,
@@ -361,16 +364,10 @@ class Watch(Uncopied):
             self._carry_out(outcome.requests)
         return outcome
 
-    def _end_left_open(self, number: int | None) -> None:
+    def _end_left_open(self) -> None:
         """End the step before where its optimizer raised, or the loop went on between the two halves: what comes now is
-        another one, which is not to go unseen. A closure that its optimizer calls again announces no new one.
-
-        Args:
-            number: of the optimizer that steps alone.
-        """
-        if self._deepspeed is None and self.session.engine.is_left_open(self._step, number):
-            if within_a_step():
-                return
+        another one, which is not to go unseen. A closure that its optimizer calls again announces no new one."""
+        if self._deepspeed is None and not within_a_step():
             self.after_step()
 
     def _scale_left(self, optimizer: Optimizer) -> float | Tensor:
