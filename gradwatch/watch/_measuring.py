@@ -409,8 +409,8 @@ class Measuring:
     def _take_gradients(self, seen: _Seen, turn: Turn, grads: Gradients) -> None:
         """Measure the gradients, where that was not done when backward was over."""
         look, has_details = self.produced.take(grads), turn.plan.histograms and len(grads) > 0
-        is_scaled = look is not None and not _is_unscaled(turn.inputs, grads)
-        seen.is_sealed = look is not None and is_scaled and look.holds(grads.params, turn.tensors)
+        is_as_seen = look is not None and not _is_unscaled(turn.inputs, grads)
+        seen.is_sealed = look is not None and is_as_seen and look.holds(grads.params, turn.tensors)
         if look is not None and seen.is_sealed:
             turn.seals = look.seals
         if look is not None and seen.is_sealed and not self.produced.is_to_compare(turn.step):

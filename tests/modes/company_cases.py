@@ -175,24 +175,8 @@ UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-def out_of_batches(rank: int, world: int, folder: Path) -> None:
-    """One rank has fewer batches than the other, and `Join` answers for it."""
-    model = DistributedDataParallel(Net())
-    optimizer = sgd(model)
-    with warnings.catch_warnings(record=True) as told, Join([model]), plain(model, optimizer) as watch:
-        warnings.simplefilter("always")
-        for (pair,) in batches(world, STEPS)[: STEPS - 2 * rank]:
-            loss = loss_of(model, mine(pair, rank))
-            loss.backward()
-            watch.step(loss=loss)
-            optimizer.zero_grad()
-    is_off(watch, [str(w.message) for w in told if issubclass(w.category, GradwatchWarning)], "run out of batches")
-
-
-def in_groups_of_their_own(rank: int, world: int, folder: Path) -> None:
-    """Ranks train models of their own, for as long as each likes, in groups that are parts of all."""
-    groups = [dist.new_group([r]) for r in range(world)]
-    model = DistributedDataParallel(Net(), process_group=groups[rank])
+def for_unlike_times(model: DistributedDataParallel, rank: int, world: int, why: str) -> None:
+    """Train a model for fewer steps on one rank than on the other; assert that gradwatch is off, and says why."""
     optimizer = sgd(model)
     with warnings.catch_warnings(record=True) as told, plain(model, optimizer) as watch:
         warnings.simplefilter("always")
@@ -201,7 +185,21 @@ def in_groups_of_their_own(rank: int, world: int, folder: Path) -> None:
             loss.backward()
             watch.step(loss=loss)
             optimizer.zero_grad()
-    is_off(watch, [str(w.message) for w in told if issubclass(w.category, GradwatchWarning)], "by 1 of 2 ranks")
+    is_off(watch, [str(w.message) for w in told if issubclass(w.category, GradwatchWarning)], why)
+
+
+def out_of_batches(rank: int, world: int, folder: Path) -> None:
+    """One rank has fewer batches than the other, and `Join` answers for it."""
+    model = DistributedDataParallel(Net())
+    with Join([model]):
+        for_unlike_times(model, rank, world, "run out of batches")
+
+
+def in_groups_of_their_own(rank: int, world: int, folder: Path) -> None:
+    """Ranks train models of their own, for as long as each likes, in groups that are parts of all."""
+    groups = [dist.new_group([r]) for r in range(world)]
+    model = DistributedDataParallel(Net(), process_group=groups[rank])
+    for_unlike_times(model, rank, world, "by 1 of 2 ranks")
 
 
 def raising(rank: int, world: int, folder: Path) -> None:
