@@ -148,7 +148,7 @@ def _names(ranks: Sequence[int]) -> str:
 
 def _first_difference(one: Terms, other: Terms) -> tuple[str, str]:
     name = next(n for n in [*one, *other] if repr(one.get(n, _gone)) != repr(other.get(n, _gone)))
-    return tuple(_said(name, terms) for terms in (one, other))  # type: ignore[return-value]
+    return _said(name, one), _said(name, other)
 
 
 def _said(name: str, terms: Terms) -> str:
